@@ -1,0 +1,1 @@
+"""Augmentation: one geometry, rendered on the CPU."""

@@ -1,0 +1,187 @@
+"""The run file as frozen pydantic models: one class a section, one field a setting.
+
+Runs in: the driver (workers get plain dicts: ``model_dump(mode="json")``). Imports no Ray and no torch.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+
+from raypar.storage import Folder
+
+VERBS = ("prepare", "train", "evaluate", "predict", "export", "serve")
+# Settings of Ultralytics that raypar decides itself, each with the place to write instead.
+OWNED_BY_RAYPAR = {
+    "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
+    "project": "storage", "name": "name", "save_dir": "storage", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
+    "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "half": "train.precision", "rect": "nothing: batches are square",
+    "mode": "the verb", "task": "nothing: it follows from the model", "augmentations": "train.albumentations", "save_period": "train.checkpoint_every_s",
+    "split": "evaluate.split", "source": "predict.source", "format": "export.format",
+}  # fmt: skip
+
+
+class Section(BaseModel):
+    """Settings that cannot be changed after they are read, and among which an unknown key is an error."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class ShapesConfig(Section):
+    """The built-in generated dataset: circles, squares, triangles and stars on textured backgrounds."""
+
+    train: PositiveInt = Field(400, description="images to generate for training")
+    val: PositiveInt = Field(100, description="images to generate for validation")
+    test: int = Field(0, ge=0, description="images to generate for testing")
+    height: PositiveInt = Field(240, description="px")
+    width: PositiveInt = Field(320, description="px")
+
+
+class PrepareConfig(Section):
+    """Images and labels -> checked Parquet shards."""
+
+    source: str | None = Field(None, description="data.yaml (yolo), folder or JSON (coco), folder (voc); nothing for shapes")
+    format: Literal["yolo", "coco", "voc", "shapes"] = Field("yolo", description="how the labels are written")
+    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="what to generate when format is shapes")
+    max_rejected: float = Field(0.05, ge=0, le=1, description="share of images that may be set aside before it is an error")
+    shard_mb: PositiveFloat = Field(64, description="target size of a shard, MB")
+    rows_per_group: PositiveInt = Field(64, description="images in a Parquet row group")
+    max_pixels: PositiveInt = Field(178_956_970, description="images with more pixels than this are set aside, unread")
+    overwrite: bool = Field(False, description="replace a finished dataset instead of keeping it")
+
+    @model_validator(mode="after")
+    def _needs_source(self) -> Self:
+        if self.format != "shapes" and self.source is None:
+            raise ValueError(f"source is missing: format '{self.format}' needs to know where the images are")
+        return self
+
+
+class NumWorkers(Section):
+    """An elastic number of training workers."""
+
+    min: PositiveInt
+    max: PositiveInt
+
+
+class TrainConfig(Section):
+    """A dataset and a model -> trained weights."""
+
+    model: str = Field("yolov8n.yaml", description="a model yaml (from scratch) or weights (.pt) to start from")
+    num_workers: PositiveInt = Field(1, description="training workers; each takes one GPU or a share of the CPUs")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto takes GPUs when the cluster has enough of them")
+    cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs Ray reserves for each worker; nothing: 1")
+    threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
+    batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the chip has it")
+    augment: Literal["auto", "cpu"] = Field("auto", description="where to augment; cpu: in Ray Data tasks")
+    cache: Literal["none"] = Field("none", description="keep decoded images between epochs")
+    albumentations: list[dict[str, Any]] | str | None = Field(
+        None, description="transforms as [{Blur: {p: 0.1}}, ...] or an importable function 'pkg.module:make' that returns them; nothing: Ultralytics' four"
+    )  # fmt: skip
+    max_failures: int = Field(3, ge=-1, description="how many times lost workers are replaced; -1: no limit")
+    keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
+    collective_timeout_s: PositiveFloat = Field(300, description="seconds a rank waits for the others before the run fails")
+    placement_timeout_s: PositiveFloat = Field(300, description="seconds to wait for a place for every worker")
+    overwrite: bool = Field(False, description="start anew instead of resuming or keeping a finished training")
+    yolo: dict[str, Any] = Field(default_factory=dict, description="Ultralytics' own settings, unchanged (epochs, imgsz, lr0, mosaic ...)")
+
+    @field_validator("yolo")
+    @classmethod
+    def _not_owned(cls, yolo: dict[str, Any]) -> dict[str, Any]:
+        for key in yolo:
+            if key in OWNED_BY_RAYPAR:
+                raise ValueError(f"'{key}' is raypar's: write {OWNED_BY_RAYPAR[key]}")
+        return yolo
+
+    @model_validator(mode="after")
+    def _batch_divides(self) -> Self:
+        if self.batch % self.num_workers:
+            raise ValueError(f"batch {self.batch} cannot be shared equally by {self.num_workers} workers: make it a multiple of {self.num_workers}")
+        return self
+
+
+class InferenceConfig(Section):
+    """What every user of the detector can set."""
+
+    weights: str | None = Field(None, description=".pt or exported model; nothing: this run's train/best.pt")
+    imgsz: PositiveInt | None = Field(None, description="px of the longer side; nothing: as trained")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass")
+    use_gpu: bool | Literal["auto"] = Field("auto", description="auto takes a GPU when the cluster has one")
+    iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker box")
+    max_det: PositiveInt = Field(300, description="boxes kept an image")
+
+
+class EvaluateConfig(InferenceConfig):
+    """Weights and a split -> metrics and pictures."""
+
+    split: Literal["train", "val", "test"] = Field("val", description="which images")
+    conf: float = Field(0.001, ge=0, le=1, description="boxes below this confidence are dropped")
+    batch: PositiveInt = Field(16, description="images a forward pass")
+    num_workers: PositiveInt = Field(1, description="detector processes")
+    overwrite: bool = Field(False, description="evaluate again though the result is there")
+
+
+class PredictConfig(InferenceConfig):
+    """Weights and images -> detections in Parquet."""
+
+    source: str | None = Field(None, description="folder, glob, image, or Parquet shards; nothing: the dataset's val split")
+    conf: float = Field(0.25, ge=0, le=1, description="boxes below this confidence are dropped")
+    batch: PositiveInt = Field(16, description="images a forward pass")
+    num_workers: PositiveInt = Field(1, description="detector processes")
+    overwrite: bool = Field(False, description="predict again though the result is there")
+
+
+class ExportConfig(Section):
+    """Weights -> a format that other runtimes load."""
+
+    weights: str | None = Field(None, description=".pt; nothing: this run's train/best.pt")
+    format: Literal["onnx", "torchscript", "openvino", "engine"] = Field("onnx", description="as Ultralytics names it")
+    imgsz: PositiveInt | None = Field(None, description="px; nothing: as trained")
+    dynamic: bool = Field(True, description="accept any batch and image size, where the format can")
+    half: bool = Field(False, description="fp16 weights")
+    overwrite: bool = Field(False, description="export again though the result is there")
+
+
+class Autoscaling(Section):
+    """How many replicas serve."""
+
+    min: PositiveInt = 1
+    max: PositiveInt = 1
+
+
+class ServeConfig(InferenceConfig):
+    """Weights -> an HTTP service."""
+
+    conf: float = Field(0.25, ge=0, le=1, description="default of the query parameter conf")
+    host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")
+    port: PositiveInt = Field(8000, description="TCP port")
+    num_replicas: PositiveInt | Autoscaling = Field(1, description="detector replicas, or {min, max} to follow the load")
+    num_gpus: float = Field(1.0, gt=0, description="share of a GPU a replica takes, when use_gpu holds")
+    num_cpus: float = Field(1.0, gt=0, description="CPUs Ray reserves for a replica")
+    max_batch_size: PositiveInt = Field(16, description="images joined in one forward pass")
+    batch_wait_s: float = Field(0.005, ge=0, description="seconds to wait for a batch to fill")
+    max_queued_requests: PositiveInt = Field(256, description="requests that may wait; more are answered 503")
+    request_timeout_s: PositiveFloat = Field(30, description="seconds until a request is given up")
+    max_image_mb: PositiveFloat = Field(16, description="larger bodies are answered 413")
+    max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
+    api_key_env: str | None = Field(None, description="environment variable with the accepted API keys, comma separated; nothing: open")
+
+
+class RunConfig(Section):
+    """The whole run file."""
+
+    name: str = Field(description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9._-]+$")
+    storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
+    seed: int = Field(0, ge=0, description="of every random choice")
+    prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
+    train: TrainConfig = Field(default_factory=TrainConfig, description="shards -> weights")
+    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="weights -> metrics")
+    predict: PredictConfig = Field(default_factory=PredictConfig, description="weights + images -> detections")
+    export: ExportConfig = Field(default_factory=ExportConfig, description="weights -> ONNX ...")
+    serve: ServeConfig = Field(default_factory=ServeConfig, description="weights -> HTTP service")
+
+    @property
+    def folder(self) -> Folder:
+        """``{storage}/{name}``, where every verb writes."""
+        return Folder.at(self.storage) / self.name

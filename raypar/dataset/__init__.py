@@ -1,0 +1,1 @@
+"""The dataset: rows, shards, manifest, the epoch plan and the stream that runs it."""

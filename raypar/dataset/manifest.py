@@ -1,0 +1,83 @@
+"""What ``prepare`` wrote: splits, shards, row groups, classes, checksums. Lengths are read here, never counted by running Ray Data."""
+
+from __future__ import annotations
+
+from pydantic import BaseModel, ConfigDict
+
+from raypar.storage import Folder
+
+MANIFEST = "manifest.json"
+FORMAT_VERSION = 1
+
+
+class Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Shard(Record):
+    """One Parquet file.
+
+    Attributes:
+        path: relative to the dataset folder, e.g. ``train/00000.parquet``.
+        row_groups: images in each row group, in file order.
+        num_bytes: size of the file.
+        sha256: hex digest of the file.
+    """
+
+    path: str
+    row_groups: tuple[int, ...]
+    num_bytes: int
+    sha256: str
+
+
+class Split(Record):
+    """A split's shards in order, and totals over them."""
+
+    shards: tuple[Shard, ...] = ()
+    num_images: int = 0
+    num_boxes: int = 0
+    num_backgrounds: int = 0  # images without a label
+    boxes_per_class: tuple[int, ...] = ()
+
+
+class Manifest(Record):
+    """The whole dataset. It is written last: where it is, the dataset is complete."""
+
+    format_version: int = FORMAT_VERSION
+    task: str
+    class_names: tuple[str, ...]
+    splits: dict[str, Split]
+    source: str
+    num_rejected: int = 0
+    num_repaired: int = 0
+    seed: int = 0
+    versions: dict[str, str] = {}
+
+    @classmethod
+    def load(cls, dataset: Folder) -> Manifest:
+        """Reads a dataset's manifest.
+
+        Raises:
+            ValueError: there is none, or this raypar cannot read it.
+        """
+        if not dataset.exists(MANIFEST):
+            raise ValueError(f"no dataset in {dataset.uri}: run `raypar prepare` with the same run file first")
+        value = dataset.read_json(MANIFEST)
+        if value.get("format_version") != FORMAT_VERSION:
+            raise ValueError(f"{dataset.uri}/{MANIFEST} has format {value.get('format_version')}, this raypar reads {FORMAT_VERSION}: prepare it again")
+        return cls.model_validate(value)
+
+    def save(self, dataset: Folder) -> None:
+        dataset.write(MANIFEST, self.model_dump_json(indent=2))
+
+    def split(self, name: str) -> Split:
+        """A split that has images.
+
+        Raises:
+            ValueError: it has none.
+        """
+        found = self.splits.get(name)
+        if found is None or not found.num_images:
+            have = ", ".join(k for k, v in self.splits.items() if v.num_images)
+            raise ValueError(f"the dataset has no '{name}' images (it has {have or 'none at all'})")
+        return found

@@ -1,0 +1,33 @@
+"""Columns of a row in a shard: names, dtypes, shapes and units. Pure."""
+
+from __future__ import annotations
+
+import pyarrow as pa
+
+TASKS = ("detect", "segment", "pose", "obb", "classify")
+
+_IMAGE = [
+    pa.field("image_id", pa.string(), nullable=False),  # unique in its split: the source's relative path
+    pa.field("image", pa.binary(), nullable=False),  # encoded bytes (JPEG, PNG, WebP ...), upright
+    pa.field("height", pa.int32(), nullable=False),  # px, of the upright image
+    pa.field("width", pa.int32(), nullable=False),  # px
+]
+_BOXES = [
+    pa.field("class_ids", pa.list_(pa.int32()), nullable=False),  # (N,), 0-based
+    # (4N,) row-major (N, 4): centre x, centre y, width, height over the image's width/height, in [0, 1]
+    pa.field("boxes_xywhn", pa.list_(pa.float32()), nullable=False),
+]
+_POLYGONS = [pa.field("segments_xyn", pa.list_(pa.list_(pa.float32())), nullable=False)]  # N flat polygons x, y, x, y ... in [0, 1]
+_KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]  # (N*K*D,): x, y (, visibility), normalised
+
+
+def row_schema(task: str) -> pa.Schema:
+    """The Arrow schema of a shard for one of ``TASKS``."""
+    columns = {
+        "detect": _BOXES,
+        "segment": _BOXES + _POLYGONS,
+        "obb": _BOXES + _POLYGONS,
+        "pose": _BOXES + _KEYPOINTS,
+        "classify": [pa.field("class_id", pa.int32(), nullable=False)],
+    }
+    return pa.schema(_IMAGE + columns[task])

@@ -1,0 +1,146 @@
+"""Files in a run's storage: a local folder or any store that ``pyarrow.fs`` reaches (``s3://``, ``gs://`` ...).
+
+Runs in: every process. A file appears whole or not at all: local files are written beside their place and renamed,
+object stores show an object only when its upload ends.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import uuid
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, BinaryIO, cast
+
+import pyarrow.fs as pafs
+
+COPY_CHUNK_BYTES = 8 << 20
+
+
+@dataclass(frozen=True)
+class Folder:
+    """A folder in storage. It need not exist: it is made by the first write.
+
+    Attributes:
+        uri: an absolute local path, or a URI with a scheme (``s3://bucket/prefix``).
+    """
+
+    uri: str
+
+    @classmethod
+    def at(cls, uri: str | os.PathLike[str]) -> Folder:
+        """The folder at a URI or a local path; relative paths are made absolute by this process's working directory."""
+        text = str(uri)
+        return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
+
+    def __truediv__(self, name: str) -> Folder:
+        return Folder(f"{self.uri}/{name}")
+
+    def __getstate__(self) -> dict[str, str]:
+        return {"uri": self.uri}  # a cached file system does not travel
+
+    def __setstate__(self, state: dict[str, str]) -> None:
+        object.__setattr__(self, "uri", state["uri"])
+
+    @cached_property
+    def _resolved(self) -> tuple[pafs.FileSystem, str]:
+        if "://" not in self.uri:
+            return pafs.LocalFileSystem(), self.uri
+        fs, path = pafs.FileSystem.from_uri(self.uri)
+        return fs, path
+
+    @property
+    def fs(self) -> pafs.FileSystem:
+        """The pyarrow file system that holds the folder."""
+        return self._resolved[0]
+
+    @property
+    def path(self) -> str:
+        """The folder's path on ``fs``."""
+        return self._resolved[1]
+
+    @property
+    def is_local(self) -> bool:
+        return isinstance(self.fs, pafs.LocalFileSystem)
+
+    def exists(self, name: str = "") -> bool:
+        """Whether a file or folder of that name is there."""
+        return bool(self.fs.get_file_info(self._full(name)).type != pafs.FileType.NotFound)
+
+    def list(self, name: str = "", *, recursive: bool = False) -> list[str]:
+        """Names (relative to this folder, sorted) of the files in a sub-folder; none when it does not exist."""
+        selector = pafs.FileSelector(self._full(name), recursive=recursive, allow_not_found=True)
+        infos = self.fs.get_file_info(selector)
+        prefix = len(self.path.rstrip("/")) + 1
+        return sorted(i.path[prefix:] for i in infos if i.type == pafs.FileType.File)
+
+    def open(self, name: str) -> BinaryIO:
+        """A seekable binary file, for reading (also accepted by pyarrow)."""
+        return cast(BinaryIO, self.fs.open_input_file(self._full(name)))
+
+    def read(self, name: str) -> bytes:
+        with self.open(name) as file:
+            return file.read()
+
+    def read_json(self, name: str) -> Any:
+        return json.loads(self.read(name))
+
+    def write(self, name: str, data: bytes | str) -> None:
+        """Writes a whole file; readers see the old one or the new one."""
+        target, beside = self._full(name), self._beside(name)
+        with self.fs.open_output_stream(beside) as out:
+            out.write(data.encode() if isinstance(data, str) else data)
+        if beside != target:
+            self.fs.move(beside, target)
+
+    def write_json(self, name: str, value: Any) -> None:
+        self.write(name, json.dumps(value, indent=2) + "\n")
+
+    def upload(self, local: str | os.PathLike[str], name: str) -> None:
+        """Copies a local file into the folder; it appears whole."""
+        target, beside = self._full(name), self._beside(name)
+        pafs.copy_files(str(local), beside, source_filesystem=pafs.LocalFileSystem(),
+                        destination_filesystem=self.fs, chunk_size=COPY_CHUNK_BYTES)  # fmt: skip
+        if beside != target:
+            self.fs.move(beside, target)
+
+    def download(self, name: str, local: str | os.PathLike[str]) -> Path:
+        """Copies a file of the folder to a local path and returns the path."""
+        Path(local).parent.mkdir(parents=True, exist_ok=True)
+        pafs.copy_files(self._full(name), str(local), source_filesystem=self.fs,
+                        destination_filesystem=pafs.LocalFileSystem(), chunk_size=COPY_CHUNK_BYTES)  # fmt: skip
+        return Path(local)
+
+    def delete(self, name: str = "") -> None:
+        """Removes a file or a whole sub-folder; nothing happens when it is not there."""
+        info = self.fs.get_file_info(self._full(name))
+        if info.type == pafs.FileType.Directory:
+            self.fs.delete_dir(info.path)
+        elif info.type == pafs.FileType.File:
+            self.fs.delete_file(info.path)
+
+    def check_writable(self) -> None:
+        """Writes and removes a small file.
+
+        Raises:
+            ValueError: the storage cannot be written, with the reason.
+        """
+        name = f".raypar-{uuid.uuid4().hex}"
+        try:
+            self.write(name, b"")
+            self.delete(name)
+        except Exception as error:
+            raise ValueError(f"storage {self.uri} cannot be written: {error}") from error
+
+    def _full(self, name: str) -> str:
+        return f"{self.path}/{name}".rstrip("/") if name else self.path
+
+    def _beside(self, name: str) -> str:
+        target = self._full(name)
+        if not self.is_local:
+            return target
+        parent, _, base = target.rpartition("/")
+        Path(parent).mkdir(parents=True, exist_ok=True)
+        return f"{parent}/.{base}.{uuid.uuid4().hex[:8]}.part"
