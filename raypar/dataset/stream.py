@@ -1,0 +1,235 @@
+"""The plan, run by Ray Data: one long stream of packed batches over many epochs.
+
+Runs in: rank 0 builds a stream, Ray Data tasks read, decode and augment its windows, every training worker takes its own
+batches. An item of the plan is a window; its task yields one block for each (step, rank), in that order. Blocks have one
+row, ``preserve_order`` keeps them in plan order and ``streaming_split`` deals each to the rank with the fewest rows: so rank
+and step follow from the plan. Every batch says what it is, and :func:`batches` refuses one that is out of turn.
+
+Why one stream and not one Ray Data execution an epoch: see ``docs/decisions/0002-one-stream.md``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from raypar.augment import albu
+from raypar.augment.cpu import Labels, Renderer, Source
+from raypar.augment.geometry import Recipe, generator
+from raypar.dataset.manifest import Split
+from raypar.dataset.plan import Item, Plan
+from raypar.images import decode, shrink
+from raypar.storage import Folder
+
+MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
+LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
+COLUMNS = ["image_id", "image", "class_ids", "boxes_xywhn"]
+ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """All that a task must know to make any batch of the run."""
+
+    dataset: Folder
+    groups: tuple[tuple[str, int], ...]  # for each row group of the plan: its shard's path and its number there
+    plan: Plan
+    recipe: Recipe
+    mosaic_epochs: int  # epochs before mosaic is closed
+    albumentations: list[dict[str, Any]] | str | None
+    world_size: int
+
+    @classmethod
+    def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe, *, mosaic_epochs: int,
+           albumentations: list[dict[str, Any]] | str | None, world_size: int) -> StreamSpec:  # fmt: skip
+        groups = tuple((shard.path, i) for shard in split.shards for i in range(len(shard.row_groups)))
+        return cls(dataset, groups, plan, recipe, mosaic_epochs, albumentations, world_size)
+
+    @cached_property
+    def first_rows(self) -> NDArray[np.int64]:
+        """The number within the split of the first row of each row group."""
+        return np.concatenate([[0], np.cumsum(self.plan.row_groups)])[:-1]
+
+    @property
+    def images_per_block(self) -> int:
+        return self.plan.global_batch // self.world_size
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One rank's images of one step.
+
+    Attributes:
+        epoch, step, rank: its place in the plan.
+        images: uint8 (B, 3, S, S), RGB, read-only.
+        class_ids: int32 (M,), over all images.
+        boxes_xywhn: float32 (M, 4), centre x, centre y, width, height over S.
+        image_index: int32 (M,), the image (0 .. B-1) that each box belongs to.
+        rows: int64 (B,), the row within the split that each image shows (of a mosaic: its first tile).
+        num_replaced: rows that could not be decoded, in whose place another one of the window is shown.
+    """
+
+    epoch: int
+    step: int
+    rank: int
+    images: NDArray[np.uint8]
+    class_ids: NDArray[np.int32]
+    boxes_xywhn: NDArray[np.float32]
+    image_index: NDArray[np.int32]
+    rows: NDArray[np.int64]
+    num_replaced: int = 0
+
+    def pack(self) -> pa.Table:
+        """One row of buffers; the image slab is not copied."""
+        head = np.array([self.epoch, self.step, self.rank, self.num_replaced, *self.images.shape], dtype=np.int64)
+        arrays = {"head": head, "images": self.images, "class_ids": self.class_ids,
+                  "boxes_xywhn": self.boxes_xywhn, "image_index": self.image_index, "rows": self.rows}  # fmt: skip
+        return pa.table({name: _one_binary(array) for name, array in arrays.items()})
+
+    @classmethod
+    def unpack(cls, table: pa.Table) -> Batch:
+        """The inverse of :meth:`pack`; arrays are views of the table's memory."""
+        assert table.num_rows == 1, table.num_rows
+
+        def view(name: str, dtype: type) -> NDArray[Any]:
+            return np.frombuffer(table.column(name)[0].as_buffer(), dtype=dtype)
+
+        epoch, step, rank, num_replaced, *shape = (int(x) for x in view("head", np.int64))
+        return cls(epoch, step, rank, view("images", np.uint8).reshape(shape), view("class_ids", np.int32),
+                   view("boxes_xywhn", np.float32).reshape(-1, 4), view("image_index", np.int32), view("rows", np.int64),
+                   num_replaced)  # fmt: skip
+
+
+def _one_binary(array: NDArray[Any]) -> pa.Array:
+    data = pa.py_buffer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])
+
+
+def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
+    """All batches of a window: for each step, for each rank. The whole stream is this function, mapped over the plan's items."""
+    window = spec.plan.window(item.epoch, item.window)
+    rows, sources, num_replaced = _read(spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows))
+    renderer = Renderer(spec.recipe)
+    size, per_block, global_batch = spec.recipe.imgsz, spec.images_per_block, spec.plan.global_batch
+    for step in range(item.skip_steps, len(window.order) // global_batch):
+        for rank in range(spec.world_size):
+            start = step * global_batch + spec.plan.share(rank, spec.world_size).start
+            shown = window.order[start : start + per_block]
+            first_position = window.first_step * global_batch + start
+            rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_block)]
+            images = np.empty((per_block, 3, size, size), np.uint8)
+            labels: Labels = renderer(sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images)
+            yield Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn,
+                        labels.image_index, rows[shown], num_replaced)  # fmt: skip
+            num_replaced = 0  # counted once, by the window's first batch
+
+
+def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) -> tuple[NDArray[np.int64], list[Source], int]:
+    """The window's rows: their numbers within the split, the images with their boxes, and how many had to be replaced."""
+    tables, numbers = [], []
+    for group in groups:
+        path, index = spec.groups[group]
+        with spec.dataset.open(path) as file:
+            tables.append(pq.ParquetFile(file).read_row_group(index, columns=COLUMNS))
+        numbers.append(spec.first_rows[group] + np.arange(tables[-1].num_rows))
+    table, number = pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start), np.concatenate(numbers)[rows]
+    transform = _transform(spec)
+    found = [_source(spec, item, transform, int(n), table, i) for i, n in enumerate(number)]
+    good = [i for i, source in enumerate(found) if source is not None]
+    if not good:
+        raise ValueError(f"no image of the {len(found)} in a window of {spec.dataset.uri} can be decoded: prepare the dataset again")
+    stand_in = {i: good[np.searchsorted(good, i) % len(good)] for i in range(len(found))}  # itself, or the next good one
+    sources = [source for i in range(len(found)) if (source := found[stand_in[i]]) is not None]
+    return number, sources, len(found) - len(good)
+
+
+def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int, table: pa.Table, i: int) -> Source | None:
+    try:
+        image = shrink(decode(table["image"][i].as_buffer()), spec.recipe.imgsz)
+    except ValueError:
+        return None
+    class_ids = table["class_ids"][i].values.to_numpy(zero_copy_only=False)
+    boxes = table["boxes_xywhn"][i].values.to_numpy(zero_copy_only=False).reshape(-1, 4)
+    rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
+    return Source(*transform(image, class_ids, boxes, rng))
+
+
+@lru_cache(maxsize=1)
+def _made(albumentations: str) -> albu.Transform:
+    import json
+
+    return albu.make(json.loads(albumentations))
+
+
+def _transform(spec: StreamSpec) -> albu.Transform:
+    import json
+
+    return _made(json.dumps(spec.albumentations))  # made once a process: it costs milliseconds
+
+
+def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:
+    """A rank's batches from a cursor to the end of the run. Every rank of the worker group must iterate; rank 0 feeds all.
+
+    Raises:
+        RuntimeError: a batch came out of turn (a defect, or a world size that changed under the stream).
+    """
+    import ray.train.collective
+
+    items = spec.plan.items(cursor)
+    due = cursor // spec.plan.global_batch
+    while execution := list(islice(items, MAX_ITEMS)):
+        shards = _start(spec, execution) if rank == 0 else None
+        shard = ray.train.collective.broadcast_from_rank_zero(shards)[rank]
+        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+            batch = Batch.unpack(table)
+            place = divmod(due, spec.plan.steps_per_epoch)
+            if (batch.epoch, batch.step, batch.rank) != (*place, rank):
+                raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
+                                   f"epoch {batch.epoch} step {batch.step} of rank {batch.rank}")  # fmt: skip
+            due += 1
+            yield batch
+
+
+def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
+    """Starts a Ray Data execution over some items and returns one iterator for each rank."""
+    import ray
+    from ray.data import Datasource, ExecutionOptions, ExecutionResources
+    from ray.data.block import BlockMetadata
+    from ray.data.datasource import ReadTask
+
+    spec_ref = ray.put(spec)
+
+    class Windows(Datasource):  # type: ignore[misc]  # Ray Data's reader of windows: one task an item
+        def estimate_inmemory_data_size(self) -> int | None:
+            return None
+
+        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+            unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
+            return [ReadTask(partial(_task, spec_ref, item), unknown) for item in execution]
+
+    look_ahead_bytes = LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
+    dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution))
+    dataset.context.target_max_block_size = 1  # a block is one batch: never joined, never cut
+    dataset.context.execution_options = ExecutionOptions(
+        preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
+    dataset.context.enable_progress_bars = False
+    dataset.context.execution_no_progress_timeout_s = -1  # a long validation is not a hang; collectives have their own limit
+    return list(dataset.streaming_split(spec.world_size, equal=False))
+
+
+def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
+    import cv2
+    import ray
+
+    cv2.setNumThreads(0)  # tasks are the parallelism
+    for batch in render(ray.get(spec_ref), item):
+        yield batch.pack()

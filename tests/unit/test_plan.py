@@ -1,0 +1,93 @@
+"""The epoch plan: every image once an epoch, the same answer everywhere, and nothing but the cursor as state."""
+
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.dataset.plan import Plan, contiguous_share
+
+plans = st.builds(
+    Plan,
+    row_groups=st.lists(st.integers(1, 70), min_size=1, max_size=30).map(tuple),
+    seed=st.integers(0, 2**32),
+    global_batch=st.sampled_from([1, 2, 4, 8, 12, 16]),
+    epochs=st.integers(1, 4),
+    window_images=st.integers(1, 300),
+)
+
+
+def rows_seen(plan: Plan, epoch: int, window: int) -> np.ndarray:
+    """Global row numbers that a window shows, one for each position."""
+    starts = np.concatenate([[0], np.cumsum(plan.row_groups)])
+    w = plan.window(epoch, window)
+    laid = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in w.row_groups])
+    return laid[w.first_row : w.first_row + w.num_rows][w.order]
+
+
+def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
+    return np.concatenate([rows_seen(plan, epoch, w) for w in range(plan.windows_per_epoch)])
+
+
+@given(plans)
+def test_every_epoch_shows_every_image_once_plus_the_top_up(plan: Plan) -> None:
+    for epoch in range(plan.epochs):
+        order = epoch_order(plan, epoch)
+        assert len(order) == plan.positions_per_epoch
+        assert sorted(order[: plan.num_images]) == list(range(plan.num_images))
+        assert 0 <= len(order) - plan.num_images < plan.global_batch
+
+
+@given(plans, st.sampled_from([1, 2, 4]))
+def test_ranks_share_each_step_without_overlap_whatever_the_world_size(plan: Plan, world_size: int) -> None:
+    if plan.global_batch % world_size:
+        return
+    step = np.arange(plan.global_batch)
+    joined = np.concatenate([step[plan.share(r, world_size)] for r in range(world_size)])
+    assert joined.tolist() == step.tolist()
+
+
+@given(plans, st.data())
+def test_a_resumed_plan_is_the_tail_of_the_whole(plan: Plan, data: st.DataObject) -> None:
+    steps = data.draw(st.integers(0, plan.epochs * plan.steps_per_epoch))
+    whole = np.concatenate([epoch_order(plan, e) for e in range(plan.epochs)])
+    tail = [rows_seen(plan, i.epoch, i.window)[i.skip_steps * plan.global_batch :] for i in plan.items(steps * plan.global_batch)]
+    resumed = np.concatenate(tail) if tail else np.empty(0, int)
+    assert resumed.tolist() == whole[steps * plan.global_batch :].tolist()
+
+
+@given(plans)
+@settings(max_examples=30)
+def test_windows_cover_the_steps_and_stay_bounded(plan: Plan) -> None:
+    covered = [s for w in range(plan.windows_per_epoch) for s in plan.steps_of(w)]
+    assert covered == list(range(plan.steps_per_epoch))
+    assert all(len(plan.steps_of(w)) < 2 * plan.steps_per_window for w in range(plan.windows_per_epoch))
+
+
+def test_epochs_and_seeds_differ() -> None:
+    plan = Plan(row_groups=(64,) * 20, seed=0, global_batch=16, epochs=2)
+    other = Plan(row_groups=(64,) * 20, seed=1, global_batch=16, epochs=2)
+    assert epoch_order(plan, 0).tolist() != epoch_order(plan, 1).tolist()
+    assert epoch_order(plan, 0).tolist() != epoch_order(other, 0).tolist()
+
+
+@given(st.integers(0, 500), st.integers(1, 9))
+def test_validation_shares_cover_the_split_in_order(num_images: int, world_size: int) -> None:
+    shares = [i for r in range(world_size) for i in contiguous_share(num_images, r, world_size)]
+    assert shares == list(range(num_images))
+
+
+def test_a_plan_for_ten_million_images_is_small() -> None:
+    tracemalloc.start()
+    began = time.process_time()
+    plan = Plan(row_groups=(64,) * 156_250, seed=0, global_batch=512, epochs=300)
+    last = plan.window(299, plan.windows_per_epoch - 1)
+    seconds, peak = time.process_time() - began, tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert last.num_rows > 0 and len(last.row_groups) < 20
+    assert peak < 100e6, peak
+    assert seconds < 5, seconds  # CPU seconds; well under 1 on an idle machine
