@@ -1,0 +1,59 @@
+# `make demo`, `make test`, `make check` each set up .venv by themselves, and again only when the dependencies changed.
+SHELL := /bin/bash
+# the first Python that is new enough, unless PYTHON=... names one
+PYTHON ?= $(shell for p in python3.13 python3.12 python3.11 python3; do \
+	command -v $$p >/dev/null && $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' && echo $$p && break; done)
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+.PHONY: help demo test test-multinode test-gpu check format bench docs constraints clean
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 26
+
+$(READY): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "error: raypar needs Python 3.11 or newer: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	@touch $@
+
+demo: $(READY)  ## shapes: prepare, train on 2 workers, evaluate, predict, export and one request to the service
+	$(BIN)/python jobs/demo.py
+
+test: $(READY)  ## unit, integration and, where the machine can, multi-node tests
+	$(BIN)/python -m pytest -q -m "not gpu"
+
+test-multinode: $(READY)  ## only the tests with several Ray nodes
+	$(BIN)/python -m pytest -q -m multinode
+
+test-gpu: $(READY)  ## only the tests that need a GPU
+	$(BIN)/python -m pytest -q -m gpu
+
+check: $(READY)  ## ruff, ruff format, mypy --strict
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(READY)  ## rewrite the code as `make check` wants it
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)  ## every speed claim: one line and one ratio each
+	@for script in benchmarks/*.py; do [ -e "$$script" ] || continue; echo "== $$script"; $(BIN)/python "$$script" || exit 1; done
+
+docs: $(READY)  ## docs/run_file.md from the config models
+	$(BIN)/python docs/generate.py
+
+constraints:  ## constraints.txt: the newest versions that pyproject.toml allows, from an empty environment
+	rm -rf .venv-constraints
+	$(PYTHON) -m venv .venv-constraints
+	.venv-constraints/bin/python -m pip install --quiet --upgrade -e '.[dev]'
+	{ grep '^#' constraints.txt; .venv-constraints/bin/python -m pip list --format=freeze --exclude raypar --exclude pip --exclude setuptools \
+		| sed 's/+[A-Za-z0-9.]*$$//'; } > constraints.new
+	mv constraints.new constraints.txt
+	rm -rf .venv-constraints
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
