@@ -1,0 +1,172 @@
+"""``raypar train``: a prepared dataset and a model -> trained weights, on any number of workers.
+
+Runs in: the driver. The work is in :mod:`raypar.train.worker`, one process a rank; checkpoints, metrics and weights lie in
+``{storage}/{name}/train``. A run that was killed goes on from its newest checkpoint when it is started again.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from raypar.config import RunConfig
+from raypar.dataset.manifest import Manifest
+from raypar.storage import Folder
+
+SUMMARY = "summary.json"  # written last: where it is, the training is complete
+SETTINGS = "settings.json"  # what a run must keep to be resumed
+START_ATTEMPTS = 3
+
+
+def check(config: RunConfig) -> None:
+    """All checks that need no cluster: settings, model, dataset.
+
+    Raises:
+        ValueError: with what is wrong and how to mend it.
+    """
+    from raypar.augment import albu
+    from raypar.train.recipe import settings
+
+    settings(config.train.yolo, batch=config.train.batch, seed=config.seed)
+    albu.check(config.train.albumentations)
+    manifest = Manifest.load(config.folder / "dataset")
+    if manifest.task != "detect":
+        raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
+    manifest.split("train"), manifest.split("val")
+    _model(config.train.model)
+
+
+def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
+    """CPUs and GPUs that the workers and at least one Ray Data task take together."""
+    workers = config.train.num_workers
+    return workers * (config.train.cpus_per_worker or 1) + 1, float(workers if use_gpu else 0)
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
+
+    Raises:
+        ValueError: the run's settings differ from those it was begun with.
+        RuntimeError: training failed more often than ``train.max_failures``.
+    """
+    import ray
+    import ray.train.torch
+
+    train, out = config.train, config.folder / "train"
+    if train.overwrite:
+        out.delete()
+    settings = _fingerprint(config)
+    if out.exists(SETTINGS) and (differing := _differing(out.read_json(SETTINGS), settings)):
+        raise ValueError(f"{out.uri} was begun with other settings ({differing}): set them back, choose another name, or add train.overwrite=true")
+    if out.exists(SUMMARY):
+        print(f"train: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
+        summary: dict[str, Any] = out.read_json(SUMMARY)
+        return summary
+    model = _stage(_model(train.model), out)
+    out.write_json(SETTINGS, settings)
+    manifest = Manifest.load(config.folder / "dataset")
+    groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
+    use_gpu = ray.cluster_resources().get("GPU", 0) >= train.num_workers if train.use_gpu == "auto" else train.use_gpu
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / START_ATTEMPTS)
+    trainer = ray.train.torch.TorchTrainer(
+        _train_loop,
+        train_loop_config={
+            "folder": config.folder.uri, "seed": config.seed, "model": model, "train": train.model_dump(mode="json"),
+            "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
+        },  # fmt: skip
+        torch_config=ray.train.torch.TorchConfig(timeout_s=int(train.collective_timeout_s)),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=train.num_workers, use_gpu=use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})}),
+        run_config=ray.train.RunConfig(
+            name="train", storage_path=config.folder.uri,
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=START_ATTEMPTS - 1),
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints)),
+    )  # fmt: skip
+    try:
+        trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(f"training failed: {_cause(error)}; what was saved is in {out.uri}, and the same command goes on from there") from error
+    return _finish(out)
+
+
+def _train_loop(config: dict[str, Any]) -> Any:
+    from raypar.train.worker import train_loop  # here: Ultralytics must be imported after Ray has set the rank
+
+    return train_loop(config)
+
+
+def _finish(out: Folder) -> dict[str, Any]:
+    """Draws the curves, writes the summary and says where everything is."""
+    from raypar.train import pictures
+
+    pictures.curves(out)
+    history = [json.loads(line) for line in out.read("metrics.jsonl").splitlines()]
+    best = max(history, key=lambda line: line.get("fitness", -1.0))
+    summary = {
+        "best_epoch": best["epoch"], "map50": best.get("map50"), "map50_95": best.get("map50_95"), "num_epochs": len(history),
+        "images_seen": history[-1]["images_seen"], "world_size": history[-1]["world_size"], "precision": history[-1]["precision"],
+        "seconds": sum(x["wait_s"] + x["step_s"] + x["validate_s"] for x in history),
+    }  # fmt: skip
+    out.write_json(SUMMARY, summary)
+    print(f"train: best epoch {summary['best_epoch']} of {summary['num_epochs']}: mAP50 {summary['map50']:.3f}, mAP50-95 {summary['map50_95']:.3f}\n"
+          f"train: weights {out.uri}/best.pt, curves results.png, what the model saw batch_*.png", flush=True)  # fmt: skip
+    return summary
+
+
+def _model(name: str) -> str | dict[str, Any]:
+    """A model yaml's content, or the local path of weights.
+
+    Raises:
+        ValueError: it cannot be found or read, or is for another task.
+    """
+    from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
+    from ultralytics.utils.downloads import attempt_download_asset
+
+    try:
+        if name.endswith((".yaml", ".yml")):
+            content: dict[str, Any] = yaml_model_load(name)
+            task = guess_model_task(content)
+        elif "://" in name:
+            parent, _, base = name.rpartition("/")
+            name = str(Folder(parent).download(base, Path("/tmp") / f"raypar-{hashlib.sha256(name.encode()).hexdigest()[:12]}.pt"))
+        if not name.endswith((".yaml", ".yml")):
+            name = str(Path(attempt_download_asset(name)).absolute())
+            task = load_checkpoint(name)[0].task
+    except Exception as error:
+        raise ValueError(f"train.model: {name} cannot be read: {' '.join(str(error).split())[:300]}") from error
+    if task != "detect":
+        raise ValueError(f"train.model: {name} is a model for '{task}', the dataset is for 'detect'")
+    return content if name.endswith((".yaml", ".yml")) else name
+
+
+def _stage(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
+    """Puts weights into storage once, where every node can read them; returns their name there."""
+    if isinstance(model, dict):
+        return model
+    out.upload(model, "init.pt")
+    return "init.pt"
+
+
+def _fingerprint(config: RunConfig) -> dict[str, Any]:
+    """The settings that decide what is computed, and the dataset's checksum."""
+    manifest = (config.folder / "dataset").read("manifest.json")
+    train = config.train
+    return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
+            "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest()}  # fmt: skip
+
+
+def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    return ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in now if before.get(k) != now[k])
+
+
+def _cause(error: Any) -> str:
+    """The first worker's own error, or what the controller says."""
+    failures = getattr(error, "worker_failures", None) or {}
+    for rank, failure in sorted(failures.items()):
+        cause = getattr(failure, "cause", None) or failure
+        return f"worker {rank}: {str(cause).strip().splitlines()[-1]}"
+    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,0 +1,163 @@
+"""The step loop: forward, loss, backward, optimizer, EMA. Ours, with Ultralytics' recipe.
+
+Runs in: every training worker. It starts nothing and reads nothing, so a test can drive it with any batches. It follows
+``BaseTrainer._do_train`` (Ultralytics 8.4.190) number for number, except that reduced precision ends before the loss: boxes
+are decoded and compared in fp32, because bf16 has 8 bits and a box needs more.
+"""
+
+from __future__ import annotations
+
+import math
+import random
+import warnings
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from ultralytics.utils.torch_utils import TORCH_2_13, EarlyStopping, ModelEMA
+
+from raypar.dataset.stream import Batch
+from raypar.train.recipe import Lender
+
+
+def to_tensors(batch: Batch) -> dict[str, Tensor]:
+    """A batch as Ultralytics' losses want it: img uint8 (B, 3, S, S) RGB, cls (M, 1), bboxes (M, 4) xywhn, batch_idx (M,)."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # a view of Ray's shared memory
+        return {
+            "img": torch.from_numpy(batch.images),
+            "cls": torch.from_numpy(batch.class_ids).float().view(-1, 1),
+            "bboxes": torch.from_numpy(batch.boxes_xywhn).clone(),
+            "batch_idx": torch.from_numpy(batch.image_index).float(),
+        }
+
+
+class Loop:
+    """One rank's model, optimizer, schedule and EMA.
+
+    Args:
+        lender: Ultralytics' parts.
+        num_images: in the training split.
+        steps_per_epoch: of the plan.
+        world_size: ranks; above 1 a process group must be up.
+        precision: dtype of forward and backward; master weights are fp32.
+    """
+
+    def __init__(self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1, precision: torch.dtype = torch.float32):
+        self.lender, self.args, self.device = lender, lender.args, lender.device
+        self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
+        self.channels_last = self.device.type == "cuda" or precision != torch.float32
+        if self.channels_last:
+            lender.model.to(memory_format=torch.channels_last)
+        lender.set_class_weights()
+        self.ema = ModelEMA(lender.model)
+        self.model: nn.Module = lender.model
+        if world_size > 1:
+            ids = [self.device.index] if self.device.type == "cuda" else None
+            no_buffers = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
+            self.model = nn.parallel.DistributedDataParallel(lender.model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
+        nominal, batch = self.args.nbs, self.args.batch
+        self.nominal_accumulate = min(max(round(nominal / batch), 1), steps_per_epoch * self.args.epochs)
+        self.accumulate = self.nominal_accumulate
+        self.optimizer = lender.build_optimizer(
+            model=lender.model, name=self.args.optimizer, lr=self.args.lr0, momentum=self.args.momentum,
+            decay=self.args.weight_decay * batch * max(round(nominal / batch), 1) / nominal,
+            iterations=math.ceil(num_images / max(batch, nominal)) * self.args.epochs)  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+        self.stopper = EarlyStopping(patience=self.args.patience)
+        warmup_epochs = min(self.args.warmup_epochs, max(self.args.epochs - 1, 0))
+        self.warmup_steps = round(warmup_epochs * steps_per_epoch)
+        for group in self.optimizer.param_groups:
+            group.setdefault("initial_lr", group["lr"])
+        self.last_optimizer_step = -1
+        self.best_fitness: float | None = None
+
+    def learning_rate_factor(self, epoch: int) -> float:
+        """Share of the initial learning rate in an epoch: linear, or cosine with ``cos_lr``."""
+        lrf, epochs = self.args.lrf, self.args.epochs
+        if self.args.cos_lr:  # ultralytics.utils.torch_utils.one_cycle(1, lrf, epochs)
+            return max((1 - math.cos(epoch * math.pi / epochs)) / 2, 0) * (lrf - 1) + 1
+        return max(1 - epoch / epochs, 0) * (1.0 - lrf) + lrf
+
+    def start_epoch(self) -> None:
+        """Puts the model into training mode, with batch-norm statistics of frozen layers held."""
+        self.model.train()
+        for name, module in self.lender.model.named_modules():
+            if isinstance(module, nn.BatchNorm2d) and any(x in name for x in self.lender.freeze_layer_names):
+                module.eval()
+
+    def step(self, batch: dict[str, Tensor], global_step: int) -> dict[str, Tensor]:
+        """One global step on this rank's share of it.
+
+        Args:
+            batch: see :func:`to_tensors`.
+            global_step: counted from the start of the run.
+
+        Returns:
+            The loss' parts, detached, on the device, as means over this rank's images.
+        """
+        self._schedule(global_step)
+        is_update = global_step - self.last_optimizer_step >= self.accumulate
+        with nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
+            if self.args.multi_scale:
+                random.seed(f"{self.args.seed}:{global_step}")  # Ultralytics draws the size from here: alike on every rank
+            batch = self.lender.preprocess_batch(dict(batch))
+            images = batch["img"].to(memory_format=torch.channels_last) if self.channels_last else batch["img"]
+            with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
+                predictions = self.model(images)
+            loss, parts = self.lender.model.loss(batch, _float(predictions))
+            # The loss is a sum over this rank's images. DDP takes the mean over ranks: undo that, as Ultralytics does.
+            self.scaler.scale(loss.sum() * self.world_size).backward()
+        if is_update:
+            self._update(global_step)
+        return {name: value.detach() for name, value in parts.items()}
+
+    def end_epoch(self) -> None:
+        """What Ultralytics does after an epoch's last step."""
+        criterion = getattr(self.lender.model, "criterion", None)
+        if hasattr(criterion, "update"):
+            criterion.update()
+        self.ema.update_attr(self.lender.model, include=["yaml", "nc", "args", "names", "stride", "class_weights"])
+        if self.world_size > 1:  # batch-norm statistics are rank 0's, as in Ultralytics
+            for buffer in self.ema.ema.buffers():
+                dist.broadcast(buffer, src=0)
+
+    def learning_rates(self) -> dict[str, float]:
+        return {f"lr/pg{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
+
+    def _schedule(self, global_step: int) -> None:
+        epoch, warmup = global_step // self.steps_per_epoch, self.warmup_steps
+        factor = self.learning_rate_factor(epoch)
+        for group in self.optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * factor
+        if not warmup or global_step > warmup:
+            return
+        self.accumulate = max(1, int(np.interp(global_step, [0, warmup], [1, self.nominal_accumulate]).round()))
+        for group in self.optimizer.param_groups:  # bias lr falls from warmup_bias_lr, all others rise from 0
+            start = self.args.warmup_bias_lr if group.get("param_group") == "bias" else 0.0
+            group["lr"] = float(np.interp(global_step, [0, warmup], [start, group["initial_lr"] * factor]))
+            if "momentum" in group:
+                group["momentum"] = float(np.interp(global_step, [0, warmup], [self.args.warmup_momentum, self.args.momentum]))
+
+    def _update(self, global_step: int) -> None:
+        self.scaler.unscale_(self.optimizer)
+        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad()
+        self.ema.update(self.lender.model)
+        self.last_optimizer_step = global_step
+
+
+def _float(value: Any) -> Any:
+    """Every floating tensor in a nest of dicts, lists and tuples, as fp32."""
+    if isinstance(value, Tensor):
+        return value.float() if value.is_floating_point() else value
+    if isinstance(value, dict):
+        return {k: _float(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_float(v) for v in value)
+    return value

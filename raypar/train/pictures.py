@@ -1,0 +1,75 @@
+"""What a training leaves for people: contact sheets of what the model sees, curves, tables.
+
+Runs in: training worker rank 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from raypar.boxes import xywhn_to_xyxy
+from raypar.dataset.plan import Plan
+from raypar.dataset.stream import Batch
+from raypar.draw import boxes_on, contact_sheet
+from raypar.images import encode_png
+from raypar.storage import Folder
+
+SHEETS = 3  # steps shown at the start and after mosaic closes
+# Columns of results.csv as Ultralytics names them, so that its plots and its users' scripts read ours.
+ULTRALYTICS_NAMES = {
+    "precision": "metrics/precision(B)", "recall": "metrics/recall(B)", "map50": "metrics/mAP50(B)", "map50_95": "metrics/mAP50-95(B)",
+}  # fmt: skip
+
+
+def wants(batch: Batch, plan: Plan, mosaic_epochs: int) -> bool:
+    """Whether a contact sheet is made of this batch: the first steps of the run, and the first ones without mosaic."""
+    return batch.step < min(SHEETS, plan.steps_per_epoch) and batch.epoch in {0, mosaic_epochs}
+
+
+def training_batch(out: Folder, batch: Batch, class_names: list[str], step: int) -> None:
+    """Writes ``batch_{step}.png``: up to 16 images exactly as the model gets them, boxes drawn."""
+    sheet = []
+    for i in range(min(16, len(batch.images))):
+        image = np.ascontiguousarray(batch.images[i].transpose(1, 2, 0))
+        mine = batch.image_index == i
+        boxes = xywhn_to_xyxy(batch.boxes_xywhn[mine], (image.shape[0], image.shape[1]))
+        sheet.append(boxes_on(image, boxes, batch.class_ids[mine], class_names))
+    out.write(f"batch_{step}.png", encode_png(contact_sheet(sheet)))
+
+
+def tables(out: Folder, history: list[dict[str, Any]]) -> None:
+    """Writes ``metrics.jsonl`` and ``results.csv`` anew, so that a resumed run has no line twice."""
+    out.write("metrics.jsonl", "".join(json.dumps(line) + "\n" for line in history))
+    rows = [_row(history, i) for i in range(len(history))]
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(dict.fromkeys(k for row in rows for k in row)), restval="0")
+    writer.writeheader()
+    writer.writerows(rows)
+    out.write("results.csv", text.getvalue())
+
+
+def curves(out: Folder) -> None:
+    """Writes ``results.png``, Ultralytics' own plot of ``results.csv``."""
+    from ultralytics.utils.plotting import plot_results
+
+    with tempfile.TemporaryDirectory() as folder:
+        out.download("results.csv", Path(folder) / "results.csv")
+        plot_results(file=str(Path(folder) / "results.csv"))
+        if (Path(folder) / "results.png").exists():
+            out.upload(Path(folder) / "results.png", "results.png")
+
+
+def _row(history: list[dict[str, Any]], i: int) -> dict[str, Any]:
+    line = history[i]
+    seconds = sum(x["wait_s"] + x["step_s"] + x["validate_s"] for x in history[: i + 1])
+    picked = {k: line[k] for k in line if k.startswith("train/")}
+    picked |= {name: line[k] for k, name in ULTRALYTICS_NAMES.items() if k in line}
+    picked |= {k: line[k] for k in line if k.startswith(("val/", "lr/"))}
+    return {"epoch": line["epoch"], "time": round(seconds, 3), **{k: round(v, 5) for k, v in picked.items()}}

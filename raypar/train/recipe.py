@@ -1,0 +1,130 @@
+"""What comes from Ultralytics: model, loss, optimizer, settings, and the ``.pt`` format.
+
+Runs in: every training worker; :func:`settings` on the driver too. Ultralytics' trainer object is built but its loop is never
+started: it only lends its methods (see ``docs/decisions/0001-own-loop.md``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import io
+import tempfile
+from copy import deepcopy
+from datetime import UTC, datetime
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from ultralytics import __version__ as ultralytics_version
+from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.utils.torch_utils import init_seeds
+
+from raypar.dataset.manifest import Manifest
+
+# Settings of Ultralytics that this version cannot honour: better refused than ignored.
+NOT_YET = {
+    "time": "raypar trains whole epochs",
+    "fraction": "prepare a smaller dataset",
+    "compile": "the model is trained uncompiled",
+    "distill_model": "distillation is not supported",
+    "profile": "profile with Ultralytics",
+    "quantize": "quantisation-aware training is not supported",
+}
+
+
+def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
+    """Ultralytics' whole settings: its defaults, the user's ``train.yolo``, and what raypar decides.
+
+    Raises:
+        ValueError: an unknown setting (with the nearest name), a value of the wrong type, or one that raypar cannot honour.
+    """
+    for key, value in yolo.items():
+        if key not in DEFAULT_CFG_DICT:
+            near = difflib.get_close_matches(key, DEFAULT_CFG_DICT, n=1)
+            raise ValueError(f"train.yolo.{key}: Ultralytics has no such setting" + (f"; did you mean '{near[0]}'?" if near else ""))
+        if key in NOT_YET and value not in (None, False, DEFAULT_CFG_DICT[key]):
+            raise ValueError(f"train.yolo.{key}={value!r} is not supported: {NOT_YET[key]}")
+    try:
+        args = get_cfg(overrides={**yolo, **owned})
+    except (TypeError, ValueError, SyntaxError) as error:
+        raise ValueError(f"train.yolo: {' '.join(str(error).split())}") from error
+    if args.epochs < 1:
+        raise ValueError(f"train.yolo.epochs={args.epochs}: at least 1 is needed")
+    return args
+
+
+class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
+    """Ultralytics' detection trainer, for its methods only: ``train()`` is never called.
+
+    Args:
+        yolo: the user's settings.
+        model: a model yaml's name or content, or a local ``.pt``.
+        manifest: of the dataset.
+        batch: images a step over all workers.
+        seed: of the run; every rank builds the same weights from it.
+        device: where the model goes.
+    """
+
+    def __init__(self, yolo: dict[str, Any], *, model: str | dict[str, Any], manifest: Manifest, batch: int, seed: int, device: torch.device):
+        self.manifest = manifest
+        name = model if isinstance(model, str) else model.get("yaml_file", "yolov8n.yaml")
+        save_dir = tempfile.mkdtemp(prefix="raypar-")
+        args = settings(yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task)
+        super().__init__(overrides=vars(args))
+        self.device = device
+        init_seeds(seed, deterministic=self.args.deterministic)
+        if isinstance(model, dict):
+            self.model = self.get_model(cfg=model, weights=None, verbose=False)
+        else:
+            self.setup_model()
+        self.model.to(device)
+        self.set_model_attributes()
+        self.stride = max(int(self.model.stride.max()), 32)
+        self._freeze()
+
+    def run_callbacks(self, event: str) -> None:
+        """None of Ultralytics' callbacks run: its loggers would start once a worker."""
+
+    def get_dataset(self) -> dict[str, Any]:
+        names = dict(enumerate(["item"] if self.args.single_cls else self.manifest.class_names))
+        return {"train": "", "val": "", "names": names, "nc": len(names), "channels": 3}
+
+    def get_class_counts(self) -> Any:
+        counts = np.asarray(self.manifest.split("train").boxes_per_class, np.float32)
+        return counts.sum(keepdims=True) if self.args.single_cls else counts
+
+    def _freeze(self) -> None:
+        """Marks the frozen layers as Ultralytics' ``_setup_train`` does (8.4.190)."""
+        freeze = self.args.freeze
+        layers = freeze if isinstance(freeze, list) else range(freeze) if isinstance(freeze, int) else []
+        self.freeze_layer_names = [f"model.{x}." for x in layers] + [".dfl"]
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad = parameter.dtype.is_floating_point and not any(x in name for x in self.freeze_layer_names)
+        if not any(p.requires_grad for p in self.model.parameters()):
+            raise ValueError(f"train.yolo.freeze={freeze} leaves nothing to train")
+
+
+def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, metrics: dict[str, float]) -> bytes:
+    """``best.pt`` / ``last.pt`` as Ultralytics' own trainer leaves them: fp16 EMA weights that ``ultralytics.YOLO`` loads and runs.
+
+    The format is that of ``BaseTrainer.save_model`` followed by ``strip_optimizer`` (8.4.190).
+    """
+    model = deepcopy(ema).half().to(memory_format=torch.contiguous_format)
+    model.criterion = None
+    for parameter in model.parameters():
+        parameter.requires_grad = False
+    for value in model.state_dict().values():
+        if value.is_floating_point():
+            torch.nan_to_num_(value)
+    train_args = {k: v for k, v in vars(args).items() if k not in {"save_dir", "device"}}
+    model.args = {k: train_args[k] for k in train_args if k in DEFAULT_CFG_DICT}
+    buffer = io.BytesIO()
+    torch.save(
+        {"epoch": -1, "best_fitness": None, "model": model, "ema": None, "updates": None, "optimizer": None, "scaler": None,
+         "train_args": train_args, "train_metrics": metrics, "trained_epochs": epoch + 1, "date": datetime.now(UTC).isoformat(),
+         "version": ultralytics_version, "license": "AGPL-3.0 (https://ultralytics.com/license)", "docs": "https://docs.ultralytics.com"},
+        buffer,
+    )  # fmt: skip
+    return buffer.getvalue()
