@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.utils.torch_utils import TORCH_2_13, EarlyStopping, ModelEMA
 
-from raypar.dataset.stream import Batch
+from raypar.dataset.batch import Batch
 from raypar.train.recipe import Lender
 
 

@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from raypar.boxes import xywhn_to_xyxy
+from raypar.dataset.batch import Batch
 from raypar.dataset.plan import Plan
-from raypar.dataset.stream import Batch
 from raypar.draw import boxes_on, contact_sheet
 from raypar.images import encode_png
 from raypar.storage import Folder

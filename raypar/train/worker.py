@@ -18,9 +18,10 @@ import ultralytics.utils
 from torch import Tensor
 
 from raypar.augment.geometry import Recipe
+from raypar.dataset.batch import Batch
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
-from raypar.dataset.stream import Batch, StreamSpec, batches
+from raypar.dataset.stream import StreamSpec, batches
 from raypar.precision import pick_precision
 from raypar.storage import Folder
 from raypar.train import checkpoint, pictures
