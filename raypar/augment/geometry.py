@@ -1,0 +1,266 @@
+"""Which source pixel lands where: mosaic, affine, flip, mix-up, cut-mix; and the boxes with it. Pure NumPy.
+
+The draws and their meaning are Ultralytics' (``ultralytics/data/augment.py``, 8.4.190: v8_transforms), but each image has a
+generator of its own, keyed by (seed, epoch, position), and every effect always takes its draws: switching one on or off
+leaves the others as they were.
+
+Letters: S is the output's side in px, N boxes of an image. Points are (x, y), maps 3x3 float64. As in Ultralytics one map moves
+both the indices of pixels and the corners of boxes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+MIN_SIDE_PX, MAX_ASPECT, MIN_AREA_LEFT = 2, 100, 0.1  # box_candidates of RandomPerspective
+CUT_AREAS, MIN_AREA_IN_CUT = 3, 0.1  # CutMix
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How strongly to augment: Ultralytics' settings of the same names. The defaults switch everything off."""
+
+    imgsz: int
+    mosaic: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    degrees: float = 0.0
+    translate: float = 0.0
+    scale: float | tuple[float, float] = 0.0
+    shear: float = 0.0
+    perspective: float = 0.0
+    hsv_h: float = 0.0
+    hsv_s: float = 0.0
+    hsv_v: float = 0.0
+    fliplr: float = 0.0
+    flipud: float = 0.0
+    bgr: float = 0.0
+
+    @classmethod
+    def from_yolo(cls, args: Mapping[str, Any]) -> Recipe:
+        """The recipe in Ultralytics' whole settings."""
+        values = {f.name: args[f.name] for f in fields(cls)}
+        scale = values["scale"]
+        return cls(**values | {"scale": tuple(scale) if isinstance(scale, list | tuple) else float(scale)})
+
+    @property
+    def is_axis_aligned(self) -> bool:
+        """Whether every map is only scale, shift and flip, as by default."""
+        return not (self.degrees or self.shear or self.perspective)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One image, or four in a mosaic, under one map.
+
+    Attributes:
+        indices: the sources: one, or the four tiles (top left, top right, bottom left, bottom right).
+        centre: (x, y), where the tiles meet on the 2S x 2S canvas; None without mosaic.
+        perspective: (2,) terms of the map's last row.
+        angle: degrees, counter-clockwise.
+        scale: factor.
+        shear: (2,) degrees, in x and y.
+        shift: (2,) where the canvas' centre lands, as a share of S.
+    """
+
+    indices: tuple[int, ...]
+    centre: tuple[int, int] | None
+    perspective: tuple[float, float]
+    angle: float
+    scale: float
+    shear: tuple[float, float]
+    shift: tuple[float, float]
+
+    def matrix(self, canvas_hw: tuple[int, int], size: int) -> Floats:
+        """Canvas -> output, before flips: translation * shear * rotation and scale * perspective * centring."""
+        height, width = canvas_hw
+        centre, perspective, rotation, shear, shift = (np.eye(3) for _ in range(5))
+        centre[:2, 2] = -width / 2, -height / 2
+        perspective[2, :2] = self.perspective
+        cos, sin = (self.scale * f(math.radians(self.angle)) for f in (math.cos, math.sin))
+        rotation[:2, :2] = [[cos, sin], [-sin, cos]]  # cv2.getRotationMatrix2D about the origin
+        shear[0, 1], shear[1, 0] = (math.tan(math.radians(s)) for s in self.shear)
+        shift[:2, 2] = self.shift[0] * size, self.shift[1] * size
+        return shift @ shear @ rotation @ perspective @ centre
+
+
+@dataclass(frozen=True)
+class Sample:
+    """All that is random about one output image.
+
+    Attributes:
+        layer: the image itself.
+        mixed: a second layer to blend in, and the share of the first.
+        cut: a second layer to cut a rectangle from, the candidate rectangles float64 (3, 4) in px, and which one to take (0..1).
+        gains: float64 (3,), of hue (in turns of 180 degrees), saturation and value.
+        flip: (left-right, up-down).
+        swap: whether red and blue change places.
+    """
+
+    layer: Layer
+    mixed: tuple[Layer, float] | None
+    cut: tuple[Layer, Floats, float] | None
+    gains: Floats
+    flip: tuple[bool, bool]
+    swap: bool
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A source's place on the canvas.
+
+    Attributes:
+        index: of the source.
+        hw: the source's height and width, px, when its longer side is S.
+        origin: (x, y) of its upper left corner on the canvas; may be negative.
+        rect: (x0, y0, x1, y1), the part of the canvas that it covers.
+    """
+
+    index: int
+    hw: tuple[int, int]
+    origin: tuple[int, int]
+    rect: tuple[int, int, int, int]
+
+
+def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
+    """A stream of random numbers of its own for each (seed, epoch, position)."""
+    return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, position]))
+
+
+def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int, *, mosaic_on: bool) -> Sample:
+    """Draws everything about the output image that shows source ``index`` of a window."""
+    uniform, other = rng.random((4, 12)), rng.integers(num_sources, size=(3, 4))
+    choice = uniform[3]
+    layer = _layer(recipe, uniform[0], (index, *other[0, :3]), mosaic_on)
+    mixed = cut = None
+    if choice[0] < recipe.mixup:
+        mixed = _layer(recipe, uniform[1], tuple(other[1]), mosaic_on), float(rng.beta(32.0, 32.0))
+    if choice[1] < recipe.cutmix:
+        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), _cut_areas(recipe.imgsz, rng), float(choice[2])
+    gains = (choice[3:6] * 2 - 1) * [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
+    return Sample(layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr))
+
+
+def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -> Layer:
+    def within(x: float, low: float, high: float) -> float:
+        return float(low + x * (high - low))
+
+    is_mosaic = mosaic_on and u[0] < recipe.mosaic
+    half = recipe.imgsz // 2
+    centre = int(within(u[1], half, 2 * recipe.imgsz - half)), int(within(u[2], half, 2 * recipe.imgsz - half))
+    low, high = recipe.scale if isinstance(recipe.scale, tuple) else (1 - recipe.scale, 1 + recipe.scale)
+    return Layer(
+        tuple(int(i) for i in indices) if is_mosaic else (int(indices[0]),),
+        centre if is_mosaic else None,
+        (within(u[3], -recipe.perspective, recipe.perspective), within(u[4], -recipe.perspective, recipe.perspective)),
+        within(u[5], -recipe.degrees, recipe.degrees),
+        within(u[6], low, high),
+        (within(u[7], -recipe.shear, recipe.shear), within(u[8], -recipe.shear, recipe.shear)),
+        (within(u[9], 0.5 - recipe.translate, 0.5 + recipe.translate), within(u[10], 0.5 - recipe.translate, 0.5 + recipe.translate)),
+    )
+
+
+def _cut_areas(size: int, rng: np.random.Generator) -> Floats:
+    """CutMix's candidate rectangles: float64 (3, 4), x0, y0, x1, y1 in px."""
+    cut = (size * np.sqrt(1.0 - rng.beta(1.0, 1.0, CUT_AREAS))).astype(np.int64) // 2
+    x, y = rng.integers(size, size=(2, CUT_AREAS))
+    return np.clip(np.stack([x - cut, y - cut, x + cut, y + cut], 1), 0, size).astype(np.float64)
+
+
+def resized_hw(image_hw: tuple[int, int], size: int) -> tuple[int, int]:
+    """Height and width of an image whose longer side is brought to S (BaseDataset.load_image)."""
+    height, width = image_hw
+    ratio = size / max(height, width)
+    return (height, width) if ratio == 1 else (min(math.ceil(height * ratio), size), min(math.ceil(width * ratio), size))
+
+
+def layout(layer: Layer, image_hws: Sequence[tuple[int, int]], size: int) -> tuple[list[Tile], tuple[int, int]]:
+    """Places a layer's sources on its canvas: the tiles, and the canvas' height and width.
+
+    Args:
+        layer: to place.
+        image_hws: of its sources, in the order of ``layer.indices``, any size.
+        size: S.
+    """
+    hws = [resized_hw(hw, size) for hw in image_hws]
+    if layer.centre is None:
+        height, width = hws[0]
+        return [Tile(layer.indices[0], hws[0], (0, 0), (0, 0, width, height))], hws[0]
+    (xc, yc), tiles = layer.centre, []
+    for i, (height, width) in enumerate(hws):
+        left, top = (xc - width, xc)[i % 2], (yc - height, yc)[i // 2]
+        rect = max(left, 0), max(top, 0), min(left + width, 2 * size), min(top + height, 2 * size)
+        tiles.append(Tile(layer.indices[i], (height, width), (left, top), rect))
+    return tiles, (2 * size, 2 * size)
+
+
+def move_boxes(layer: Layer, tiles: Sequence[Tile], canvas_hw: tuple[int, int], labels: Sequence[tuple[NDArray[np.int32], NDArray[np.float32]]],
+               size: int) -> tuple[NDArray[np.int32], Floats]:  # fmt: skip
+    """The layer's boxes in the output, before flips; those that are cut off too far are dropped, as in Ultralytics.
+
+    Args:
+        layer: whose map to apply.
+        tiles: of :func:`layout`.
+        canvas_hw: of :func:`layout`.
+        labels: for each tile class_ids int32 (N,) and boxes_xywhn float32 (N, 4), over the source's width and height.
+        size: S.
+
+    Returns:
+        class_ids int32 (M,), and boxes_xyxy float64 (M, 4), px of the output.
+    """
+    class_ids = np.concatenate([c for c, _ in labels]).astype(np.int32)
+    if not len(class_ids):
+        return class_ids, np.empty((0, 4))
+    placed = []
+    for tile, (_, boxes) in zip(tiles, labels, strict=True):
+        wh = np.array(tile.hw[::-1], np.float64)
+        centre, half = boxes[:, :2] * wh + tile.origin, boxes[:, 2:] * wh / 2
+        placed.append(np.concatenate([centre - half, centre + half], 1))
+    before = np.concatenate(placed)
+    if layer.centre is not None:
+        before = np.clip(before, 0, np.tile(canvas_hw[::-1], 2))
+        keep = (before[:, 2:] > before[:, :2]).all(1)
+        class_ids, before = class_ids[keep], before[keep]
+    after = _hull(before, layer.matrix(canvas_hw, size)).clip(0, size)
+    wh_before, wh = (before[:, 2:] - before[:, :2]) * layer.scale, after[:, 2:] - after[:, :2]
+    aspect = np.maximum(wh[:, 0] / (wh[:, 1] + 1e-16), wh[:, 1] / (wh[:, 0] + 1e-16))
+    keep = (wh > MIN_SIDE_PX).all(1) & (wh.prod(1) / (wh_before.prod(1) + 1e-16) > MIN_AREA_LEFT) & (aspect < MAX_ASPECT)
+    return class_ids[keep], after[keep]
+
+
+def _hull(boxes_xyxy: Floats, matrix: Floats) -> Floats:
+    """The upright boxes around mapped ones: float64 (N, 4)."""
+    x0, y0, x1, y1 = boxes_xyxy.T
+    corners = np.stack([[x0, x1, x0, x1], [y0, y1, y1, y0], np.ones((4, len(boxes_xyxy)))])  # (3, 4, N)
+    x, y, w = np.einsum("ij,jkn->ikn", matrix, corners)
+    x, y = x / w, y / w
+    return np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], 1)
+
+
+def choose_cut(areas: Floats, pick: float, boxes: Floats, other_boxes: Floats) -> tuple[Floats, NDArray[np.intp]] | None:
+    """CutMix's rectangle and the other layer's boxes that come with it.
+
+    Returns:
+        The rectangle float64 (4,) in px and the indices of the boxes that lie in it by a tenth or more; None when no rectangle
+        is free of the image's own boxes, or none of the other's boxes would come along.
+    """
+    free = np.flatnonzero(_share_inside(areas, boxes).sum(1) <= 0)
+    if not len(free):
+        return None
+    area = areas[free[int(pick * len(free))]]
+    inside = np.flatnonzero(_share_inside(area[None], other_boxes)[0] >= MIN_AREA_IN_CUT)
+    return (area, inside) if len(inside) else None
+
+
+def _share_inside(areas: Floats, boxes: Floats) -> Floats:
+    """For each area and box, the share of the box' surface that lies in the area: float64 (A, N)."""
+    low, high = np.maximum(areas[:, None, :2], boxes[None, :, :2]), np.minimum(areas[:, None, 2:], boxes[None, :, 2:])
+    surface = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    return np.clip(high - low, 0, None).prod(2) / (surface + 1e-7)

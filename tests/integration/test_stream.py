@@ -1,0 +1,133 @@
+"""The stream through Ray: every rank gets what the plan says, once each, byte for byte, from any cursor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+import raypar.prepare
+from raypar.augment.geometry import Recipe
+from raypar.config import RunConfig
+from raypar.dataset.batch import Batch
+from raypar.dataset.manifest import Manifest
+from raypar.dataset.plan import Plan
+from raypar.dataset.stream import StreamSpec, render
+
+EPOCHS, GLOBAL_BATCH = 3, 8
+pytestmark = pytest.mark.usefixtures("ray_4_cpus")
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory, ray_4_cpus: None) -> RunConfig:
+    config = RunConfig.model_validate(
+        {
+            "name": "stream",
+            "storage": str(tmp_path_factory.mktemp("runs")),
+            "prepare": {"format": "shapes", "shapes": {"train": 45, "val": 4, "height": 48, "width": 64}, "rows_per_group": 6},
+        }
+    )
+    raypar.prepare.run(config)
+    return config
+
+
+def make_spec(config: RunConfig, world_size: int, window_images: int = 16) -> StreamSpec:
+    folder = config.folder / "dataset"
+    split = Manifest.load(folder).split("train")
+    groups = tuple(n for shard in split.shards for n in shard.row_groups)
+    plan = Plan(groups, seed=1, global_batch=GLOBAL_BATCH, epochs=EPOCHS, window_images=window_images)
+    return StreamSpec.of(folder, split, plan, Recipe(imgsz=64), mosaic_epochs=2, albumentations=None, world_size=world_size)
+
+
+def whole(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
+    """The whole stream, rendered in this process."""
+    return [batch for item in spec.plan.items(cursor) for batch in render(spec, item)]
+
+
+def through_ray(spec: StreamSpec, cursor: int, storage: Path) -> list[list[dict[str, Any]]]:
+    """For each rank, the batches that its training worker was dealt."""
+    import ray.train
+    import ray.train.torch
+
+    def train_loop(config: dict[str, Any]) -> Any:
+        import zlib
+
+        import torch.distributed as dist
+
+        from raypar.dataset.stream import batches
+
+        rank = ray.train.get_context().get_world_rank()
+        mine = [
+            {"epoch": b.epoch, "step": b.step, "rows": b.rows.tolist(), "crc": zlib.crc32(b.pack().column("images")[0].as_buffer())}
+            for b in batches(config["spec"], rank, config["cursor"])
+        ]
+        every: list[Any] = [mine]
+        if dist.is_initialized() and dist.get_world_size() > 1:
+            every = [None] * dist.get_world_size()
+            dist.all_gather_object(every, mine)
+        return every if rank == 0 else None
+
+    result = ray.train.torch.TorchTrainer(
+        train_loop,
+        train_loop_config={"spec": spec, "cursor": cursor},
+        scaling_config=ray.train.ScalingConfig(num_workers=spec.world_size),
+        run_config=ray.train.RunConfig(storage_path=str(storage)),
+    ).fit()
+    return result.return_value
+
+
+def crc(batch: Batch) -> int:
+    import zlib
+
+    return zlib.crc32(batch.pack().column("images")[0].as_buffer())
+
+
+def test_two_ranks_see_the_split_once_an_epoch_exactly_as_planned(dataset: RunConfig, tmp_path: Path) -> None:
+    spec = make_spec(dataset, world_size=2)
+    dealt = through_ray(spec, 0, tmp_path)
+    expected = whole(spec)
+    assert len(dealt) == 2
+    for rank in range(2):
+        planned = [b for b in expected if b.rank == rank]
+        assert [(b["epoch"], b["step"], b["rows"], b["crc"]) for b in dealt[rank]] == [(b.epoch, b.step, b.rows.tolist(), crc(b)) for b in planned]
+    for epoch in range(EPOCHS):
+        steps = [[b["rows"] for b in dealt[rank] if b["epoch"] == epoch] for rank in range(2)]
+        rows = np.concatenate([np.concatenate([*pair]) for pair in zip(*steps, strict=True)])
+        assert sorted(rows[:45]) == list(range(45))
+        assert len(rows) == 48
+
+
+def test_a_stream_from_a_cursor_is_the_tail_of_the_whole(dataset: RunConfig, tmp_path: Path) -> None:
+    spec = make_spec(dataset, world_size=1)
+    cursor = GLOBAL_BATCH * (spec.plan.steps_per_epoch + 3)  # in the middle of the second epoch's second window
+    (dealt,) = through_ray(spec, cursor, tmp_path)
+    tail = whole(spec)[cursor // GLOBAL_BATCH :]
+    assert [(b["epoch"], b["step"], b["crc"]) for b in dealt] == [(b.epoch, b.step, crc(b)) for b in tail]
+
+
+@pytest.mark.parametrize("world_size", [2, 4])
+def test_any_number_of_workers_sees_the_same_global_batches(dataset: RunConfig, world_size: int) -> None:
+    alone, shared = whole(make_spec(dataset, 1)), whole(make_spec(dataset, world_size))
+    for step, one in enumerate(alone):
+        parts = shared[step * world_size : (step + 1) * world_size]
+        assert np.array_equal(one.images, np.concatenate([p.images for p in parts]))
+        assert np.array_equal(one.boxes_xywhn, np.concatenate([p.boxes_xywhn for p in parts]))
+        assert np.array_equal(one.class_ids, np.concatenate([p.class_ids for p in parts]))
+
+
+def test_a_batch_survives_packing(dataset: RunConfig) -> None:
+    spec = make_spec(dataset, 1)
+    batch = next(render(spec, next(spec.plan.items())))
+    again = Batch.unpack(batch.pack())
+    assert (again.epoch, again.step, again.rank) == (batch.epoch, batch.step, batch.rank)
+    for name in ("images", "class_ids", "boxes_xywhn", "image_index", "rows"):
+        assert np.array_equal(getattr(again, name), getattr(batch, name)), name
+
+
+def test_epochs_are_augmented_differently_and_mosaic_closes(dataset: RunConfig) -> None:
+    spec = make_spec(dataset, 1)
+    first, last = whole(spec)[0], whole(spec)[-spec.plan.steps_per_epoch]
+    assert crc(first) != crc(last)
+    assert len(first.class_ids) > len(last.class_ids) * 1.2  # four images' boxes, or one's
