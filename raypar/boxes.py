@@ -1,35 +1,43 @@
-"""Conversions between box formats. Pure NumPy; every array is (N, 4)."""
+"""Boxes as arrays: conversions between pixels of corners and normalised centres, clipping, overlap. Pure.
+
+``image_hw`` is (height, width) in px throughout.
+"""
 
 from __future__ import annotations
-
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-
-def xywhn_to_xyxy(boxes_xywhn: NDArray[Any], image_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """Centre x, centre y, width, height over the image's size -> x0, y0, x1, y1 in px, float32."""
-    scale = np.array([image_hw[1], image_hw[0]], np.float64)
-    centre, half = boxes_xywhn[:, :2] * scale, boxes_xywhn[:, 2:] * scale / 2
-    return np.concatenate([centre - half, centre + half], 1).astype(np.float32)
+Boxes = NDArray[np.float32]
 
 
-def xyxy_to_xywhn(boxes_xyxy: NDArray[Any], image_hw: tuple[int, int]) -> NDArray[np.float32]:
-    """The inverse of :func:`xywhn_to_xyxy`, float32."""
-    scale = np.array([image_hw[1], image_hw[0]], np.float64)
-    low, high = boxes_xyxy[:, :2] / scale, boxes_xyxy[:, 2:] / scale
-    return np.concatenate([(low + high) / 2, high - low], 1).astype(np.float32)
+def xywhn_to_xyxy(boxes_xywhn: Boxes, image_hw: tuple[int, int]) -> Boxes:
+    """Centre x, centre y, width, height over W, H -> corners x0, y0, x1, y1 in px; float32 (N, 4) both."""
+    boxes = np.asarray(boxes_xywhn, np.float32).reshape(-1, 4)
+    centre, half = boxes[:, :2], boxes[:, 2:] / 2
+    return np.concatenate([centre - half, centre + half], 1) * _scale(image_hw)
 
 
-def clip_xyxy(boxes_xyxy: NDArray[Any], image_hw: tuple[int, int]) -> NDArray[Any]:
-    """Boxes cut off at the image's edges, same dtype."""
-    return boxes_xyxy.clip(0, np.array([image_hw[1], image_hw[0]] * 2, boxes_xyxy.dtype))
+def xyxy_to_xywhn(boxes_xyxy: Boxes, image_hw: tuple[int, int]) -> Boxes:
+    """Corners x0, y0, x1, y1 in px -> centre x, centre y, width, height over W, H; float32 (N, 4) both."""
+    boxes = np.asarray(boxes_xyxy, np.float32).reshape(-1, 4) / _scale(image_hw)
+    first, last = boxes[:, :2], boxes[:, 2:]
+    return np.concatenate([(first + last) / 2, last - first], 1)
 
 
-def pairwise_iou(a: NDArray[Any], b: NDArray[Any]) -> NDArray[np.float64]:
-    """Intersection over union of boxes_xyxy (N, 4) and (M, 4): float64 (N, M)."""
-    low, high = np.maximum(a[:, None, :2], b[None, :, :2]), np.minimum(a[:, None, 2:], b[None, :, 2:])
-    shared = np.clip(high - low, 0, None).prod(2, dtype=np.float64)
-    area_a, area_b = ((x[:, 2:] - x[:, :2]).prod(1, dtype=np.float64) for x in (a, b))
-    return shared / (area_a[:, None] + area_b[None] - shared + 1e-9)
+def clip(boxes_xyxy: Boxes, image_hw: tuple[int, int]) -> Boxes:
+    """Corners moved into the image: x in [0, W], y in [0, H]; float32 (N, 4)."""
+    return np.clip(boxes_xyxy, np.float32(0), _scale(image_hw)).astype(np.float32, copy=False)
+
+
+def iou(boxes_xyxy: Boxes, others_xyxy: Boxes) -> NDArray[np.float32]:
+    """Intersection over union of each box (N, 4) with each other one (M, 4): float32 (N, M), 0 where both are empty."""
+    a, b = np.asarray(boxes_xyxy, np.float32).reshape(-1, 1, 4), np.asarray(others_xyxy, np.float32).reshape(1, -1, 4)
+    sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
+    both = sides.prod(-1)
+    either = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both
+    return np.divide(both, either, out=np.zeros_like(both), where=either > 0)
+
+
+def _scale(image_hw: tuple[int, int]) -> Boxes:
+    return np.array([image_hw[1], image_hw[0], image_hw[1], image_hw[0]], np.float32)

@@ -1,42 +1,44 @@
-"""Weights + images -> detections: the only inference path. ``evaluate``, ``predict``, ``serve`` and training's validation use it.
+"""Weights + images -> detections: the only path from one to the other, for evaluate, predict, export, serve and training's validation.
 
-Runs in: Ray Data actors, Serve replicas, training workers. Each image is letterboxed to its own smallest rectangle, so that its
-result does not depend on the images it is batched with.
+Runs in: Ray Data actors, Serve replicas, training workers. An image is letterboxed to its own smallest rectangle, so that its result
+does not depend on which images share its batch.
 """
 
 from __future__ import annotations
 
+import hashlib
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import cv2
 import numpy as np
 import torch
+import torchvision  # noqa: F401  (Ultralytics' NMS uses torchvision's when it is loaded)
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import nn
 from ultralytics.utils.nms import non_max_suppression
 
-from raypar.boxes import clip_xyxy
-from raypar.images import decode
-from raypar.precision import pick_precision
+from raypar.boxes import clip
+from raypar.images import Image, decode, resized_hw
+from raypar.precision import pick_device, pick_precision
 
-GREY = 114
-Image = NDArray[np.uint8]
+GREY = 114  # of the padding, as in Ultralytics
+HASH_CHUNK_BYTES = 8 << 20
+T = TypeVar("T", float, int)
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, most confident first.
+    """What was found in one image, surest first.
 
     Attributes:
         boxes_xyxy: float32 (N, 4), px of the original image.
         class_ids: int32 (N,).
-        confidences: float32 (N,).
-        image_hw: of the original image, px.
+        confidences: float32 (N,), in [0, 1].
+        image_hw: of the original image.
     """
 
     boxes_xyxy: NDArray[np.float32]
@@ -47,187 +49,253 @@ class Detections:
 
 @dataclass
 class Letterboxed:
-    """Images of one shape, ready for the model. A point p of an original lies at ``p * gain + pad``.
+    """Images that were resized and padded to one shape.
 
     Attributes:
         images: uint8 (B, 3, h, w) RGB, on the CPU.
-        indices: positions of the images in the list that they came from.
-        gains: for each image float64 (2,), of x and y.
-        pads: for each image float64 (2,), px to the left and above.
+        indices: where each was in the list that was given.
+        gains: float32 (4,) each: px here for one px of the original, for x, y, x, y.
+        pads: float32 (2,) each: px to the left of and above the image.
         image_hws: of the originals.
     """
 
-    images: Tensor
+    images: torch.Tensor
     indices: list[int]
-    gains: list[NDArray[np.float64]]
-    pads: list[NDArray[np.float64]]
+    gains: list[NDArray[np.float32]]
+    pads: list[NDArray[np.float32]]
     image_hws: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class Place:
+    """Where a resized image lies: its size, and the size of the rectangle around it (px, height first)."""
+
+    inner_hw: tuple[int, int]
+    outer_hw: tuple[int, int]
+
+    @property
+    def left_top(self) -> tuple[int, int]:
+        """As Ultralytics' LetterBox: half of the padding, rounded so that an odd pixel goes to the right or the bottom."""
+        spare_h, spare_w = self.outer_hw[0] - self.inner_hw[0], self.outer_hw[1] - self.inner_hw[1]
+        return round(spare_w / 2 - 0.1), round(spare_h / 2 - 0.1)
+
+
 class Detector:
-    """A model and its settings.
+    """A model and the settings it detects with.
 
     Args:
-        model: an Ultralytics model in evaluation mode, or its AutoBackend.
-        class_names: by class id.
-        imgsz: px of the longer side that the model sees.
-        stride: of the model; image sides are multiples of it.
+        model: a detection model in evaluation mode, on its device, or Ultralytics' ``AutoBackend``.
+        class_names: in the order of class ids.
+        imgsz: px of the longer side; rounded up to a multiple of the stride.
+        stride: of the model: rectangles are multiples of it.
         device: where the model is.
-        precision: of the forward pass.
-        conf: boxes below this confidence are dropped.
+        precision: of the forward pass: fp32, bf16, fp16 or auto (``raypar.precision``).
+        conf: boxes at or below this confidence are dropped.
         iou: overlap above which NMS drops the weaker box.
         max_det: boxes kept an image.
-        evaluating: letterbox and count labels as Ultralytics' validator does (half a stride of padding, several classes a box);
-            otherwise as its predictor does.
-        square: letterbox to imgsz x imgsz (exports with a fixed shape).
+        pad: 0.0 follows ``YOLO.predict``: sizes rounded, one class a box, boxes clipped to the image. 0.5 follows ``YOLO.val``:
+            half a stride more around the image, sizes rounded up, every class of a box above conf, boxes not clipped.
+        square: letterbox to imgsz x imgsz whatever the image's shape (exports with a fixed input).
     """
 
-    def __init__(self, model: Any, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: str | torch.device = "cpu",
-                 precision: torch.dtype = torch.float32, conf: float = 0.25, iou: float = 0.7, max_det: int = 300,
-                 evaluating: bool = False, square: bool = False):  # fmt: skip
-        self.model, self.class_names, self.stride, self.device = model, list(class_names), stride, torch.device(device)
-        self.imgsz = math.ceil(imgsz / stride) * stride
-        self.precision, self.conf, self.iou, self.max_det = precision, conf, iou, max_det
-        self.evaluating, self.square = evaluating, square
-        self.task = "detect"
+    def __init__(self, model: nn.Module, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: torch.device | str = "cpu",
+                 precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0,
+                 square: bool = False):  # fmt: skip
+        self.model, self.class_names = model, list(class_names)
+        self.stride, self.imgsz = stride, math.ceil(imgsz / stride) * stride
+        self.device = torch.device(device)
+        self.dtype = pick_precision(precision, self.device, is_inference=True)
+        self.conf, self.iou, self.max_det = conf, iou, max_det
+        self.pad, self.square, self.is_validating = pad, square, pad > 0
+        self.is_end2end = bool(getattr(model, "end2end", False))
+        self.sha256 = ""  # of the weights, when they were loaded from a file
 
     @classmethod
-    def load(cls, weights: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", imgsz: int | None = None,
-             **settings: Any) -> Detector:  # fmt: skip
-        """A warmed-up detector from a local file: ``.pt``, or an export that Ultralytics' AutoBackend loads.
+    def load(cls, weights: str | Path, *, device: torch.device | str = "auto", precision: str = "fp32", imgsz: int | None = None,
+             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0) -> Detector:  # fmt: skip
+        """Reads weights (``.pt``, or an export that Ultralytics' ``AutoBackend`` runs) and detects once to warm up.
 
         Args:
-            weights: local path.
-            device: ``cpu`` or ``cuda:N``.
-            precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``.
-            imgsz: px; by default as trained.
-            **settings: conf, iou, max_det, evaluating.
+            weights: a local file, or folder for the formats that are folders.
+            device: ``auto`` is this process's GPU if it has one.
+            precision: of ``.pt`` weights; an export computes as it was exported.
+            imgsz: nothing: as trained or exported.
 
         Raises:
-            ValueError: the file cannot be read, or is not a detection model.
+            ValueError: no such file, it cannot be read, or it does not detect boxes.
         """
-        device, path = torch.device(device), Path(weights)
-        if not path.exists():
-            raise ValueError(f"weights {path} do not exist")
-        try:
-            detector = cls._torch(path, device, precision, imgsz, settings) if path.suffix == ".pt" else cls._export(path, device, imgsz, settings)
-        except Exception as error:
-            raise ValueError(f"weights {path} cannot be read: {' '.join(str(error).split())[:300]}") from error
-        detector([np.full((detector.imgsz, detector.imgsz, 3), GREY, np.uint8)])
-        return detector
+        device = pick_device("auto") if device == "auto" else torch.device(device)
+        model = _backend(Path(weights), device)
+        is_pt = model.format == "pt"
+        native = model.backend.model
+        fixed = None if is_pt or model.dynamic else tuple(model.imgsz)
+        if fixed and fixed[0] != fixed[1]:
+            raise ValueError(f"{weights} was exported for images of {fixed[1]} x {fixed[0]} px: export it with one imgsz")
+        if fixed and imgsz not in {None, fixed[0]}:
+            raise ValueError(f"{weights} was exported for imgsz {fixed[0]}, not {imgsz}: leave imgsz out, or export with dynamic: true")
+        trained = _trained_imgsz(native if is_pt else model)
+        if is_pt and model.end2end and hasattr(native, "set_head_attr"):
+            native.set_head_attr(max_det=max_det)  # the head picks its boxes itself
+        class_names = [model.names[i] for i in range(len(model.names))]
+        found = cls(model, class_names, imgsz=fixed[0] if fixed else imgsz or trained, stride=max(int(model.stride), 1),
+                    device=model.device, precision=precision if is_pt else "fp32", conf=conf, iou=iou, max_det=max_det, pad=pad,
+                    square=fixed is not None)  # fmt: skip
+        found.sha256 = sha256_of(weights)
+        found.warm_up()
+        return found
 
-    @classmethod
-    def _torch(cls, path: Path, device: torch.device, precision: str, imgsz: int | None, settings: dict[str, Any]) -> Detector:
-        from ultralytics.nn.tasks import load_checkpoint
-
-        model, _ = load_checkpoint(path, device=device, fuse=True)
-        if model.task != "detect":
-            raise ValueError(f"it is a model for '{model.task}', not 'detect'")
-        dtype = pick_precision(precision, device)
-        if dtype != torch.float32:
-            model.to(memory_format=torch.channels_last)
-        args = model.args if isinstance(model.args, dict) else vars(model.args)
-        return cls(model, list(model.names.values()), imgsz=imgsz or args.get("imgsz", 640), stride=max(int(model.stride.max()), 32),
-                   device=device, precision=dtype, **settings)  # fmt: skip
-
-    @classmethod
-    def _export(cls, path: Path, device: torch.device, imgsz: int | None, settings: dict[str, Any]) -> Detector:
-        from ultralytics.nn.autobackend import AutoBackend
-
-        model = AutoBackend(str(path), device=device, fp16=False)
-        trained = model.imgsz if isinstance(model.imgsz, int) else max(model.imgsz)
-        return cls(model, list(model.names.values()), imgsz=imgsz or trained, stride=max(int(model.stride), 32), device=device,
-                   square=not getattr(model, "dynamic", False), **settings)  # fmt: skip
+    def warm_up(self) -> None:
+        """Detects in one grey image, so that the first real one does not pay for set-up."""
+        self([np.full((self.imgsz, self.imgsz, 3), GREY, np.uint8)])
 
     def __call__(self, images: Sequence[bytes | Image], *, conf: float | Sequence[float] | None = None,
                  iou: float | Sequence[float] | None = None, max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
         """Detections of each image, in order.
 
         Args:
-            images: encoded bytes, or uint8 (H, W, 3) RGB; any sizes.
-            conf, iou, max_det: for all images, or one for each; by default the detector's.
+            images: encoded bytes, or uint8 (H, W, 3) RGB.
+            conf: for all images, or one an image; nothing: the detector's. So are iou and max_det.
 
         Raises:
             ValueError: an image cannot be decoded.
         """
-        thresholds = list(zip(*(_for_each(x, default, len(images)) for x, default in
-                                ((conf, self.conf), (iou, self.iou), (max_det, self.max_det))), strict=True))  # fmt: skip
-        found: list[Detections | None] = [None] * len(images)
+        each = [_each(given, own, len(images)) for given, own in ((conf, self.conf), (iou, self.iou))]
+        limits = _each(max_det, self.max_det, len(images))
+        found: dict[int, Detections] = {}
         for group in self.letterbox(images):
-            raw = self.forward(group.images)
-            for detections, i in zip(self.postprocess(raw, group, [thresholds[i] for i in group.indices]), group.indices, strict=True):
-                found[i] = detections
-        return [d for d in found if d is not None]
+            chosen = [[values[i] for i in group.indices] for values in each]
+            detections = self.postprocess(self.forward(group.images), group, *chosen, [limits[i] for i in group.indices])
+            found.update(zip(group.indices, detections, strict=True))
+        return [found[i] for i in range(len(images))]
 
     def letterbox(self, images: Sequence[bytes | Image]) -> list[Letterboxed]:
-        """Decodes, resizes and pads images, grouped by the shape that they get."""
-        groups: dict[tuple[int, int], list[tuple[int, Image, NDArray[np.float64], NDArray[np.float64], tuple[int, int]]]] = defaultdict(list)
-        for i, data in enumerate(images):
-            image = data if isinstance(data, np.ndarray) else decode(data)
-            boxed, gain, pad = self._letterbox(image)
-            groups[boxed.shape[0], boxed.shape[1]].append((i, boxed, gain, pad, (image.shape[0], image.shape[1])))
-        return [
-            Letterboxed(torch.from_numpy(np.stack([b for _, b, *_ in members]).transpose(0, 3, 1, 2).copy()), [m[0] for m in members],
-                        [m[2] for m in members], [m[3] for m in members], [m[4] for m in members])
-            for members in groups.values()
-        ]  # fmt: skip
-
-    def _letterbox(self, image: Image) -> tuple[Image, NDArray[np.float64], NDArray[np.float64]]:
-        """One image as Ultralytics' LetterBox makes it, the gain (2,) and the pad (2,) of x and y."""
-        height, width = image.shape[:2]
-        ratio = self.imgsz / max(height, width)
-        if self.evaluating:  # BaseDataset.load_image
-            w, h = (min(math.ceil(side * ratio), self.imgsz) if ratio != 1 else side for side in (width, height))
-        else:  # LetterBox(auto=True)
-            w, h = (max(round(side * ratio), 1) for side in (width, height))
-        extra = 0.5 if self.evaluating else 0.0
-        full_w, full_h = (self.imgsz if self.square else math.ceil(side * ratio / self.stride + extra) * self.stride for side in (width, height))
-        full_w, full_h = max(full_w, math.ceil(w / self.stride) * self.stride), max(full_h, math.ceil(h / self.stride) * self.stride)
-        if (w, h) != (width, height):
-            image = cv2.resize(image, (w, h), interpolation=cv2.INTER_LINEAR)
-        left, top = round((full_w - w) / 2 - 0.1), round((full_h - h) / 2 - 0.1)
-        boxed = cv2.copyMakeBorder(image, top, full_h - h - top, left, full_w - w - left, cv2.BORDER_CONSTANT, value=(GREY,) * 3)
-        gain = np.array([w / width, h / height]) if self.evaluating else np.array([ratio, ratio])
-        return boxed, gain, np.array([left, top], np.float64)
-
-    @torch.no_grad()
-    def forward(self, images: Tensor) -> Any:
-        """The model's raw output for uint8 (B, 3, h, w) RGB."""
-        x = images.to(self.device, non_blocking=True).float() / 255
-        if self.precision == torch.float32:
-            return self.model(x)
-        with torch.autocast(self.device.type, self.precision):
-            return self.model(x.to(memory_format=torch.channels_last))
-
-    def postprocess(self, raw: Any, group: Letterboxed, thresholds: Sequence[tuple[float, float, int]] | None = None) -> list[Detections]:
-        """NMS, and boxes brought back to the originals; one result for each image of the group.
+        """Decodes, resizes and pads images, and groups those that end with the same shape.
 
         Args:
-            raw: of :meth:`forward`.
-            group: the images that it is of.
-            thresholds: for each image (conf, iou, max_det); by default the detector's.
+            images: encoded bytes, or uint8 (H, W, 3) RGB.
+
+        Raises:
+            ValueError: an image cannot be decoded.
         """
-        thresholds = thresholds or [(self.conf, self.iou, self.max_det)] * len(group.indices)
-        output = (raw[0] if isinstance(raw, list | tuple) else raw).float()
-        found: list[Detections | None] = [None] * len(group.indices)
-        for setting in sorted(set(thresholds)):  # usually one: NMS runs once for the batch
-            mine = [k for k, t in enumerate(thresholds) if t == setting]
-            conf, iou, max_det = setting
-            kept = non_max_suppression(output[mine].clone(), conf, iou, multi_label=self.evaluating, max_det=max_det,
-                                       max_time_img=10.0, end2end=getattr(self.model, "end2end", False))  # fmt: skip
-            for k, rows in zip(mine, kept, strict=True):
-                found[k] = _restored(rows.cpu().numpy(), group.gains[k], group.pads[k], group.image_hws[k])
-        return [d for d in found if d is not None]
+        decoded = [image if isinstance(image, np.ndarray) else decode(image) for image in images]
+        hws = [(image.shape[0], image.shape[1]) for image in decoded]
+        places = [self.place(hw) for hw in hws]
+        groups = []
+        for outer_hw in dict.fromkeys(place.outer_hw for place in places):
+            mine = [i for i, place in enumerate(places) if place.outer_hw == outer_hw]
+            slab = np.full((len(mine), *outer_hw, 3), GREY, np.uint8)
+            for row, i in zip(slab, mine, strict=True):
+                (height, width), (left, top) = places[i].inner_hw, places[i].left_top
+                image = decoded[i]
+                if hws[i] != (height, width):
+                    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
+                row[top : top + height, left : left + width] = image
+            inner = [places[i].inner_hw for i in mine]
+            gains = [np.array([w / hws[i][1], h / hws[i][0]] * 2, np.float32) for i, (h, w) in zip(mine, inner, strict=True)]
+            pads = [np.array(places[i].left_top, np.float32) for i in mine]
+            groups.append(Letterboxed(torch.from_numpy(slab).permute(0, 3, 1, 2), mine, gains, pads, [hws[i] for i in mine]))
+        return groups
+
+    def place(self, image_hw: tuple[int, int]) -> Place:
+        """Where an image of that size goes: LetterBox(auto=True) of ``YOLO.predict``, or ``load_image`` and rect of ``YOLO.val``."""
+        if self.is_validating:
+            inner = resized_hw(image_hw, self.imgsz)
+        else:
+            ratio = min(self.imgsz / image_hw[0], self.imgsz / image_hw[1])
+            inner = max(round(image_hw[0] * ratio), 1), max(round(image_hw[1] * ratio), 1)
+        if self.square:
+            return Place(inner, (self.imgsz, self.imgsz))
+        if not self.is_validating:
+            return Place(inner, (self._up(inner[0]), self._up(inner[1])))
+        longest = max(image_hw)  # as set_rectangle: by the original's aspect, not by the rounded size
+        height, width = (math.ceil(side / longest * self.imgsz / self.stride + self.pad) * self.stride for side in image_hw)
+        return Place(inner, (height, width))
+
+    def forward(self, images: torch.Tensor) -> Any:
+        """The model's raw output.
+
+        Args:
+            images: uint8 (B, 3, h, w) RGB.
+        """
+        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
+            inputs = images.to(self.device, non_blocking=True).float().div_(255)
+            return self.model(inputs)
+
+    def postprocess(self, raw: Any, group: Letterboxed, conf: float | Sequence[float] | None = None,
+                    iou: float | Sequence[float] | None = None, max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
+        """Ultralytics' NMS, then boxes in the pixels of the originals; in the order of ``group.indices``.
+
+        An image's result is the same as with its own thresholds alone: boxes below one image's confidence never suppress
+        boxes above it, so NMS runs once for each distinct iou, at the lowest confidence.
+
+        Args:
+            raw: what ``forward`` returned for the group.
+            conf: for the group, or one an image in the group's order; nothing: the detector's. So are iou and max_det.
+        """
+        size = len(group.indices)
+        confs, ious, limits = _each(conf, self.conf, size), _each(iou, self.iou, size), _each(max_det, self.max_det, size)
+        prediction = (raw[0] if isinstance(raw, list | tuple) else raw).float()
+        found: dict[int, Detections] = {}
+        for value in dict.fromkeys(ious):
+            mine = [i for i in range(size) if ious[i] == value]
+            rows = non_max_suppression(
+                prediction if len(mine) == size else prediction[mine], min(confs[i] for i in mine), value, multi_label=self.is_validating,
+                max_det=max(limits[i] for i in mine), end2end=self.is_end2end, max_time_img=math.inf)  # fmt: skip
+            for i, kept in zip(mine, rows, strict=True):
+                kept = kept[kept[:, 4] > confs[i]][: limits[i]].cpu().numpy()
+                found[i] = self._original(kept, group.gains[i], group.pads[i], group.image_hws[i])
+        return [found[i] for i in range(size)]
+
+    def _original(self, rows: NDArray[np.float32], gain: NDArray[np.float32], pad: NDArray[np.float32], image_hw: tuple[int, int]) -> Detections:
+        boxes = (rows[:, :4] - np.tile(pad, 2)) / gain
+        boxes = boxes if self.is_validating else clip(boxes, image_hw)
+        return Detections(boxes.astype(np.float32), rows[:, 5].astype(np.int32), rows[:, 4].astype(np.float32), image_hw)
+
+    def _up(self, side: int) -> int:
+        return math.ceil(side / self.stride) * self.stride
 
 
-def _restored(rows: NDArray[np.float32], gain: NDArray[np.float64], pad: NDArray[np.float64], image_hw: tuple[int, int]) -> Detections:
-    boxes = ((rows[:, :4] - np.tile(pad, 2)) / np.tile(gain, 2)).astype(np.float32)
-    return Detections(clip_xyxy(boxes, image_hw), rows[:, 5].astype(np.int32), rows[:, 4].astype(np.float32), image_hw)
+def sha256_of(weights: str | Path) -> str:
+    """Hex digest of a file, or of a folder's files with their names."""
+    path, digest = Path(weights), hashlib.sha256()
+    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
+        if file != path:
+            digest.update(str(file.relative_to(path)).encode())
+        with file.open("rb") as opened:
+            while chunk := opened.read(HASH_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
 
 
-def _for_each(value: Any, default: Any, count: int) -> list[Any]:
-    if value is None:
-        value = default
-    values = list(value) if isinstance(value, Sequence) else [value] * count
-    assert len(values) == count, (len(values), count)
-    return values
+def _backend(weights: Path, device: torch.device) -> Any:
+    """Ultralytics' AutoBackend for a file; whatever goes wrong in it is the file's fault."""
+    from ultralytics.nn.autobackend import AutoBackend
+
+    if not weights.exists():
+        raise ValueError(f"no weights at {weights}")
+    try:
+        model = AutoBackend(str(weights), device=device, verbose=False)
+    except Exception as error:
+        raise ValueError(f"{weights} cannot be read as weights: {type(error).__name__}: {error}") from error
+    model.eval()
+    task = model.task or getattr(model.backend.model, "task", None) or "detect"
+    if task != "detect":
+        raise ValueError(f"{weights} is a model for '{task}': raypar's detector runs detection models")
+    return model
+
+
+def _trained_imgsz(model: Any) -> int:
+    """imgsz of a checkpoint's training arguments, or of an export's metadata."""
+    args = getattr(model, "args", None)
+    size = args.get("imgsz") if isinstance(args, dict) else getattr(model, "imgsz", None)
+    return int(max(size) if isinstance(size, list | tuple) else size or 640)
+
+
+def _each(given: T | Sequence[T] | None, own: T, size: int) -> list[T]:
+    """One value an image."""
+    if given is None:
+        return [own] * size
+    if isinstance(given, Sequence):
+        assert len(given) == size, f"{len(given)} thresholds for {size} images"
+        return list(given)
+    return [given] * size

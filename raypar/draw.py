@@ -1,8 +1,7 @@
-"""Boxes on images, and many images on one sheet. Pure; OpenCV only."""
+"""Boxes drawn on images, and images joined into a contact sheet. Needs OpenCV alone: no font is loaded. Pure."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import cv2
@@ -10,47 +9,101 @@ import numpy as np
 from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
-# One colour a class, told apart on light and dark grounds (RGB).
-COLOURS = [(230, 57, 70), (29, 120, 216), (42, 157, 78), (244, 162, 30), (145, 70, 200), (0, 168, 168), (214, 64, 159), (120, 94, 60)]
-GROUND = 245
+
+# RGB; told apart by most colour-blind eyes (after Okabe and Ito, 2008, with lighter and darker companions).
+COLOURS = (
+    (230, 159, 0), (86, 180, 233), (0, 158, 115), (240, 228, 66), (0, 114, 178), (213, 94, 0), (204, 121, 167), (140, 86, 75),
+    (148, 103, 189), (188, 189, 34), (23, 190, 207), (255, 152, 150), (44, 160, 44), (174, 199, 232), (214, 39, 40), (197, 176, 213),
+)  # fmt: skip
+FONT = cv2.FONT_HERSHEY_SIMPLEX
+GREY = 114
 
 
-def boxes_on(image: Image, boxes_xyxy: NDArray[np.float32], class_ids: NDArray[np.int32], class_names: Sequence[str],
-             confidences: NDArray[np.float32] | None = None) -> Image:  # fmt: skip
-    """A copy of an image with labelled boxes.
+def colour_of(class_id: int) -> tuple[int, int, int]:
+    """The RGB colour of a class, the same in every picture."""
+    return COLOURS[class_id % len(COLOURS)]
+
+
+def boxes_on(
+    image: Image,
+    boxes_xyxy: NDArray[np.float32],
+    class_ids: NDArray[np.int32],
+    class_names: Sequence[str],
+    confidences: NDArray[np.float32] | None = None,
+) -> Image:
+    """A copy of an image with its boxes, each with its class name (and confidence) above it.
 
     Args:
         image: uint8 (H, W, 3) RGB.
-        boxes_xyxy: (N, 4) px.
-        class_ids: (N,).
-        class_names: by class id.
-        confidences: (N,), shown behind the name when given.
+        boxes_xyxy: float32 (N, 4), px.
+        class_ids: int32 (N,).
+        class_names: in the order of class ids.
+        confidences: float32 (N,) in [0, 1], or none for labels. The surest boxes are drawn on top.
     """
     drawn = np.ascontiguousarray(image).copy()
-    side = max(image.shape[:2])
-    thickness, scale = max(1, round(side / 320)), max(0.35, side / 1600)
-    for i, (box, class_id) in enumerate(zip(boxes_xyxy, class_ids, strict=True)):
-        colour = COLOURS[int(class_id) % len(COLOURS)]
-        x0, y0, x1, y1 = (round(float(v)) for v in box)
-        cv2.rectangle(drawn, (x0, y0), (x1, y1), colour, thickness, cv2.LINE_AA)
-        text = class_names[int(class_id)] + (f" {confidences[i]:.2f}" if confidences is not None else "")
-        (width, height), base = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, scale, 1)
-        top = y0 - height - base if y0 - height - base >= 0 else y0
-        cv2.rectangle(drawn, (x0, top), (x0 + width + 2, top + height + base), colour, cv2.FILLED)
-        cv2.putText(drawn, text, (x0 + 1, top + height + base // 2), cv2.FONT_HERSHEY_SIMPLEX, scale, (255, 255, 255), 1, cv2.LINE_AA)
+    height, width = drawn.shape[:2]
+    thick = max(1, round(max(height, width) / 400))
+    scale = max(0.35, max(height, width) / 1500)
+    order = range(len(boxes_xyxy)) if confidences is None else np.argsort(confidences, kind="stable")
+    for i in order:
+        class_id = int(class_ids[i])
+        name = class_names[class_id] if class_id < len(class_names) else str(class_id)
+        text = _ascii(name) if confidences is None else f"{_ascii(name)} {confidences[i]:.2f}"
+        x0, y0, x1, y1 = (int(v) for v in np.clip(np.round(boxes_xyxy[i]), -1, 1 << 15))
+        cv2.rectangle(drawn, (x0, y0), (x1, y1), colour_of(class_id), thick, cv2.LINE_AA)
+        _write(drawn, text, (x0, y0), scale, colour_of(class_id))
     return drawn
 
 
-def contact_sheet(images: Sequence[Image], titles: Sequence[str] | None = None, columns: int = 4, gap: int = 6) -> Image:
-    """Images of any size in rows, each in a cell as large as the largest, with a line of text above it when titles are given."""
-    columns = min(columns, len(images))
-    height, width = (max(image.shape[k] for image in images) for k in (0, 1))
-    head = 18 if titles else 0
-    rows = math.ceil(len(images) / columns)
-    sheet = np.full((rows * (height + head + gap) + gap, columns * (width + gap) + gap, 3), GROUND, np.uint8)
-    for i, image in enumerate(images):
-        y, x = gap + (i // columns) * (height + head + gap), gap + (i % columns) * (width + gap)
+def contact_sheet(images: Sequence[Image], titles: Sequence[str] | None = None, columns: int = 4, max_side: int = 480) -> Image:
+    """Images in a grid, row by row, each shrunk to fit a tile; titles above them.
+
+    Args:
+        images: uint8 (H, W, 3) RGB, of any sizes.
+        titles: one an image.
+        columns: of the grid.
+        max_side: px of the longer side of a tile.
+
+    Returns:
+        uint8 (H, W, 3) RGB.
+    """
+    assert len(images) and (titles is None or len(titles) == len(images))
+    shown = [_fit(image, max_side) for image in images]
+    height, width = max(i.shape[0] for i in shown), max(i.shape[1] for i in shown)
+    bar, gap, columns = (20 if titles else 0), 4, min(columns, len(shown))
+    rows = -(-len(shown) // columns)
+    sheet = np.full((rows * (height + bar + gap) + gap, columns * (width + gap) + gap, 3), 255, np.uint8)
+    for i, image in enumerate(shown):
+        top, left = gap + (i // columns) * (height + bar + gap), gap + (i % columns) * (width + gap)
         if titles:
-            cv2.putText(sheet, titles[i][: width // 7], (x, y + 12), cv2.FONT_HERSHEY_SIMPLEX, 0.4, (60, 60, 60), 1, cv2.LINE_AA)
-        sheet[y + head : y + head + image.shape[0], x : x + image.shape[1]] = image
+            room = max(1, width // 8)  # letters of about 8 px
+            title = _ascii(titles[i])
+            title = title if len(title) <= room else "..." + title[3 - room :]
+            cv2.putText(sheet, title, (left + 2, top + bar - 6), FONT, 0.4, (0, 0, 0), 1, cv2.LINE_AA)
+        sheet[top + bar : top + bar + height, left : left + width] = GREY
+        sheet[top + bar : top + bar + image.shape[0], left : left + image.shape[1]] = image
     return sheet
+
+
+def _fit(image: Image, max_side: int) -> Image:
+    ratio = max_side / max(image.shape[:2])
+    if ratio >= 1:
+        return image
+    size = max(1, round(image.shape[1] * ratio)), max(1, round(image.shape[0] * ratio))
+    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+
+
+def _write(image: Image, text: str, corner: tuple[int, int], scale: float, colour: tuple[int, int, int]) -> None:
+    """Text on a filled ground, above a corner where there is room and below it elsewhere."""
+    (width, height), base = cv2.getTextSize(text, FONT, scale, 1)
+    tall = height + base + 2
+    left = int(np.clip(corner[0], 0, max(0, image.shape[1] - width - 2)))
+    top = corner[1] - tall if corner[1] >= tall else max(0, corner[1])
+    cv2.rectangle(image, (left, top), (left + width + 2, top + tall), colour, cv2.FILLED)
+    ink = (0, 0, 0) if np.dot(colour, (0.299, 0.587, 0.114)) > 110 else (255, 255, 255)
+    cv2.putText(image, text, (left + 1, top + height + 1), FONT, scale, ink, 1, cv2.LINE_AA)
+
+
+def _ascii(text: str) -> str:
+    """OpenCV's built-in font has no other letters."""
+    return text.encode("ascii", "replace").decode()

@@ -1,38 +1,69 @@
-"""Which number format a device computes in, and which device a process uses. Runs in: workers, actors and replicas."""
+"""Which device and which number format a process computes with.
+
+Runs in: training workers, detector actors, replicas.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+from typing import Literal
 
 import torch
 
 
-def pick_precision(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of forward and backward passes.
+def pick_precision(precision: str, device: torch.device | str, *, is_inference: bool = False) -> torch.dtype:
+    """The dtype of forward passes.
 
     Args:
-        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``: bf16 on GPUs and CPUs that compute in it (AMX or AVX512-BF16), else
-            fp16 on GPUs and fp32 on CPUs.
-        device: where it will run.
+        precision: ``fp32``, ``bf16``, ``fp16``, or ``auto``. On a GPU auto is bf16 for training (it has fp32's range) and fp16
+            for inference (it has three more bits of precision); on a CPU it is bf16 where the chip multiplies it in hardware
+            (AMX or AVX512-BF16) and fp32 elsewhere, where bf16 would be emulated and slow.
+        device: where the model is.
+        is_inference: whether no gradient will be computed.
 
     Raises:
-        ValueError: fp16 on a CPU.
+        ValueError: no such precision, or one that the device cannot compute with.
     """
+    device = torch.device(device)
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if torch.cuda.is_bf16_supported() else torch.float16
-        return torch.bfloat16 if _cpu_computes_bf16() else torch.float32
+            return torch.float16 if is_inference or not torch.cuda.is_bf16_supported(including_emulation=False) else torch.bfloat16
+        return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
+    dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    if precision not in dtypes:
+        raise ValueError(f"precision '{precision}' is unknown: use auto, fp32, bf16 or fp16")
     if precision == "fp16" and device.type == "cpu":
-        raise ValueError("precision fp16 needs a GPU: use bf16, fp32 or auto")
-    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+        raise ValueError("precision fp16 needs a GPU: on a CPU use bf16, fp32 or auto")
+    return dtypes[precision]
 
 
-def _cpu_computes_bf16() -> bool:
-    info = Path("/proc/cpuinfo")
-    flags = next((line for line in info.read_text().splitlines() if line.startswith("flags")), "") if info.exists() else ""
-    return "avx512_bf16" in flags.split() or "amx_bf16" in flags.split()
+def cpu_has_bf16() -> bool:
+    """Whether this machine's CPU multiplies bf16 matrices in hardware."""
+    return bool(torch.cpu._is_amx_tile_supported() or torch.cpu._is_avx512_bf16_supported())
 
 
-def pick_device(use_gpu: bool) -> torch.device:
-    """The GPU that Ray gave this process, or the CPU. Always explicit: Ray does not hide GPUs from processes that asked for none."""
-    return torch.device("cuda", 0) if use_gpu else torch.device("cpu")
+def pick_device(use_gpu: bool | Literal["auto"] = "auto") -> torch.device:
+    """The device of this process.
+
+    Args:
+        use_gpu: auto takes a GPU if torch sees one and, in a Ray task or actor, Ray gave it one: with ``num_gpus=0`` Ray
+            does not hide the GPUs that belong to others.
+
+    Raises:
+        ValueError: a GPU is demanded where there is none.
+    """
+    if use_gpu is False:
+        return torch.device("cpu")
+    has_gpu = torch.cuda.is_available()
+    if use_gpu is True:
+        if not has_gpu:
+            raise ValueError("use_gpu is true but torch sees no GPU in this process: write use_gpu: auto or false")
+        return torch.device("cuda", 0)
+    return torch.device("cuda", 0) if has_gpu and _is_given_gpu() else torch.device("cpu")
+
+
+def _is_given_gpu() -> bool:
+    import ray
+
+    if not ray.is_initialized() or ray.get_runtime_context().worker.mode != ray.WORKER_MODE:
+        return True  # a driver or a plain process: what torch sees is ours
+    return bool(ray.get_gpu_ids())

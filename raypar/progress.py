@@ -1,51 +1,55 @@
-"""How far a verb is: a bar on a terminal, a line every so often in a log. Runs in: the driver."""
+"""How far a long piece of work is: a line that is rewritten on a terminal, a line every few seconds elsewhere (logs, CI).
+
+Runs in: the driver.
+"""
 
 from __future__ import annotations
 
 import sys
 import time
 
-SAY_EVERY_S = 10.0
-REDRAW_EVERY_S = 0.2
-BAR = 30  # characters
+LINE_EVERY_S = 10.0
+REWRITE_EVERY_S = 0.2
 
 
 class Progress:
-    """Counts to a total.
+    """Counts what is done.
 
     Args:
-        total: what 100 % is.
-        unit: of the count, as in ``images``.
-        label: begins every line, as in ``evaluate``.
+        total: how much there is.
+        unit: of the count, in the plural (``images``).
+        label: what is being done.
     """
 
     def __init__(self, total: int, unit: str, label: str):
         self.total, self.unit, self.label = total, unit, label
-        self.done = 0
-        self.began = self.spoke = time.monotonic()
-        self.is_terminal = sys.stdout.isatty()
+        self.done, self.began = 0, time.monotonic()
+        self.is_terminal = sys.stderr.isatty()
+        self.every_s = REWRITE_EVERY_S if self.is_terminal else LINE_EVERY_S
+        self.said = self.began
 
-    def update(self, n: int) -> None:
-        """``n`` more are done."""
-        self.done += n
-        now = time.monotonic()
-        if now - self.spoke >= (REDRAW_EVERY_S if self.is_terminal else SAY_EVERY_S):
-            self.spoke = now
-            self._say(now)
+    def update(self, num: int) -> None:
+        """Adds to the count, and says so when it is time to."""
+        self.done += num
+        if time.monotonic() - self.said >= self.every_s:
+            self._say()
 
     def close(self) -> None:
-        """Shows the end of it."""
-        self._say(time.monotonic())
+        """Says the final state."""
+        self._say()
         if self.is_terminal:
-            print(flush=True)
+            print(file=sys.stderr)
 
-    def _say(self, now: float) -> None:
-        rate = self.done / max(now - self.began, 1e-9)
-        share = self.done / self.total if self.total else 1.0
-        left = f", {(self.total - self.done) / rate:.0f} s left" if rate and self.done < self.total else ""
-        text = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f} {self.unit}/s{left}"
+    @property
+    def per_s(self) -> float:
+        return self.done / max(time.monotonic() - self.began, 1e-9)
+
+    def _say(self) -> None:
+        self.said = time.monotonic()
+        left = (self.total - self.done) / self.per_s if self.done else 0.0
+        state = f"{left:.0f} s left" if self.done < self.total else f"in {self.said - self.began:.1f} s"
+        line = f"{self.label}: {self.done}/{self.total} {self.unit}, {self.per_s:.1f}/s, {state}"
         if self.is_terminal:
-            filled = round(share * BAR)
-            print(f"\r[{'#' * filled}{'.' * (BAR - filled)}] {text}\033[K", end="", flush=True)
+            print(f"\r{line:<79}", end="", file=sys.stderr, flush=True)
         else:
-            print(text, flush=True)
+            print(line, file=sys.stderr, flush=True)
