@@ -1,44 +1,42 @@
-"""Weights + images -> detections: the only path from one to the other, for evaluate, predict, export, serve and training's validation.
+"""Weights + images -> detections: the only way from the one to the other.
 
-Runs in: Ray Data actors, Serve replicas, training workers. An image is letterboxed to its own smallest rectangle, so that its result
-does not depend on which images share its batch.
+Runs in: training workers (validation), Ray Data actors (evaluate, predict), Serve replicas. An image is letterboxed by its own
+shape alone, and images of equal shape share a forward pass: no answer depends on the other images of a batch.
 """
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Sequence
+from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Self
 
 import cv2
 import numpy as np
 import torch
-import torchvision  # noqa: F401  (Ultralytics' NMS uses torchvision's when it is loaded)
+import torchvision  # noqa: F401  # Ultralytics takes torchvision's NMS if it is imported: always, then
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
 
-from raypar.boxes import clip
-from raypar.images import Image, decode, resized_hw
-from raypar.precision import pick_device, pick_precision
+from raypar.images import Image, decode
+from raypar.precision import pick_precision
 
-GREY = 114  # of the padding, as in Ultralytics
-HASH_CHUNK_BYTES = 8 << 20
-T = TypeVar("T", float, int)
+GREY = 114  # of the border, as in Ultralytics' LetterBox
+Threshold = float | Sequence[float]
 
 
 @dataclass(frozen=True)
 class Detections:
-    """What was found in one image, surest first.
+    """What was found in an image, most confident first.
 
     Attributes:
-        boxes_xyxy: float32 (N, 4), px of the original image.
+        boxes_xyxy: float32 (N, 4) px of the original image; inside it, unless they are for metrics.
         class_ids: int32 (N,).
-        confidences: float32 (N,), in [0, 1].
-        image_hw: of the original image.
+        confidences: float32 (N,) in [0, 1].
+        image_hw: height and width of the original image, px.
     """
 
     boxes_xyxy: NDArray[np.float32]
@@ -46,256 +44,260 @@ class Detections:
     confidences: NDArray[np.float32]
     image_hw: tuple[int, int]
 
+    def __len__(self) -> int:
+        return len(self.class_ids)
 
-@dataclass
+
+@dataclass(frozen=True)
 class Letterboxed:
-    """Images that were resized and padded to one shape.
+    """Images of one shape, ready for the model. ``boxes_letterboxed = boxes_xyxy * gain + np.tile(pad, 2)``.
 
     Attributes:
-        images: uint8 (B, 3, h, w) RGB, on the CPU.
-        indices: where each was in the list that was given.
-        gains: float32 (4,) each: px here for one px of the original, for x, y, x, y.
-        pads: float32 (2,) each: px to the left of and above the image.
-        image_hws: of the originals.
+        images: uint8 (B, 3, h, w) RGB.
+        indices: of each image among those that were given.
+        gains: each float32 (4,): scale of x, y, x, y.
+        pads: each float32 (2,): border on the left and on top, px.
+        image_hws: height and width of the originals, px.
     """
 
-    images: torch.Tensor
+    images: Tensor
     indices: list[int]
     gains: list[NDArray[np.float32]]
     pads: list[NDArray[np.float32]]
     image_hws: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class Place:
-    """Where a resized image lies: its size, and the size of the rectangle around it (px, height first)."""
-
-    inner_hw: tuple[int, int]
-    outer_hw: tuple[int, int]
-
-    @property
-    def left_top(self) -> tuple[int, int]:
-        """As Ultralytics' LetterBox: half of the padding, rounded so that an odd pixel goes to the right or the bottom."""
-        spare_h, spare_w = self.outer_hw[0] - self.inner_hw[0], self.outer_hw[1] - self.inner_hw[1]
-        return round(spare_w / 2 - 0.1), round(spare_h / 2 - 0.1)
-
-
 class Detector:
-    """A model and the settings it detects with.
+    """A model and how its answers are read.
 
     Args:
-        model: a detection model in evaluation mode, on its device, or Ultralytics' ``AutoBackend``.
+        model: detection model; its weights are not changed.
         class_names: in the order of class ids.
-        imgsz: px of the longer side; rounded up to a multiple of the stride.
-        stride: of the model: rectangles are multiples of it.
+        imgsz: px of the longer side; rounded up to a multiple of ``stride``.
+        stride: of the model's coarsest level, px.
         device: where the model is.
-        precision: of the forward pass: fp32, bf16, fp16 or auto (``raypar.precision``).
-        conf: boxes at or below this confidence are dropped.
+        precision: ``auto``, ``fp32``, ``bf16`` or ``fp16``; boxes are always decoded in fp32.
+        conf: boxes below this confidence are dropped.
         iou: overlap above which NMS drops the weaker box.
         max_det: boxes kept an image.
-        pad: 0.0 follows ``YOLO.predict``: sizes rounded, one class a box, boxes clipped to the image. 0.5 follows ``YOLO.val``:
-            half a stride more around the image, sizes rounded up, every class of a box above conf, boxes not clipped.
-        square: letterbox to imgsz x imgsz whatever the image's shape (exports with a fixed input).
+        evaluating: whether the answers are for metrics, as in ``YOLO.val``: a box may count for several classes, and may reach
+            beyond the image (labels end at its edge, so clipping would flatter the overlap).
+        pad: border in strides: 0 is the letterbox of ``YOLO.predict``, 0.5 that of ``YOLO.val``; nothing: as ``evaluating`` says.
+        square: whether every image is padded to ``imgsz`` x ``imgsz``.
+
+    Raises:
+        ValueError: the precision is not for this device.
     """
 
-    def __init__(self, model: nn.Module, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: torch.device | str = "cpu",
-                 precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0,
-                 square: bool = False):  # fmt: skip
-        self.model, self.class_names = model, list(class_names)
-        self.stride, self.imgsz = stride, math.ceil(imgsz / stride) * stride
+    def __init__(self, model: nn.Module, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: str | torch.device = "cpu",
+                 precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, evaluating: bool = False,
+                 pad: float | None = None, square: bool = False):  # fmt: skip
+        self.class_names, self.stride = list(class_names), stride
+        self.imgsz = math.ceil(imgsz / stride) * stride
         self.device = torch.device(device)
-        self.dtype = pick_precision(precision, self.device, is_inference=True)
+        self.precision = pick_precision(precision, self.device)
         self.conf, self.iou, self.max_det = conf, iou, max_det
-        self.pad, self.square, self.is_validating = pad, square, pad > 0
+        self.evaluating, self.square = evaluating, square
+        self.pad = pad if pad is not None else 0.5 if evaluating else 0.0
+        self.task = "detect"
         self.is_end2end = bool(getattr(model, "end2end", False))
-        self.sha256 = ""  # of the weights, when they were loaded from a file
+        self.model = model.eval() if self.precision == torch.float32 else _lowered(model, self.precision)
 
     @classmethod
-    def load(cls, weights: str | Path, *, device: torch.device | str = "auto", precision: str = "fp32", imgsz: int | None = None,
-             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0) -> Detector:  # fmt: skip
-        """Reads weights (``.pt``, or an export that Ultralytics' ``AutoBackend`` runs) and detects once to warm up.
+    def load(cls, weights: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", imgsz: int | None = None,
+             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, evaluating: bool = False, pad: float | None = None) -> Self:  # fmt: skip
+        """A detector from a local ``.pt``, or from anything that Ultralytics' ``AutoBackend`` loads (ONNX, OpenVINO ...).
 
         Args:
-            weights: a local file, or folder for the formats that are folders.
-            device: ``auto`` is this process's GPU if it has one.
-            precision: of ``.pt`` weights; an export computes as it was exported.
-            imgsz: nothing: as trained or exported.
+            weights: local path.
+            imgsz: px; nothing: as trained or exported.
 
         Raises:
-            ValueError: no such file, it cannot be read, or it does not detect boxes.
+            ValueError: there is no such file, it cannot be read, or it is for another task, size or precision.
         """
-        device = pick_device("auto") if device == "auto" else torch.device(device)
-        model = _backend(Path(weights), device)
-        is_pt = model.format == "pt"
-        native = model.backend.model
-        fixed = None if is_pt or model.dynamic else tuple(model.imgsz)
-        if fixed and fixed[0] != fixed[1]:
-            raise ValueError(f"{weights} was exported for images of {fixed[1]} x {fixed[0]} px: export it with one imgsz")
-        if fixed and imgsz not in {None, fixed[0]}:
-            raise ValueError(f"{weights} was exported for imgsz {fixed[0]}, not {imgsz}: leave imgsz out, or export with dynamic: true")
-        trained = _trained_imgsz(native if is_pt else model)
-        if is_pt and model.end2end and hasattr(native, "set_head_attr"):
-            native.set_head_attr(max_det=max_det)  # the head picks its boxes itself
-        class_names = [model.names[i] for i in range(len(model.names))]
-        found = cls(model, class_names, imgsz=fixed[0] if fixed else imgsz or trained, stride=max(int(model.stride), 1),
-                    device=model.device, precision=precision if is_pt else "fp32", conf=conf, iou=iou, max_det=max_det, pad=pad,
-                    square=fixed is not None)  # fmt: skip
-        found.sha256 = sha256_of(weights)
-        found.warm_up()
-        return found
+        if not Path(weights).exists():
+            raise ValueError(f"there are no weights at {weights}")
+        read = _read_pt if str(weights).endswith(".pt") else _read_export
+        try:
+            found = read(str(weights), torch.device(device))
+        except Exception as error:  # whatever unpickling foreign bytes, or a runtime, raises
+            raise ValueError(f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+        if found.task != "detect":
+            raise ValueError(f"weights {weights} are for '{found.task}': this version detects")
+        if found.is_fixed and imgsz not in (None, found.imgsz):
+            raise ValueError(f"{weights} was exported for imgsz {found.imgsz}, not {imgsz}: leave imgsz out, or export it again")
+        if found.is_export:
+            if precision not in ("auto", "fp32"):
+                raise ValueError(f"{weights} computes as it was exported: leave precision at auto, or export with half=true")
+            precision = "fp32"
+        if found.head_limit is not None:
+            found.head_limit.set_head_attr(max_det=max_det)
+        return cls(found.model, found.class_names, imgsz=imgsz or found.imgsz, stride=found.stride, device=device, precision=precision,
+                   conf=conf, iou=iou, max_det=max_det, evaluating=evaluating, pad=pad, square=found.is_fixed)  # fmt: skip
 
-    def warm_up(self) -> None:
-        """Detects in one grey image, so that the first real one does not pay for set-up."""
-        self([np.full((self.imgsz, self.imgsz, 3), GREY, np.uint8)])
-
-    def __call__(self, images: Sequence[bytes | Image], *, conf: float | Sequence[float] | None = None,
-                 iou: float | Sequence[float] | None = None, max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
-        """Detections of each image, in order.
+    def __call__(self, images: Sequence[bytes | Image], *, conf: Threshold | None = None, iou: Threshold | None = None,
+                 max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
+        """Detections of each image, in the order given.
 
         Args:
             images: encoded bytes, or uint8 (H, W, 3) RGB.
-            conf: for all images, or one an image; nothing: the detector's. So are iou and max_det.
+            conf, iou, max_det: one value, or one an image; nothing: the detector's own.
 
         Raises:
             ValueError: an image cannot be decoded.
         """
-        each = [_each(given, own, len(images)) for given, own in ((conf, self.conf), (iou, self.iou))]
-        limits = _each(max_det, self.max_det, len(images))
-        found: dict[int, Detections] = {}
+        found: list[Detections | None] = [None] * len(images)
         for group in self.letterbox(images):
-            chosen = [[values[i] for i in group.indices] for values in each]
-            detections = self.postprocess(self.forward(group.images), group, *chosen, [limits[i] for i in group.indices])
-            found.update(zip(group.indices, detections, strict=True))
-        return [found[i] for i in range(len(images))]
+            mine = [_picked(value, group.indices) for value in (conf, iou, max_det)]
+            for i, detections in zip(group.indices, self.postprocess(self.forward(group.images), group, *mine), strict=True):
+                found[i] = detections
+        return [detections for detections in found if detections is not None]
 
     def letterbox(self, images: Sequence[bytes | Image]) -> list[Letterboxed]:
-        """Decodes, resizes and pads images, and groups those that end with the same shape.
-
-        Args:
-            images: encoded bytes, or uint8 (H, W, 3) RGB.
+        """Scales and pads each image by its own shape, and puts those of equal shape together.
 
         Raises:
             ValueError: an image cannot be decoded.
         """
+        shapes: dict[tuple[int, int], list[int]] = {}
         decoded = [image if isinstance(image, np.ndarray) else decode(image) for image in images]
-        hws = [(image.shape[0], image.shape[1]) for image in decoded]
-        places = [self.place(hw) for hw in hws]
-        groups = []
-        for outer_hw in dict.fromkeys(place.outer_hw for place in places):
-            mine = [i for i, place in enumerate(places) if place.outer_hw == outer_hw]
-            slab = np.full((len(mine), *outer_hw, 3), GREY, np.uint8)
-            for row, i in zip(slab, mine, strict=True):
-                (height, width), (left, top) = places[i].inner_hw, places[i].left_top
-                image = decoded[i]
-                if hws[i] != (height, width):
-                    image = cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR)
-                row[top : top + height, left : left + width] = image
-            inner = [places[i].inner_hw for i in mine]
-            gains = [np.array([w / hws[i][1], h / hws[i][0]] * 2, np.float32) for i, (h, w) in zip(mine, inner, strict=True)]
-            pads = [np.array(places[i].left_top, np.float32) for i in mine]
-            groups.append(Letterboxed(torch.from_numpy(slab).permute(0, 3, 1, 2), mine, gains, pads, [hws[i] for i in mine]))
-        return groups
+        for i, image in enumerate(decoded):
+            if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
+                raise ValueError(f"image {i} is {image.dtype} {image.shape}: it must be uint8 (H, W, 3) RGB")
+            shapes.setdefault(self._sizes(image.shape[0], image.shape[1])[1], []).append(i)
+        return [self._group([decoded[i] for i in indices], indices, shape) for shape, indices in shapes.items()]
 
-    def place(self, image_hw: tuple[int, int]) -> Place:
-        """Where an image of that size goes: LetterBox(auto=True) of ``YOLO.predict``, or ``load_image`` and rect of ``YOLO.val``."""
-        if self.is_validating:
-            inner = resized_hw(image_hw, self.imgsz)
+    def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Height and width of the scaled image, and of the letterbox around it.
+
+        Without ``pad`` the sides are rounded as in Ultralytics' ``LetterBox``, with it as in its ``load_image`` and ``set_rectangle``.
+        """
+        ratio = self.imgsz / max(height, width)
+        if self.pad == 0:
+            scaled = max(round(height * ratio), 1), max(round(width * ratio), 1)
+            exact: tuple[float, float] = scaled
         else:
-            ratio = min(self.imgsz / image_hw[0], self.imgsz / image_hw[1])
-            inner = max(round(image_hw[0] * ratio), 1), max(round(image_hw[1] * ratio), 1)
+            scaled = min(math.ceil(height * ratio), self.imgsz), min(math.ceil(width * ratio), self.imgsz)
+            exact = height * ratio, width * ratio
         if self.square:
-            return Place(inner, (self.imgsz, self.imgsz))
-        if not self.is_validating:
-            return Place(inner, (self._up(inner[0]), self._up(inner[1])))
-        longest = max(image_hw)  # as set_rectangle: by the original's aspect, not by the rounded size
-        height, width = (math.ceil(side / longest * self.imgsz / self.stride + self.pad) * self.stride for side in image_hw)
-        return Place(inner, (height, width))
+            return scaled, (self.imgsz, self.imgsz)
+        boxed = [math.ceil(side / self.stride + self.pad) * self.stride for side in exact]
+        return scaled, (boxed[0], boxed[1])
 
-    def forward(self, images: torch.Tensor) -> Any:
-        """The model's raw output.
+    def _group(self, images: list[Image], indices: list[int], shape: tuple[int, int]) -> Letterboxed:
+        height, width = shape
+        slab = np.full((len(images), 3, height, width), GREY, np.uint8)
+        gains, pads, hws = [], [], []
+        for i, image in enumerate(images):
+            hw = image.shape[0], image.shape[1]
+            (tall, wide), _ = self._sizes(*hw)
+            scaled = image if hw == (tall, wide) else cv2.resize(image, (wide, tall), interpolation=cv2.INTER_LINEAR)
+            top, left = round((height - tall) / 2 - 0.1), round((width - wide) / 2 - 0.1)
+            slab[i, :, top : top + tall, left : left + wide] = scaled.transpose(2, 0, 1)
+            gains.append(np.array([wide / hw[1], tall / hw[0]] * 2, np.float32))
+            pads.append(np.array([left, top], np.float32))
+            hws.append(hw)
+        return Letterboxed(torch.from_numpy(slab), indices, gains, pads, hws)
+
+    def forward(self, images: Tensor) -> Any:
+        """The model's own output for uint8 (B, 3, h, w) RGB: what an Ultralytics model returns in evaluation mode."""
+        with torch.no_grad():
+            return self.model(images.to(self.device).to(self.precision) / 255)
+
+    def postprocess(self, raw: Any, group: Letterboxed, conf: Threshold | None = None, iou: Threshold | None = None,
+                    max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
+        """NMS, image by image, and boxes back into the pixels of the originals.
 
         Args:
-            images: uint8 (B, 3, h, w) RGB.
+            raw: of :meth:`forward`.
+            group: the images that it is of.
+            conf, iou, max_det: one value, or one for each image of the group; nothing: the detector's own.
         """
-        with torch.no_grad(), torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32):
-            inputs = images.to(self.device, non_blocking=True).float().div_(255)
-            return self.model(inputs)
+        output: Tensor = raw[0] if isinstance(raw, list | tuple) else raw
+        count = len(group.indices)
+        confs = _spread(self.conf if conf is None else conf, count)
+        ious = _spread(self.iou if iou is None else iou, count)
+        limits = _spread(self.max_det if max_det is None else max_det, count)
+        found = []
+        for i in range(count):  # NMS has a time limit for a whole batch, after which the rest of it gets no boxes: none here
+            kept = non_max_suppression(output[i : i + 1].float(), confs[i], ious[i], multi_label=self.evaluating, max_det=int(limits[i]),
+                                       max_time_img=math.inf, end2end=self.is_end2end)[0].cpu().numpy()  # fmt: skip
+            height, width = group.image_hws[i]
+            boxes = (kept[:, :4] - np.tile(group.pads[i], 2)) / group.gains[i]
+            if not self.evaluating:
+                boxes = boxes.clip(0, np.array([width, height] * 2))
+            found.append(Detections(boxes.astype(np.float32), kept[:, 5].astype(np.int32), kept[:, 4].astype(np.float32), (height, width)))
+        return found
 
-    def postprocess(self, raw: Any, group: Letterboxed, conf: float | Sequence[float] | None = None,
-                    iou: float | Sequence[float] | None = None, max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
-        """Ultralytics' NMS, then boxes in the pixels of the originals; in the order of ``group.indices``.
-
-        An image's result is the same as with its own thresholds alone: boxes below one image's confidence never suppress
-        boxes above it, so NMS runs once for each distinct iou, at the lowest confidence.
-
-        Args:
-            raw: what ``forward`` returned for the group.
-            conf: for the group, or one an image in the group's order; nothing: the detector's. So are iou and max_det.
-        """
-        size = len(group.indices)
-        confs, ious, limits = _each(conf, self.conf, size), _each(iou, self.iou, size), _each(max_det, self.max_det, size)
-        prediction = (raw[0] if isinstance(raw, list | tuple) else raw).float()
-        found: dict[int, Detections] = {}
-        for value in dict.fromkeys(ious):
-            mine = [i for i in range(size) if ious[i] == value]
-            rows = non_max_suppression(
-                prediction if len(mine) == size else prediction[mine], min(confs[i] for i in mine), value, multi_label=self.is_validating,
-                max_det=max(limits[i] for i in mine), end2end=self.is_end2end, max_time_img=math.inf)  # fmt: skip
-            for i, kept in zip(mine, rows, strict=True):
-                kept = kept[kept[:, 4] > confs[i]][: limits[i]].cpu().numpy()
-                found[i] = self._original(kept, group.gains[i], group.pads[i], group.image_hws[i])
-        return [found[i] for i in range(size)]
-
-    def _original(self, rows: NDArray[np.float32], gain: NDArray[np.float32], pad: NDArray[np.float32], image_hw: tuple[int, int]) -> Detections:
-        boxes = (rows[:, :4] - np.tile(pad, 2)) / gain
-        boxes = boxes if self.is_validating else clip(boxes, image_hw)
-        return Detections(boxes.astype(np.float32), rows[:, 5].astype(np.int32), rows[:, 4].astype(np.float32), image_hw)
-
-    def _up(self, side: int) -> int:
-        return math.ceil(side / self.stride) * self.stride
+    def warm_up(self, batch: int = 1) -> None:
+        """Runs the model once on a square batch, so that the first request does not pay for it."""
+        self.forward(torch.full((batch, 3, self.imgsz, self.imgsz), GREY, dtype=torch.uint8))
 
 
-def sha256_of(weights: str | Path) -> str:
-    """Hex digest of a file, or of a folder's files with their names."""
-    path, digest = Path(weights), hashlib.sha256()
-    for file in [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()):
-        if file != path:
-            digest.update(str(file.relative_to(path)).encode())
-        with file.open("rb") as opened:
-            while chunk := opened.read(HASH_CHUNK_BYTES):
-                digest.update(chunk)
-    return digest.hexdigest()
+@dataclass(frozen=True)
+class _Read:
+    """A model file, read."""
+
+    model: nn.Module
+    class_names: list[str]
+    imgsz: int
+    stride: int
+    task: str
+    is_export: bool = False
+    is_fixed: bool = False  # takes only imgsz x imgsz
+    head_limit: Any = None  # the model itself, where it has no NMS and limits the boxes in its head
 
 
-def _backend(weights: Path, device: torch.device) -> Any:
-    """Ultralytics' AutoBackend for a file; whatever goes wrong in it is the file's fault."""
+def _read_pt(weights: str, device: torch.device) -> _Read:
+    from ultralytics.nn.tasks import load_checkpoint
+
+    model, _ = load_checkpoint(weights, device=device)
+    imgsz = model.args["imgsz"]
+    if hasattr(model, "fuse"):
+        model = model.fuse(verbose=False)
+    model = model.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    has_limit = getattr(model, "end2end", False) and hasattr(model, "set_head_attr")
+    return _Read(model, _names(model.names), max(imgsz) if isinstance(imgsz, list | tuple) else int(imgsz),
+                 max(int(model.stride.max()), 32), model.task, head_limit=model if has_limit else None)  # fmt: skip
+
+
+def _read_export(weights: str, device: torch.device) -> _Read:
     from ultralytics.nn.autobackend import AutoBackend
 
-    if not weights.exists():
-        raise ValueError(f"no weights at {weights}")
-    try:
-        model = AutoBackend(str(weights), device=device, verbose=False)
-    except Exception as error:
-        raise ValueError(f"{weights} cannot be read as weights: {type(error).__name__}: {error}") from error
-    model.eval()
-    task = model.task or getattr(model.backend.model, "task", None) or "detect"
-    if task != "detect":
-        raise ValueError(f"{weights} is a model for '{task}': raypar's detector runs detection models")
-    return model
+    model = AutoBackend(weights, device=device, verbose=False)
+    is_fixed = not getattr(model, "dynamic", False)
+    imgsz = getattr(model, "imgsz", 640)
+    sides = {int(side) for side in (imgsz if isinstance(imgsz, list | tuple) else [imgsz])}
+    if is_fixed and len(sides) > 1:
+        raise ValueError(f"it takes images of {imgsz} px, and raypar pads to squares: export it with one imgsz")
+    return _Read(model, _names(model.names), max(sides), int(model.stride), str(model.task or "detect"), is_export=True, is_fixed=is_fixed)
 
 
-def _trained_imgsz(model: Any) -> int:
-    """imgsz of a checkpoint's training arguments, or of an export's metadata."""
-    args = getattr(model, "args", None)
-    size = args.get("imgsz") if isinstance(args, dict) else getattr(model, "imgsz", None)
-    return int(max(size) if isinstance(size, list | tuple) else size or 640)
+def _names(names: Any) -> list[str]:
+    return [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
 
 
-def _each(given: T | Sequence[T] | None, own: T, size: int) -> list[T]:
-    """One value an image."""
-    if given is None:
-        return [own] * size
-    if isinstance(given, Sequence):
-        assert len(given) == size, f"{len(given)} thresholds for {size} images"
-        return list(given)
-    return [given] * size
+def _lowered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy in bf16 or fp16 whose head decodes boxes in fp32: bf16 has 8 bits, which at stride 8 are boxes off by 4 px."""
+    copy: Any = deepcopy(model).eval().to(dtype)
+    head = copy.model[-1]
+    head.dfl.float()
+    head.shape = None  # anchors kept from before are made anew
+    decode_in = head._inference
+
+    def in_fp32(outputs: dict[str, Any]) -> Tensor:
+        return decode_in({k: v.float() if isinstance(v, Tensor) else [x.float() for x in v] for k, v in outputs.items()})
+
+    head._inference = in_fp32
+    return copy
+
+
+def _spread(value: Any, count: int) -> list[Any]:
+    if isinstance(value, int | float):
+        return [value] * count
+    assert len(value) == count, f"{len(value)} thresholds for {count} images"
+    return list(value)
+
+
+def _picked(value: Any, indices: list[int]) -> Any:
+    return value if value is None or isinstance(value, int | float) else [value[i] for i in indices]

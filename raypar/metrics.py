@@ -1,6 +1,6 @@
-"""Detections against labels -> the metrics that Ultralytics reports, by Ultralytics' own code.
+"""How good detections are: Ultralytics' own arithmetic, over images that may be scored anywhere and in any order.
 
-Runs in: detector actors and training workers score images; the driver, or every worker, merges the scores and computes.
+Runs in: training workers, Ray Data actors, and the driver, which merges their states.
 """
 
 from __future__ import annotations
@@ -13,143 +13,116 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from ultralytics.models.yolo.detect import DetectionValidator
+from ultralytics.engine.validator import BaseValidator
 from ultralytics.utils.metrics import ConfusionMatrix, DetMetrics, box_iou
 
 from raypar.detector import Detections
 
-IOU_THRESHOLDS = torch.linspace(0.5, 0.95, 10)
-CONFUSION_CONF = 0.25  # boxes below it are left out of the confusion matrix
+IOUS = torch.linspace(0.5, 0.95, 10)  # of mAP50-95
+CONFUSION_CONF = 0.25  # boxes below are not in the confusion matrix; at 0.001 it would be noise
+_MATCHER: Any = SimpleNamespace(iouv=IOUS)
 
 
-class Scored(NamedTuple):
-    """One image: P predictions, T targets.
+class _Image(NamedTuple):
+    """What an image adds: which detections are right at each overlap, and what was there."""
 
-    Attributes:
-        is_right: bool (P, 10), whether a prediction matches a target at each of ``IOU_THRESHOLDS``.
-        confidences: float32 (P,).
-        predicted: int32 (P,), class ids.
-        targets: int32 (T,), class ids.
-    """
-
-    is_right: NDArray[np.bool_]
-    confidences: NDArray[np.float32]
-    predicted: NDArray[np.int32]
-    targets: NDArray[np.int32]
+    is_right: NDArray[np.bool_]  # (N, 10)
+    confidences: NDArray[np.float32]  # (N,)
+    class_ids: NDArray[np.int32]  # (N,) of the detections
+    label_class_ids: NDArray[np.int32]  # (M,)
 
 
 class Scorer:
-    """Collects scores image by image; the result does not depend on their order, nor on who scored them.
+    """Sums over images, by image id: the same numbers in whatever order and process the images come.
 
     Args:
         class_names: in the order of class ids.
-        plots: whether to keep a confusion matrix (slow in Python, so not for training's validation).
     """
 
-    def __init__(self, class_names: Sequence[str], *, plots: bool = False):
-        self.class_names, self.plots = list(class_names), plots
-        self.images: dict[str, Scored] = {}
-        self.confusion = ConfusionMatrix(names=dict(enumerate(self.class_names)))
+    def __init__(self, class_names: Sequence[str]):
+        self.class_names = list(class_names)
+        self._names = dict(enumerate(self.class_names))
+        self._images: dict[str, _Image] = {}
+        self._confusion = ConfusionMatrix(names=self._names)
 
-    def update(
-        self,
-        detections: Sequence[Detections],
-        image_ids: Sequence[str],
-        class_ids: Sequence[NDArray[np.int32]],
-        boxes_xyxy: Sequence[NDArray[np.float32]],
-    ) -> None:
-        """Scores images.
+    def update(self, detections: Sequence[Detections], image_ids: Sequence[str], class_ids: Sequence[NDArray[Any]],
+               boxes_xyxy: Sequence[NDArray[Any]]) -> None:  # fmt: skip
+        """Adds images.
 
         Args:
-            detections: of each image.
-            image_ids: unique over the whole set.
-            class_ids: int32 (T,) for each image: its labels.
-            boxes_xyxy: float32 (T, 4) for each image, px of the original.
+            detections: one an image, most confident first.
+            image_ids: unique over all updates and merges.
+            class_ids: labels: (M,) an image.
+            boxes_xyxy: labels: (M, 4) px of the original image.
+
+        Raises:
+            ValueError: an image was there before.
         """
-        for found, image_id, targets, boxes in zip(detections, image_ids, class_ids, boxes_xyxy, strict=True):
-            self._add(image_id, self._score(found, targets, boxes))
+        for found, image_id, ids, boxes in zip(detections, image_ids, class_ids, boxes_xyxy, strict=True):
+            self._add(image_id, self._score(found, np.asarray(ids, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4)))
+
+    def _score(self, found: Detections, class_ids: NDArray[np.int32], boxes_xyxy: NDArray[np.float32]) -> _Image:
+        predicted = {"bboxes": torch.from_numpy(found.boxes_xyxy), "conf": torch.from_numpy(found.confidences),
+                     "cls": torch.from_numpy(found.class_ids).float()}  # fmt: skip
+        labels = {"bboxes": torch.from_numpy(boxes_xyxy), "cls": torch.from_numpy(class_ids).float()}
+        is_right = np.zeros((len(found.class_ids), len(IOUS)), bool)
+        if len(found.class_ids) and len(class_ids):
+            overlap = box_iou(labels["bboxes"], predicted["bboxes"])
+            is_right = BaseValidator.match_predictions(_MATCHER, predicted["cls"], labels["cls"], overlap).numpy()
+        self._confusion.process_batch(predicted, labels, conf=CONFUSION_CONF)
+        return _Image(is_right, found.confidences, found.class_ids, class_ids)
+
+    def _add(self, image_id: str, image: _Image) -> None:
+        if image_id in self._images:
+            raise ValueError(f"image '{image_id}' is scored twice")
+        self._images[image_id] = image
 
     def state(self) -> dict[str, Any]:
-        """What was collected, as a few arrays: it travels between processes."""
-        scored = list(self.images.values())
-        return {
-            "image_ids": list(self.images),
-            "num_predictions": np.array([len(s.confidences) for s in scored], np.int64),
-            "num_targets": np.array([len(s.targets) for s in scored], np.int64),
-            "is_right": np.concatenate([s.is_right for s in scored] or [np.zeros((0, len(IOU_THRESHOLDS)), bool)]),
-            "confidences": np.concatenate([s.confidences for s in scored] or [np.zeros(0, np.float32)]),
-            "predicted": np.concatenate([s.predicted for s in scored] or [np.zeros(0, np.int32)]),
-            "targets": np.concatenate([s.targets for s in scored] or [np.zeros(0, np.int32)]),
-            "confusion": self.confusion.matrix,
-        }
+        """Everything, as plain picklable values."""
+        return {"images": {k: tuple(v) for k, v in self._images.items()}, "confusion": self._confusion.matrix.copy()}
 
     def merge(self, state: dict[str, Any]) -> None:
-        """Adds another scorer's state."""
-        predictions, targets = np.cumsum(state["num_predictions"])[:-1], np.cumsum(state["num_targets"])[:-1]
-        parts = [np.split(state[name], predictions) for name in ("is_right", "confidences", "predicted")]
-        parts.append(np.split(state["targets"], targets))
-        for image_id, *arrays in zip(state["image_ids"], *parts, strict=False):  # no image splits into one empty part
-            self._add(image_id, Scored(*arrays))
-        self.confusion.matrix = self.confusion.matrix + state["confusion"]
+        """Adds another scorer's :meth:`state`.
+
+        Raises:
+            ValueError: an image is in both.
+        """
+        for image_id, image in state["images"].items():
+            self._add(image_id, _Image(*image))
+        self._confusion.matrix += state["confusion"]
 
     def compute(self, plots_folder: Path | None = None) -> dict[str, Any]:
-        """The metrics of everything that was collected.
+        """Metrics of all images so far. Classes without a label have no numbers (None) and count for no mean.
 
         Args:
-            plots_folder: where to write Ultralytics' curves (``BoxPR_curve.png`` ...) and, with ``plots``, confusion matrices.
-
-        Returns:
-            map50_95, map50, precision, recall, fitness, num_images, num_boxes, and per_class: class_name, num_boxes, precision,
-            recall, map50, map50_95, where the metrics of a class without a label are None.
+            plots_folder: local folder for the precision, recall, F1 and precision-recall curves and the confusion matrices.
         """
-        scored = [self.images[image_id] for image_id in sorted(self.images)]
-        metrics = DetMetrics(dict(enumerate(self.class_names)))
-        for s in scored:
-            metrics.stats["tp"].append(s.is_right)
-            metrics.stats["conf"].append(s.confidences)
-            metrics.stats["pred_cls"].append(s.predicted)
-            metrics.stats["target_cls"].append(s.targets)
-            metrics.stats["target_img"].append(np.unique(s.targets))
-        if scored:
+        metrics = DetMetrics(self._names)
+        for image_id in sorted(self._images):
+            image = self._images[image_id]
+            metrics.update_stats({
+                "tp": image.is_right, "conf": image.confidences, "pred_cls": image.class_ids.astype(np.float32),
+                "target_cls": image.label_class_ids.astype(np.float32), "target_img": np.unique(image.label_class_ids), "im_name": image_id,
+            })  # fmt: skip
+        if self._images:
             metrics.process(save_dir=plots_folder or Path(), plot=plots_folder is not None)
-        if plots_folder is not None and self.plots:
+        if plots_folder is not None:
             for normalize in (True, False):
-                self.confusion.plot(normalize=normalize, save_dir=plots_folder)
-        precision, recall, map50, map50_95 = (float(v) for v in metrics.mean_results())
-        per_class = _per_class(metrics, self.class_names)
-        return {
-            "map50_95": map50_95, "map50": map50, "precision": precision, "recall": recall, "fitness": float(metrics.fitness),
-            "num_images": len(scored), "num_boxes": sum(c["num_boxes"] for c in per_class), "per_class": per_class,
-        }  # fmt: skip
+                self._confusion.plot(normalize=normalize, save_dir=plots_folder)
+        precision, recall, map50, map50_95 = (float(np.nan_to_num(x)) for x in metrics.mean_results())
+        return {"map50_95": map50_95, "map50": map50, "precision": precision, "recall": recall, "fitness": float(metrics.fitness),
+                "num_images": len(self._images), "num_boxes": sum(len(x.label_class_ids) for x in self._images.values()),
+                "per_class": self._per_class(metrics)}  # fmt: skip
 
-    def _score(self, found: Detections, targets: NDArray[np.int32], boxes_xyxy: NDArray[np.float32]) -> Scored:
-        """As ``DetectionValidator._process_batch``; in the original's pixels, which changes no IoU."""
-        targets = np.asarray(targets, np.int32)
-        labels = {"cls": torch.from_numpy(targets).float(), "bboxes": torch.from_numpy(np.asarray(boxes_xyxy, np.float32).reshape(-1, 4))}
-        guess = {"cls": torch.from_numpy(found.class_ids).float(), "conf": torch.from_numpy(found.confidences),
-                 "bboxes": torch.from_numpy(found.boxes_xyxy)}  # fmt: skip
-        is_right = np.zeros((len(found.class_ids), len(IOU_THRESHOLDS)), bool)
-        if len(targets) and len(found.class_ids):
-            overlaps = box_iou(labels["bboxes"], guess["bboxes"])
-            thresholds: Any = SimpleNamespace(iouv=IOU_THRESHOLDS)  # all that the method reads of its validator
-            is_right = DetectionValidator.match_predictions(thresholds, guess["cls"], labels["cls"], overlaps).numpy()
-        if self.plots:
-            self.confusion.process_batch(guess, labels, conf=CONFUSION_CONF)
-        return Scored(is_right, found.confidences, found.class_ids, targets)
-
-    def _add(self, image_id: str, scored: Scored) -> None:
-        if image_id in self.images:
-            raise RuntimeError(f"image '{image_id}' was scored twice")
-        self.images[image_id] = scored
-
-
-def _per_class(metrics: DetMetrics, class_names: list[str]) -> list[dict[str, Any]]:
-    rows = {int(class_id): i for i, class_id in enumerate(metrics.ap_class_index)}
-    counts = metrics.nt_per_class if metrics.nt_per_class is not None else np.zeros(len(class_names), int)
-    found = []
-    for class_id, name in enumerate(class_names):
-        values = metrics.class_result(rows[class_id]) if class_id in rows else (None,) * 4
-        values = [None if v is None else float(v) for v in values]
-        found.append({"class_name": name, "num_boxes": int(counts[class_id]),
-                      **dict(zip(("precision", "recall", "map50", "map50_95"), values, strict=True))})  # fmt: skip
-    return found
+    def _per_class(self, metrics: Any) -> list[dict[str, Any]]:
+        places = {int(class_id): i for i, class_id in enumerate(metrics.ap_class_index)}
+        counts = metrics.nt_per_class if metrics.nt_per_class is not None else [0] * len(self.class_names)
+        rows = []
+        for class_id, name in enumerate(self.class_names):
+            values: Sequence[float | None] = [None] * 4
+            if class_id in places:
+                values = [float(x) for x in metrics.class_result(places[class_id])]
+            precision, recall, map50, map50_95 = values
+            rows.append({"class_name": name, "num_boxes": int(counts[class_id]), "precision": precision, "recall": recall,
+                         "map50": map50, "map50_95": map50_95})  # fmt: skip
+        return rows
