@@ -6,6 +6,7 @@ shape alone, and images of equal shape share a forward pass: no answer depends o
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Sequence
 from copy import deepcopy
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
 
+from raypar.boxes import clip
 from raypar.images import Image, decode
-from raypar.precision import pick_precision
+from raypar.precision import pick_device, pick_precision
 
 GREY = 114  # of the border, as in Ultralytics' LetterBox
 Threshold = float | Sequence[float]
@@ -80,9 +82,9 @@ class Detector:
         conf: boxes below this confidence are dropped.
         iou: overlap above which NMS drops the weaker box.
         max_det: boxes kept an image.
+        pad: border in strides: 0 is the letterbox of ``YOLO.predict``, 0.5 that of ``YOLO.val``.
         evaluating: whether the answers are for metrics, as in ``YOLO.val``: a box may count for several classes, and may reach
-            beyond the image (labels end at its edge, so clipping would flatter the overlap).
-        pad: border in strides: 0 is the letterbox of ``YOLO.predict``, 0.5 that of ``YOLO.val``; nothing: as ``evaluating`` says.
+            beyond the image (labels end at its edge, so clipping would flatter the overlap). Nothing: where there is a ``pad``.
         square: whether every image is padded to ``imgsz`` x ``imgsz``.
 
     Raises:
@@ -90,36 +92,38 @@ class Detector:
     """
 
     def __init__(self, model: nn.Module, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: str | torch.device = "cpu",
-                 precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, evaluating: bool = False,
-                 pad: float | None = None, square: bool = False):  # fmt: skip
+                 precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0,
+                 evaluating: bool | None = None, square: bool = False):  # fmt: skip
         self.class_names, self.stride = list(class_names), stride
         self.imgsz = math.ceil(imgsz / stride) * stride
         self.device = torch.device(device)
-        self.precision = pick_precision(precision, self.device)
+        self.precision = pick_precision(precision, self.device, is_inference=True)
         self.conf, self.iou, self.max_det = conf, iou, max_det
-        self.evaluating, self.square = evaluating, square
-        self.pad = pad if pad is not None else 0.5 if evaluating else 0.0
+        self.pad, self.square, self.evaluating = pad, square, pad > 0 if evaluating is None else evaluating
         self.task = "detect"
+        self.sha256 = ""  # of the weights, where they came from a file
         self.is_end2end = bool(getattr(model, "end2end", False))
         self.model = model.eval() if self.precision == torch.float32 else _lowered(model, self.precision)
 
     @classmethod
     def load(cls, weights: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", imgsz: int | None = None,
-             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, evaluating: bool = False, pad: float | None = None) -> Self:  # fmt: skip
+             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0) -> Self:  # fmt: skip
         """A detector from a local ``.pt``, or from anything that Ultralytics' ``AutoBackend`` loads (ONNX, OpenVINO ...).
 
         Args:
             weights: local path.
+            device: where it runs; ``auto``: a GPU if this process has one.
             imgsz: px; nothing: as trained or exported.
 
         Raises:
             ValueError: there is no such file, it cannot be read, or it is for another task, size or precision.
         """
+        device = pick_device("auto") if device == "auto" else torch.device(device)
         if not Path(weights).exists():
             raise ValueError(f"there are no weights at {weights}")
         read = _read_pt if str(weights).endswith(".pt") else _read_export
         try:
-            found = read(str(weights), torch.device(device))
+            found = read(str(weights), device)
         except Exception as error:  # whatever unpickling foreign bytes, or a runtime, raises
             raise ValueError(f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
         if found.task != "detect":
@@ -132,8 +136,10 @@ class Detector:
             precision = "fp32"
         if found.head_limit is not None:
             found.head_limit.set_head_attr(max_det=max_det)
-        return cls(found.model, found.class_names, imgsz=imgsz or found.imgsz, stride=found.stride, device=device, precision=precision,
-                   conf=conf, iou=iou, max_det=max_det, evaluating=evaluating, pad=pad, square=found.is_fixed)  # fmt: skip
+        detector = cls(found.model, found.class_names, imgsz=imgsz or found.imgsz, stride=found.stride, device=device,
+                       precision=precision, conf=conf, iou=iou, max_det=max_det, pad=pad, square=found.is_fixed)  # fmt: skip
+        detector.sha256 = sha256_of(weights)
+        return detector
 
     def __call__(self, images: Sequence[bytes | Image], *, conf: Threshold | None = None, iou: Threshold | None = None,
                  max_det: int | Sequence[int] | None = None) -> list[Detections]:  # fmt: skip
@@ -225,7 +231,7 @@ class Detector:
             height, width = group.image_hws[i]
             boxes = (kept[:, :4] - np.tile(group.pads[i], 2)) / group.gains[i]
             if not self.evaluating:
-                boxes = boxes.clip(0, np.array([width, height] * 2))
+                boxes = clip(boxes, (height, width))
             found.append(Detections(boxes.astype(np.float32), kept[:, 5].astype(np.int32), kept[:, 4].astype(np.float32), (height, width)))
         return found
 
@@ -271,6 +277,17 @@ def _read_export(weights: str, device: torch.device) -> _Read:
     if is_fixed and len(sides) > 1:
         raise ValueError(f"it takes images of {imgsz} px, and raypar pads to squares: export it with one imgsz")
     return _Read(model, _names(model.names), max(sides), int(model.stride), str(model.task or "detect"), is_export=True, is_fixed=is_fixed)
+
+
+def sha256_of(weights: str | Path) -> str:
+    """Hex digest of a weights file; of a folder (OpenVINO ...), of its files in the order of their names."""
+    path, digest = Path(weights), hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                while chunk := opened.read(1 << 20):
+                    digest.update(chunk)
+    return digest.hexdigest()
 
 
 def _names(names: Any) -> list[str]:

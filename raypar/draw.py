@@ -67,7 +67,8 @@ def contact_sheet(images: Sequence[Image], titles: Sequence[str] | None = None, 
     Returns:
         uint8 (H, W, 3) RGB.
     """
-    assert len(images) and (titles is None or len(titles) == len(images))
+    assert len(images)
+    assert titles is None or len(titles) == len(images)
     shown = [_fit(image, max_side) for image in images]
     height, width = max(i.shape[0] for i in shown), max(i.shape[1] for i in shown)
     bar, gap, columns = (20 if titles else 0), 4, min(columns, len(shown))

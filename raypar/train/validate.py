@@ -64,7 +64,7 @@ class Validator:
             device: where the model is.
         """
         detector = Detector(model, self.class_names, imgsz=self.imgsz, stride=max(int(model.stride.max()), 32), device=device,
-                            conf=0.001, iou=self.iou, max_det=self.max_det, evaluating=True)  # fmt: skip
+                            conf=0.001, iou=self.iou, max_det=self.max_det, pad=0.5)  # fmt: skip
         scorer = Scorer(self.class_names)
         losses: dict[str, float] = {}
         num_images = 0
