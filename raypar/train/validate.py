@@ -116,7 +116,7 @@ class Validator:
 def _loss(model: nn.Module, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:
     """The criterion's parts, as means over a group of equally letterboxed images."""
     height, width = group.images.shape[2:]
-    boxes = [label.boxes_xyxy * np.tile(gain, 2) + np.tile(pad, 2) for label, gain, pad in zip(labels, group.gains, group.pads, strict=True)]
+    boxes = [label.boxes_xyxy * gain + np.tile(pad, 2) for label, gain, pad in zip(labels, group.gains, group.pads, strict=True)]
     xyxy = torch.from_numpy(np.concatenate(boxes).astype(np.float32).reshape(-1, 4)) / torch.tensor([width, height, width, height])
     batch = {
         "img": torch.empty(len(labels), 0, device=device),  # criteria read the number of images from it
