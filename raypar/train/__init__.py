@@ -108,7 +108,7 @@ def _finish(out: Folder) -> dict[str, Any]:
     best = max(history, key=lambda line: line.get("fitness", -1.0))
     summary = {
         "best_epoch": best["epoch"], "map50": best.get("map50"), "map50_95": best.get("map50_95"), "num_epochs": len(history),
-        "images_seen": history[-1]["images_seen"], "world_size": history[-1]["world_size"], "precision": history[-1]["precision"],
+        "images_seen": history[-1]["images_seen"], "world_size": history[-1]["world_size"], "compute_dtype": history[-1]["compute_dtype"],
         "seconds": sum(x["wait_s"] + x["step_s"] + x["validate_s"] for x in history),
     }  # fmt: skip
     out.write_json(SUMMARY, summary)

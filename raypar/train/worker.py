@@ -128,7 +128,7 @@ class Worker:
             "epoch": number + 1, **losses, **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(),
             "images_per_s": self.plan.positions_per_epoch / epoch.seconds, "wait_s": epoch.wait_s, "step_s": epoch.step_s,
             "validate_s": validated - began, "world_size": self.world_size, "images_seen": self.cursor,
-            "images_replaced": num_replaced, "precision": str(self.precision).removeprefix("torch."),
+            "images_replaced": num_replaced, "compute_dtype": str(self.precision).removeprefix("torch."),
         }  # fmt: skip
         self._save(line, is_best, stop)
         if self.rank == 0:
