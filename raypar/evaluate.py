@@ -1,0 +1,245 @@
+"""``raypar evaluate``: weights and a split of the dataset -> metrics and pictures.
+
+    {storage}/{name}/evaluate/
+        BoxPR_curve.png  BoxF1_curve.png  BoxP_curve.png  BoxR_curve.png
+        confusion_matrix.png  confusion_matrix_normalized.png
+        detections.png      labels beside detections
+        metrics.json        written last: where it is, the evaluation is complete
+
+Runs in: the driver. Ray Data deals row groups to a pool of actors, each with a detector; their scores are merged by image id, so the
+numbers do not depend on who saw which image.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pickle
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from raypar.config import RunConfig
+from raypar.dataset.manifest import MANIFEST, Manifest, Split
+from raypar.storage import Folder
+from raypar.weights import Weights, find
+
+RESULT = "metrics.json"
+MAX_BLOCKS = 1000
+NUM_SAMPLES = 8  # images in detections.png
+SAMPLE_CONF = 0.25
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every actor must know."""
+
+    dataset: Folder
+    weights: Weights
+    weights_sha256: str
+    detector: dict[str, Any]  # arguments of Detector.load
+    class_names: list[str]
+    is_single_class: bool
+    batch: int
+    num_actors: int
+    sampled_shard: str  # its first images are in detections.png
+
+
+def check(config: RunConfig) -> None:
+    """What can be checked in seconds, without Ray.
+
+    Raises:
+        ValueError: no dataset, no such split, no weights.
+    """
+    manifest = Manifest.load(config.folder / "dataset")
+    if manifest.task != "detect":
+        raise ValueError(f"the dataset's task is '{manifest.task}': this version evaluates detect")
+    manifest.split(config.evaluate.split)
+    find(config.evaluate.weights, config.folder, "evaluate")
+
+
+def run(config: RunConfig) -> dict[str, Any]:
+    """Evaluates, and returns what ``metrics.json`` holds; a complete result for the same weights and settings is returned as it is.
+
+    Raises:
+        ValueError: weights that cannot be read or are for other classes, no dataset.
+    """
+    check(config)
+    section, out, dataset = config.evaluate, config.folder / "evaluate", config.folder / "dataset"
+    manifest = Manifest.load(dataset)
+    split = manifest.split(section.split)
+    weights = find(section.weights, config.folder, "evaluate")
+    is_single_class = bool(config.train.yolo.get("single_cls", False))
+    class_names, imgsz, sha256 = _known(weights, section.imgsz, list(manifest.class_names), is_single_class)
+    settings = {
+        "weights_sha256": sha256, "split": section.split, "imgsz": imgsz, "conf": section.conf, "iou": section.iou,
+        "max_det": section.max_det, "forward_precision": section.precision,
+        "dataset_sha256": hashlib.sha256(dataset.read(MANIFEST)).hexdigest(),
+    }  # fmt: skip
+    if not section.overwrite and out.exists(RESULT):
+        before: dict[str, Any] = out.read_json(RESULT)
+        if all(before.get(key) == value for key, value in settings.items()):
+            print(f"evaluate: {out.uri} is complete for these weights and settings; evaluate.overwrite=true evaluates anew", flush=True)
+            return before
+    out.delete(RESULT)
+    weights = weights.staged(out)
+    items = [{"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))]
+    job = Job(dataset, weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
+              "max_det": section.max_det, "pad": 0.5}, class_names, is_single_class, section.batch,
+              min(section.num_workers, len(items)), split.shards[0].path)  # fmt: skip
+    print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
+          f"{job.num_actors} worker(s)", flush=True)  # fmt: skip
+    return _evaluate(job, items, split, settings, out, section.use_gpu)
+
+
+def _known(weights: Weights, imgsz: int | None, class_names: list[str], is_single_class: bool) -> tuple[list[str], int, str]:
+    """Class names of the model, its image size in px, and the checksum of its file: read once by the driver, which fails at once."""
+    from raypar.detector import Detector
+
+    with weights.local() as path:
+        detector = Detector.load(path, imgsz=imgsz)
+    expected = 1 if is_single_class else len(class_names)
+    if len(detector.class_names) != expected:
+        raise ValueError(f"{weights.uri} knows {len(detector.class_names)} classes, the dataset has {expected}: "
+                         f"evaluate weights that were trained on it")  # fmt: skip
+    if not is_single_class and detector.class_names != class_names:
+        print(f"evaluate: the weights name the classes {detector.class_names}, the dataset {class_names}; "
+              f"they are compared by number", flush=True)  # fmt: skip
+    return (detector.class_names if is_single_class else class_names), detector.imgsz, detector.sha256
+
+
+def _evaluate(job: Job, items: list[dict[str, Any]], split: Split, settings: dict[str, Any], out: Folder,
+              use_gpu: bool | str) -> dict[str, Any]:  # fmt: skip
+    from raypar.metrics import Scorer
+    from raypar.progress import Progress
+
+    scorer, tiles, model_s = Scorer(job.class_names), [], 0.0
+    began = time.monotonic()
+    progress = Progress(split.num_images, "images", "evaluate")
+    for part in _parts(job, items, use_gpu):
+        scorer.merge(part["scores"])
+        progress.update(len(part["scores"]["images"]))
+        tiles.extend(part["tiles"])
+        model_s += part["seconds"]
+    seconds = time.monotonic() - began
+    progress.close()
+    with tempfile.TemporaryDirectory(prefix="raypar-evaluate-") as folder:
+        metrics = scorer.compute(plots_folder=Path(folder))
+        if metrics["num_images"] != split.num_images:
+            raise RuntimeError(f"{metrics['num_images']} images were scored, the dataset has {split.num_images}: prepare it again")
+        for picture in sorted(Path(folder).glob("*.png")):
+            out.upload(picture, picture.name)
+    _write_samples(tiles, out)
+    result = {**metrics, **settings, "weights": job.weights.uri, "num_workers": job.num_actors, "images_per_s": split.num_images / seconds,
+              "seconds": seconds, "model_ms_per_image": 1000 * model_s / split.num_images}  # fmt: skip
+    out.write_json(RESULT, result)
+    _print(result, out)
+    return result
+
+
+def _parts(job: Job, items: list[dict[str, Any]], use_gpu: bool | str) -> Iterator[dict[str, Any]]:
+    """What the actors found, a row group at a time, as they finish."""
+    import ray
+    import ray.data
+
+    has_gpus = ray.cluster_resources().get("GPU", 0) >= job.num_actors  # type: ignore[no-untyped-call]
+    num_gpus = 1 if use_gpu is True or (use_gpu == "auto" and has_gpus) else 0
+    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
+    dataset = dataset.map_batches(
+        Worker, batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=job.num_actors),
+        fn_constructor_args=(job, bool(num_gpus)), num_cpus=1, num_gpus=num_gpus)  # fmt: skip
+    dataset.context.enable_progress_bars = False
+    for row in dataset.iter_rows():
+        yield pickle.loads(row["part"])
+
+
+class Worker:
+    """An actor of the pool: a detector and the row groups that come to it."""
+
+    def __init__(self, job: Job, use_gpu: bool):
+        import torch
+
+        from raypar.detector import Detector
+        from raypar.precision import pick_device
+
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_actors))
+        self.job = job
+        with job.weights.local() as path:
+            self.detector = Detector.load(path, device=pick_device(use_gpu), **job.detector)
+        if self.detector.sha256 != job.weights_sha256:
+            raise RuntimeError(f"{job.weights.uri} changed while it was evaluated: start again")
+
+    def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        shard, group = str(batch["shard"][0]), int(batch["group"][0])
+        return {"part": np.array([pickle.dumps(self._score(shard, group))], dtype=object)}
+
+    def _score(self, shard: str, group: int) -> dict[str, Any]:
+        from raypar.metrics import Scorer
+
+        scorer, tiles, seconds = Scorer(self.job.class_names), [], 0.0
+        wants_tiles = shard == self.job.sampled_shard and group == 0
+        with self.job.dataset.open(shard) as file:
+            rows = pq.ParquetFile(file).read_row_group(group).to_pylist()
+        for first in range(0, len(rows), self.job.batch):
+            some = rows[first : first + self.job.batch]
+            labels = [_labels(row, self.job.is_single_class) for row in some]
+            began = time.monotonic()
+            found = self._detect(some)
+            seconds += time.monotonic() - began
+            scorer.update(found, [row["image_id"] for row in some], *map(list, zip(*labels, strict=True)))
+            if wants_tiles:
+                tiles += [self._tile(*x) for x in zip(some[: NUM_SAMPLES - len(tiles)], found, labels, strict=False)]
+        return {"scores": scorer.state(), "tiles": tiles, "seconds": seconds}
+
+    def _detect(self, rows: list[dict[str, Any]]) -> list[Any]:
+        try:
+            return self.detector([row["image"] for row in rows])
+        except ValueError as error:
+            ids = ", ".join(row["image_id"] for row in rows)
+            raise ValueError(f"an image of the dataset cannot be read ({error}), among {ids}: prepare the dataset again") from error
+
+    def _tile(self, row: dict[str, Any], found: Any, labels: tuple[Any, Any]) -> bytes:
+        """A PNG: the image with its labels, and beside it with what was found."""
+        from raypar.draw import boxes_on
+        from raypar.images import decode, encode_png
+
+        image = decode(row["image"])
+        sure = found.confidences > SAMPLE_CONF
+        truth = boxes_on(image, labels[1], labels[0], self.job.class_names)
+        drawn = boxes_on(image, found.boxes_xyxy[sure], found.class_ids[sure], self.job.class_names, found.confidences[sure])
+        return encode_png(np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1))
+
+
+def _labels(row: dict[str, Any], is_single_class: bool) -> tuple[Any, Any]:
+    """Class ids (N,) and boxes (N, 4) in px of a row."""
+    from raypar.boxes import xywhn_to_xyxy
+
+    class_ids = np.asarray(row["class_ids"], np.int32) * (0 if is_single_class else 1)
+    return class_ids, xywhn_to_xyxy(np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4), (row["height"], row["width"]))
+
+
+def _write_samples(tiles: list[bytes], out: Folder) -> None:
+    from raypar.draw import contact_sheet
+    from raypar.images import decode, encode_png
+
+    if tiles:
+        sheet = contact_sheet([decode(tile) for tile in tiles], titles=["labels | detections"] * len(tiles), columns=2)
+        out.write("detections.png", encode_png(sheet))
+
+
+def _print(result: dict[str, Any], out: Folder) -> None:
+    def cell(value: float | None) -> str:
+        return "      -" if value is None else f"{value:7.3f}"
+
+    width = max(len("all"), *(len(row["class_name"]) for row in result["per_class"]))
+    print(f"evaluate: {'class':<{width}}   boxes  precis.  recall   mAP50  mAP50-95")
+    for row in [{"class_name": "all", **result}, *result["per_class"]]:
+        numbers = "  ".join(cell(row[key]) for key in ("precision", "recall", "map50", "map50_95"))
+        print(f"evaluate: {row['class_name']:<{width}} {row['num_boxes']:7d}  {numbers}")
+    print(f"evaluate: {result['images_per_s']:.1f} images/s; metrics, curves and pictures are in {out.uri}", flush=True)

@@ -1,0 +1,80 @@
+"""Where weights are, and how they come to the process that needs them.
+
+Runs in: the driver, which finds them and puts local ones into storage once; actors and tasks, which fetch them.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.fs as pafs
+
+from raypar.storage import Folder
+
+
+@dataclass(frozen=True)
+class Weights:
+    """A weights file, or the folder of an export, in storage.
+
+    Attributes:
+        folder: where it lies.
+        name: of the file or sub-folder.
+    """
+
+    folder: Folder
+    name: str
+
+    @property
+    def uri(self) -> str:
+        return f"{self.folder.uri}/{self.name}"
+
+    @contextmanager
+    def local(self) -> Iterator[Path]:
+        """A local copy, for as long as the context lasts."""
+        with tempfile.TemporaryDirectory(prefix="raypar-weights-") as folder:
+            yield self.download(Path(folder))
+
+    def download(self, folder: Path) -> Path:
+        """Copies the file, or all files of the folder, into a local folder."""
+        for name in self._files():
+            self.folder.download(name, folder / name)
+        return folder / self.name
+
+    def staged(self, out: Folder) -> Weights:
+        """These weights where every node can read them: local ones are copied into ``out/weights``."""
+        if not self.folder.is_local or self.folder.uri.startswith(out.uri.rpartition("/")[0] + "/"):
+            return self
+        for name in self._files():
+            (out / "weights").upload(f"{self.folder.path}/{name}", name)
+        return Weights(out / "weights", self.name)
+
+    def _files(self) -> list[str]:
+        info = self.folder.fs.get_file_info(f"{self.folder.path}/{self.name}")
+        return self.folder.list(self.name, recursive=True) if info.type == pafs.FileType.Directory else [self.name]
+
+
+def find(weights: str | None, run: Folder, verb: str) -> Weights:
+    """The weights that a verb uses.
+
+    Args:
+        weights: a local path or URI; nothing: the run's ``train/best.pt``.
+        run: the run's folder.
+        verb: whose section names them, for the error.
+
+    Raises:
+        ValueError: there are none.
+    """
+    if weights is None:
+        found = Weights(run / "train", "best.pt")
+        mend = f"run `raypar train` with the same run file first, or name weights with {verb}.weights=..."
+    else:
+        parent, _, name = weights.rstrip("/").rpartition("/")
+        found = Weights(Folder.at(parent if parent or not weights.startswith("/") else "/"), name)
+        mend = f"name a .pt file or an exported model with {verb}.weights=..."
+    if not found.folder.exists(found.name):
+        raise ValueError(f"there are no weights at {found.uri}: {mend}")
+    return found
