@@ -45,6 +45,12 @@ def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
     return workers * (config.train.cpus_per_worker or 1) + 1, float(workers if use_gpu else 0)
 
 
+def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
+    """Whether workers take GPUs, on a cluster that has so many of them."""
+    train = config.train
+    return num_gpus >= train.num_workers if train.use_gpu == "auto" else train.use_gpu
+
+
 def run(config: RunConfig) -> dict[str, Any]:
     """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
 
@@ -69,8 +75,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     out.write_json(SETTINGS, settings)
     manifest = Manifest.load(config.folder / "dataset")
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
-    use_gpu = ray.cluster_resources().get("GPU", 0) >= train.num_workers if train.use_gpu == "auto" else train.use_gpu
+    use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / START_ATTEMPTS)
+    os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     trainer = ray.train.torch.TorchTrainer(
         _train_loop,
         train_loop_config={

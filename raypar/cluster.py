@@ -1,0 +1,86 @@
+"""Starting or joining Ray, and whether it can ever hold what a run asks for. Runs in: the driver."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+WORKER_VARIABLES = ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR", "NO_ALBUMENTATIONS_UPDATE")
+MIN_LOCAL_CPUS = 4  # fewer would leave Ray Data nothing beside the training workers
+
+
+def connect() -> None:
+    """Joins the cluster that this process belongs to (a job, or RAY_ADDRESS); otherwise starts Ray on this machine."""
+    import ray
+
+    if ray.is_initialized():
+        return
+    _be_quiet()
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
+        ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
+        return
+    variables = {name: os.environ[name] for name in WORKER_VARIABLES if name in os.environ}
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), include_dashboard=False, logging_level="warning",
+             runtime_env={"env_vars": {**variables, "PYTHONPATH": _package_path()}})  # fmt: skip
+
+
+def require(num_cpus: float, num_gpus: float) -> None:
+    """Checks what the cluster has, nodes that an autoscaler may still add included.
+
+    Raises:
+        ValueError: it can never have that much.
+    """
+    import ray
+
+    if _can_grow():
+        return
+    total = ray.cluster_resources()
+    for name, wanted in (("GPU", num_gpus), ("CPU", num_cpus)):
+        if wanted > total.get(name, 0):
+            nodes = sum(1 for node in ray.nodes() if node["Alive"])
+            raise ValueError(f"{wanted:g} {name}s are needed, the cluster ({nodes} node(s)) has {total.get(name, 0):g}: "
+                             "ask for fewer (train.num_workers, use_gpu, cpus_per_worker) or add nodes")  # fmt: skip
+
+
+def local_resources() -> tuple[float, float]:
+    """CPUs and GPUs that a Ray started on this machine would have, without starting it."""
+    from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
+
+    return float(max(os.cpu_count() or 1, MIN_LOCAL_CPUS)), float(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+
+
+def _can_grow() -> bool:
+    """Whether an autoscaler reports to the cluster: then only it knows what can still come."""
+    from ray._private import ray_constants
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    status: Any = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
+    return bool(status) and b"monitor" in status
+
+
+def _package_path() -> str:
+    """Where workers find raypar when it is used from a checkout."""
+    here = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))  # noqa: PTH100, PTH120
+    return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
+
+
+def _be_quiet() -> None:
+    """Ray's own reports of progress give way to raypar's."""
+    os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "1")  # processes without a GPU see none
+
+
+def task_cause(error: BaseException) -> BaseException:
+    """What really went wrong in a Ray task or actor, out of Ray's wrapping."""
+    from ray.exceptions import RayTaskError
+
+    seen: set[int] = set()
+    while id(error) not in seen:
+        seen.add(id(error))
+        inner = error.cause if isinstance(error, RayTaskError) else error.__cause__
+        if inner is None:
+            break
+        error = inner
+    return error
