@@ -156,6 +156,8 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
     from ray.data.block import BlockMetadata
     from ray.data.datasource import ReadTask
 
+    from raypar.dataset.pace import Pace
+
     spec_ref = ray.put(spec)
 
     class Windows(Datasource):  # type: ignore[misc]  # Ray Data's reader of windows: one task an item
@@ -171,6 +173,7 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
     dataset.context.target_max_block_size = 1  # a block is one batch: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
+    dataset.context.custom_execution_callback_classes = [Pace]
     dataset.context.enable_progress_bars = False
     dataset.context.execution_no_progress_timeout_s = -1  # a long validation is not a hang; collectives have their own limit
     return list(dataset.streaming_split(spec.world_size, equal=False))

@@ -89,7 +89,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             num_workers=train.num_workers, use_gpu=use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})}),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=config.folder.uri,
+            name="train", storage_path=config.folder.uri, logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=START_ATTEMPTS - 1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints)),
     )  # fmt: skip
