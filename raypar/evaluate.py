@@ -204,8 +204,8 @@ class Worker:
             ids = ", ".join(row["image_id"] for row in rows)
             raise ValueError(f"an image of the dataset cannot be read ({error}), among {ids}: prepare the dataset again") from error
 
-    def _tile(self, row: dict[str, Any], found: Any, labels: tuple[Any, Any]) -> bytes:
-        """A PNG: the image with its labels, and beside it with what was found."""
+    def _tile(self, row: dict[str, Any], found: Any, labels: tuple[Any, Any]) -> tuple[str, bytes]:
+        """Image id and a PNG: the image with its labels, and beside it with what was found."""
         from raypar.draw import boxes_on
         from raypar.images import decode, encode_png
 
@@ -213,7 +213,7 @@ class Worker:
         sure = found.confidences > SAMPLE_CONF
         truth = boxes_on(image, labels[1], labels[0], self.job.class_names)
         drawn = boxes_on(image, found.boxes_xyxy[sure], found.class_ids[sure], self.job.class_names, found.confidences[sure])
-        return encode_png(np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1))
+        return row["image_id"], encode_png(np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1))
 
 
 def _labels(row: dict[str, Any], is_single_class: bool) -> tuple[Any, Any]:
@@ -224,12 +224,13 @@ def _labels(row: dict[str, Any], is_single_class: bool) -> tuple[Any, Any]:
     return class_ids, xywhn_to_xyxy(np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4), (row["height"], row["width"]))
 
 
-def _write_samples(tiles: list[bytes], out: Folder) -> None:
+def _write_samples(tiles: list[tuple[str, bytes]], out: Folder) -> None:
     from raypar.draw import contact_sheet
     from raypar.images import decode, encode_png
 
     if tiles:
-        sheet = contact_sheet([decode(tile) for tile in tiles], titles=["labels | detections"] * len(tiles), columns=2)
+        titles = [f"{image_id}: labels | detections" for image_id, _ in tiles]
+        sheet = contact_sheet([decode(tile) for _, tile in tiles], titles=titles, columns=2, max_side=960)
         out.write("detections.png", encode_png(sheet))
 
 
