@@ -20,7 +20,8 @@ def connect() -> None:
         ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
         return
     variables = {name: os.environ[name] for name in WORKER_VARIABLES if name in os.environ}
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), include_dashboard=False, logging_level="warning",
+    # With the dashboard: Ray Train asks it for the state of actors and complains every second when there is none.
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning",
              runtime_env={"env_vars": {**variables, "PYTHONPATH": _package_path()}})  # fmt: skip
 
 

@@ -15,9 +15,9 @@ VERBS = ("prepare", "train", "evaluate", "predict", "export", "serve")
 # Settings of Ultralytics that raypar decides itself, each with the place to write instead.
 OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
-    "project": "storage", "name": "name", "save_dir": "storage", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
-    "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "half": "train.precision", "rect": "nothing: batches are square",
-    "mode": "the verb", "task": "nothing: it follows from the model", "augmentations": "train.albumentations", "save_period": "train.checkpoint_every_s",
+    "project": "storage", "name": "name", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
+    "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
+    "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "train.checkpoint_every_s",
     "split": "evaluate.split", "source": "predict.source", "format": "export.format",
 }  # fmt: skip
 
@@ -149,6 +149,12 @@ class Autoscaling(Section):
     min: PositiveInt = 1
     max: PositiveInt = 1
 
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
+
 
 class ServeConfig(InferenceConfig):
     """Weights -> an HTTP service."""
@@ -166,6 +172,8 @@ class ServeConfig(InferenceConfig):
     max_image_mb: PositiveFloat = Field(16, description="larger bodies are answered 413")
     max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
     api_key_env: str | None = Field(None, description="environment variable with the accepted API keys, comma separated; nothing: open")
+    route_prefix: str = Field("/", description="path under which the service answers", pattern=r"^/[^{}]*$")
+    threads_per_replica: PositiveInt | None = Field(None, description="torch threads a replica on a CPU; nothing: its share of the node's cores")
 
 
 class RunConfig(Section):

@@ -53,14 +53,14 @@ class Worker:
         ultralytics.utils.LOGGER.setLevel("WARNING")
         train = config["train"]
         device = ray.train.torch.get_device()
-        cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
 
         run = Folder(config["folder"])
         self.out, dataset = run / "train", run / "dataset"
         manifest = Manifest.load(dataset)
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=device)  # fmt: skip
+        cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
+        torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
         self.args, self.class_names = lender.args, list(lender.data["names"].values())
         self.plan = Plan(epochs=self.args.epochs, **config["plan"])
         self.precision = pick_precision(train["precision"], device)
