@@ -44,7 +44,8 @@ def check(config: RunConfig) -> None:
     if not weights.name.endswith(".pt"):
         raise ValueError(f"export.weights: {weights.uri} is not a .pt: exports are made from weights")
     if importlib.util.find_spec(NEEDS[section.format]) is None:
-        raise ValueError(f"export.format '{section.format}' needs the Python package {NEEDS[section.format]}: install it, or use format=onnx")
+        raise ValueError(f"export.format '{section.format}' needs the Python package {NEEDS[section.format]}: "
+                         f"install it, or use format=onnx")  # fmt: skip
     if section.half and section.format == "torchscript":
         raise ValueError("export.half is for onnx, openvino and engine: leave it out for torchscript")
 
@@ -74,10 +75,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     try:
         result: dict[str, Any] = ray.get(task.remote(staged, section, dataset if has_images else None, out))
     except ray.exceptions.RayTaskError as error:
-        if staged is not weights:
-            out.delete("weights")
         cause = error.cause if isinstance(error.cause, Exception) else error
         raise ValueError(f"export to {section.format} failed: {' '.join(str(cause).split())[-500:]}") from error
+    finally:
+        if staged is not weights:
+            out.delete("weights")
     result |= {"settings": settings, "weights": weights.uri}
     out.write_json(RESULT, result)
     print(f"export: {out.uri}/{result['file']}: {result['num_agreeing']} of {result['num_compared']} boxes agree with the weights "
@@ -95,10 +97,12 @@ def _sha256(weights: Weights) -> str:
 def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out: Folder) -> dict[str, Any]:
     """The task: exports in a temporary folder, compares, and only then moves the result into storage."""
     from ultralytics import YOLO
+    from ultralytics.utils import LOGGER
 
     from raypar.detector import Detector
     from raypar.precision import pick_device
 
+    LOGGER.setLevel("WARNING")
     with tempfile.TemporaryDirectory(prefix="raypar-export-") as folder, contextlib.chdir(folder):
         source = Path(folder) / "best.pt"
         weights.download(Path(folder)).replace(source)
@@ -111,14 +115,15 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
         original.square = exported.square  # a fixed shape is padded to a square: so are the weights, for the comparison
         report = compare(original, exported, _samples(dataset, original.imgsz), is_half=section.half)
         if report["num_agreeing"] < MIN_AGREEMENT * report["num_compared"]:
-            raise ValueError(f"only {report['num_agreeing']} of {report['num_compared']} boxes agree with the weights (IoU >= "
-                             f"{report['min_iou']}, confidence within {report['max_confidence_difference']}); nothing was written")  # fmt: skip
+            raise ValueError(f"only {report['num_agreeing']} of {report['num_compared']} boxes agree with the weights "
+                             f"(IoU >= {report['min_iou']}, confidence within {report['max_confidence_difference']}); "
+                             f"nothing was written")  # fmt: skip
         out.delete(RESULT)
         for file in sorted(made.rglob("*")) if made.is_dir() else [made]:
             if file.is_file():
                 out.upload(file, file.relative_to(made.parent).as_posix())
-        return {"file": made.name, "sha256": exported.sha256, "format": section.format, "imgsz": exported.imgsz, "is_dynamic": not exported.square,
-                "half": section.half, "class_names": exported.class_names, **report}  # fmt: skip
+        return {"file": made.name, "sha256": exported.sha256, "format": section.format, "imgsz": exported.imgsz,
+                "is_dynamic": not exported.square, "half": section.half, "class_names": exported.class_names, **report}  # fmt: skip
 
 
 def compare(original: Any, exported: Any, images: list[Any], *, is_half: bool) -> dict[str, Any]:

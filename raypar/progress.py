@@ -26,7 +26,7 @@ class Progress:
         self.done, self.began = 0, time.monotonic()
         self.is_terminal = sys.stderr.isatty()
         self.every_s = REWRITE_EVERY_S if self.is_terminal else LINE_EVERY_S
-        self.said = self.began
+        self.said, self.said_done = self.began, -1
 
     def update(self, num: int) -> None:
         """Adds to the count, and says so when it is time to."""
@@ -36,7 +36,8 @@ class Progress:
 
     def close(self) -> None:
         """Says the final state."""
-        self._say()
+        if self.is_terminal or self.done != self.said_done:
+            self._say()
         if self.is_terminal:
             print(file=sys.stderr)
 
@@ -45,7 +46,7 @@ class Progress:
         return self.done / max(time.monotonic() - self.began, 1e-9)
 
     def _say(self) -> None:
-        self.said = time.monotonic()
+        self.said, self.said_done = time.monotonic(), self.done
         left = (self.total - self.done) / self.per_s if self.done else 0.0
         state = f"{left:.0f} s left" if self.done < self.total else f"in {self.said - self.began:.1f} s"
         line = f"{self.label}: {self.done}/{self.total} {self.unit}, {self.per_s:.1f}/s, {state}"
