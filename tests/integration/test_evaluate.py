@@ -1,0 +1,108 @@
+"""Evaluation through Ray Data: the numbers of ``YOLO.val``, however many workers share the images.
+
+    {storage}/{name}/evaluate/   metrics.json  BoxPR_curve.png ...  confusion_matrix.png ...  detections.png
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+from ultralytics import YOLO
+
+import raypar.evaluate
+from raypar.config import RunConfig
+from raypar.dataset.manifest import Manifest
+from raypar.images import decode
+
+pytestmark = pytest.mark.usefixtures("ray_4_cpus")
+
+
+def with_evaluate(config: RunConfig, **evaluate: Any) -> RunConfig:
+    value = config.model_dump(mode="json")
+    value["evaluate"] |= evaluate
+    return RunConfig.model_validate(value)
+
+
+def as_yolo_dataset(config: RunConfig, root: Path) -> Path:
+    """The run's val split as Ultralytics wants it: image files, label files, a data.yaml."""
+    dataset = config.folder / "dataset"
+    manifest = Manifest.load(dataset)
+    for kind in ("images", "labels"):
+        (root / kind / "val").mkdir(parents=True)
+    for shard in manifest.split("val").shards:
+        for i, row in enumerate(pq.read_table(f"{dataset.uri}/{shard.path}").to_pylist()):
+            stem = f"{Path(shard.path).stem}_{i}"
+            suffix = ".png" if row["image"][:4] == b"\x89PNG" else ".jpg"
+            (root / "images" / "val" / f"{stem}{suffix}").write_bytes(row["image"])
+            boxes = [row["boxes_xywhn"][4 * j : 4 * j + 4] for j in range(len(row["class_ids"]))]
+            lines = [" ".join(map(str, [c, *box])) for c, box in zip(row["class_ids"], boxes, strict=True)]
+            (root / "labels" / "val" / f"{stem}.txt").write_text("\n".join(lines))
+    data = {"path": str(root), "train": "images/val", "val": "images/val", "names": dict(enumerate(manifest.class_names))}
+    (root / "data.yaml").write_text(yaml.safe_dump(data))
+    return root / "data.yaml"
+
+
+@pytest.fixture(scope="module")
+def result(trained_run: RunConfig, ray_4_cpus: None) -> dict[str, Any]:
+    return raypar.evaluate.run(with_evaluate(trained_run, num_workers=2, batch=5))
+
+
+def test_numbers_are_those_of_yolo_val(trained_run: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
+    data = as_yolo_dataset(trained_run, tmp_path / "data")
+    weights = f"{trained_run.folder.uri}/train/best.pt"
+    theirs = YOLO(weights).val(data=str(data), imgsz=96, batch=1, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path)).box
+    assert result["map50_95"] == pytest.approx(theirs.map, abs=0.003)
+    assert result["map50"] == pytest.approx(theirs.map50, abs=0.003)
+    assert result["num_boxes"] > 0
+
+
+def test_what_it_leaves(trained_run: RunConfig, result: dict[str, Any]) -> None:
+    folder = Path(trained_run.folder.uri) / "evaluate"
+    assert json.loads((folder / "metrics.json").read_text()) == result
+    assert result["num_images"] == 16
+    assert {"map50_95", "map50", "precision", "recall", "per_class", "weights", "weights_sha256", "split", "imgsz", "images_per_s"} <= result.keys()
+    assert all(0 <= result[key] <= 1 for key in ("map50_95", "map50", "precision", "recall"))
+    assert [row["class_name"] for row in result["per_class"]] == list(Manifest.load(trained_run.folder / "dataset").class_names)
+    pictures = {path.name for path in folder.glob("*.png")}
+    assert {"BoxPR_curve.png", "BoxF1_curve.png", "confusion_matrix.png", "confusion_matrix_normalized.png", "detections.png"} <= pictures
+    assert decode((folder / "detections.png").read_bytes()).std() > 10
+
+
+def test_the_number_of_workers_and_the_batch_change_nothing(trained_run: RunConfig, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither is a setting of the result: it is complete. Made anew with others, it is the same."""
+    again = raypar.evaluate.run(with_evaluate(trained_run, num_workers=1, batch=16))
+    assert "is complete" in capsys.readouterr().out
+    assert again == result
+    anew = raypar.evaluate.run(with_evaluate(trained_run, num_workers=1, batch=16, overwrite=True))
+    for key in ("map50_95", "map50", "precision", "recall"):
+        assert anew[key] == pytest.approx(result[key], abs=1e-4)
+
+
+def test_other_settings_are_another_result(trained_run: RunConfig, result: dict[str, Any]) -> None:
+    train = raypar.evaluate.run(with_evaluate(trained_run, split="train"))
+    assert train["num_images"] == 48
+
+
+def test_weights_for_other_classes_are_refused(trained_run: RunConfig, tmp_path: Path) -> None:
+    import torch
+    from ultralytics.nn.tasks import DetectionModel
+
+    model = DetectionModel("yolov8n.yaml", nc=7, verbose=False)
+    torch.save({"model": model, "train_args": {"imgsz": 96}}, tmp_path / "seven.pt")
+    with pytest.raises(ValueError, match="7 classes"):
+        raypar.evaluate.run(with_evaluate(trained_run, weights=str(tmp_path / "seven.pt")))
+
+
+def test_what_is_missing_is_said(trained_run: RunConfig, tmp_path: Path) -> None:
+    for config, message in (
+        (with_evaluate(trained_run, weights=str(tmp_path / "none.pt")), "none.pt"),
+        (with_evaluate(trained_run, split="test"), "no 'test' images"),
+        (RunConfig(name="empty", storage=str(tmp_path)), "raypar prepare"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            raypar.evaluate.check(config)
