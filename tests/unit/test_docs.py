@@ -32,7 +32,7 @@ def test_links_lead_to_files(page: Path) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_commands_name_real_verbs_and_files(page: Path) -> None:
-    for verb, run_file in re.findall(r"^(?:\$ )?raypar (\w+) (\S+)", page.read_text(), re.MULTILINE):
+    for verb, run_file in re.findall(r"^(?:\$ )?raypar (\w+) (jobs/\S+|RUN_FILE)", page.read_text(), re.MULTILINE):
         if verb == "VERB":
             continue
         assert verb in VERBS, f"{page.name}: raypar {verb}"
