@@ -1,0 +1,377 @@
+"""The HTTP routes of the service: an image in, JSON or JPEG out, errors as ``application/problem+json`` (RFC 9457).
+
+Runs in: the ingress replicas of Ray Serve, or any ASGI server. Imports no Ray and no torch: what detects is a function it is given.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Annotated, Any
+
+import PIL.Image
+from fastapi import Depends, FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pydantic import BaseModel, Field
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import Message
+
+import raypar
+from raypar.images import header_hw
+
+log = logging.getLogger("ray.serve")
+
+FORM_OVERHEAD_BYTES = 64 << 10  # boundaries and headers around an image that is sent as a form
+MAX_DET = 3000  # the most boxes a request can ask for
+READY_TIMEOUT_S = 2.0
+RETRY_AFTER = {"Retry-After": "1"}
+PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Cache-Control": "no-cache",
+}
+PROBLEMS = {
+    400: "not an image", 401: "no or wrong API key", 408: "the image came too slowly", 413: "too many bytes or pixels",
+    415: "neither image/* nor a form", 422: "a bad parameter", 503: "full: try again after Retry-After", 504: "not answered in time",
+}  # fmt: skip
+IMAGE_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "image/*": {"schema": {"type": "string", "format": "binary"}},
+            "multipart/form-data": {
+                "schema": {"type": "object", "required": ["image"], "properties": {"image": {"type": "string", "format": "binary"}}}
+            },
+        },
+    }
+}
+
+
+class ModelName(BaseModel):
+    """Which weights answered."""
+
+    name: str
+    sha256: str = Field(description="of the weights")
+
+
+class ImageSize(BaseModel):
+    """Of the upright image, px."""
+
+    height: int
+    width: int
+
+
+class Detection(BaseModel):
+    """One object."""
+
+    class_id: int
+    class_name: str
+    confidence: float = Field(ge=0, le=1)
+    box_xyxy: tuple[float, float, float, float] = Field(description="left, top, right, bottom, in px of the upright image")
+
+
+class DetectAnswer(BaseModel):
+    """What is in an image, the most confident first."""
+
+    model: ModelName
+    image: ImageSize
+    detections: list[Detection]
+
+
+class ModelAnswer(ModelName):
+    """The model that is loaded now, and the defaults of the query parameters."""
+
+    task: str
+    class_names: list[str]
+    imgsz: int = Field(description="px of the longer side that images are scaled to")
+    conf: float
+    iou: float
+    max_det: int
+
+
+class Problem(BaseModel):
+    """An error."""
+
+    type: str = "about:blank"
+    title: str
+    status: int
+    detail: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was found in one image.
+
+    Attributes:
+        body: a :class:`DetectAnswer` as a plain dict.
+        batch_size: images in the forward pass that this one was part of.
+        forward_s: seconds of that pass, NMS included.
+        jpeg: the image with its objects drawn, where it was asked for.
+    """
+
+    body: dict[str, Any]
+    batch_size: int
+    forward_s: float
+    jpeg: bytes | None = None
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the service accepts, and the defaults of the query parameters."""
+
+    max_image_bytes: int = 16 << 20
+    max_pixels: int = 50_000_000
+    request_timeout_s: float = 30.0
+    conf: float = 0.25
+    iou: float = 0.7
+    max_det: int = 300
+
+
+class BadImageError(Exception):
+    """The image cannot be decoded; the message tells why."""
+
+
+class BusyError(Exception):
+    """Nobody can take the request now; the message tells why."""
+
+
+Find = Callable[[bytes, float, float, int], Awaitable[Answer]]  # (image, conf, iou, max_det); raises BadImageError, BusyError
+Info = Callable[[], Awaitable[dict[str, Any]]]  # name, sha256, task, class_names, imgsz; raises BusyError
+
+
+class Thresholds:
+    """The query of a request."""
+
+    def __init__(
+        self,
+        conf: Annotated[float | None, Query(ge=0, le=1, description="boxes below this confidence are dropped")] = None,
+        iou: Annotated[float | None, Query(ge=0, le=1, description="overlap above which the weaker box is dropped")] = None,
+        max_det: Annotated[int | None, Query(ge=1, le=MAX_DET, description="boxes kept, the most confident first")] = None,
+    ) -> None:
+        self.conf, self.iou, self.max_det = conf, iou, max_det
+
+    def resolved(self, limits: Limits) -> tuple[float, float, int]:
+        """conf, iou and max_det, each the service's default where the request has none."""
+        return (
+            limits.conf if self.conf is None else self.conf,
+            limits.iou if self.iou is None else self.iou,
+            limits.max_det if self.max_det is None else self.max_det,
+        )
+
+
+def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = None, key_digests: Iterable[bytes] = ()) -> FastAPI:
+    """The service around three functions.
+
+    Args:
+        detect: finds the objects in an image whose header was checked.
+        annotate: the same, and draws them.
+        info: tells which model is loaded now.
+        limits: sizes, times and defaults.
+        key_digests: :func:`digest` of each accepted API key; none leaves the service open.
+    """
+    limits, digests = limits or Limits(), tuple(key_digests)
+    api = FastAPI(title="raypar", version=raypar.__version__, summary="Object detection: Ultralytics YOLO on Ray", redoc_url=None)
+    _explain_errors(api)
+    _add_page(api)
+    _add_probes(api, info)
+
+    async def check_key(request: Request) -> None:
+        if digests and not _has_key(request, digests):
+            detail = "send an accepted API key, as 'Authorization: Bearer KEY' or 'X-API-Key: KEY'"
+            raise HTTPException(401, detail, {"WWW-Authenticate": 'Bearer realm="raypar"'})
+
+    async def find(how: Find, request: Request, query: Thresholds) -> Answer:
+        deadline = asyncio.get_running_loop().time() + limits.request_timeout_s
+        image = await _receive(request, limits, deadline)
+        _check_header(image, limits.max_pixels)
+        return await _in_time(how(image, *query.resolved(limits)), deadline)
+
+    takes_image: Any = {"dependencies": [Depends(check_key)], "openapi_extra": IMAGE_BODY}
+
+    @api.post("/v1/detect", **takes_image, responses=_problems(*PROBLEMS), response_model=DetectAnswer)
+    async def detect_objects(request: Request, query: Annotated[Thresholds, Depends()]) -> Response:
+        """The objects in an image."""
+        answer = await find(detect, request, query)
+        return JSONResponse(answer.body, headers=_timing(answer))
+
+    picture: Any = {200: {"description": "The image with its objects drawn", "content": {"image/jpeg": {}}}}
+
+    @api.post("/v1/annotate", **takes_image, responses=picture | _problems(*PROBLEMS), response_class=Response)
+    async def annotate_image(request: Request, query: Annotated[Thresholds, Depends()]) -> Response:
+        """The image with its objects drawn."""
+        answer = await find(annotate, request, query)
+        return Response(answer.jpeg, media_type="image/jpeg", headers=_timing(answer))
+
+    @api.get("/v1/model", dependencies=[Depends(check_key)], responses=_problems(401, 503, 504), response_model=ModelAnswer)
+    async def model() -> dict[str, Any]:
+        """The model that is loaded now, and the defaults of the query parameters."""
+        found = await _in_time(info(), asyncio.get_running_loop().time() + limits.request_timeout_s)
+        return {**found, "conf": limits.conf, "iou": limits.iou, "max_det": limits.max_det}
+
+    return api
+
+
+def digest(key: str) -> bytes:
+    """What is kept of an API key: equally long for all of them."""
+    return hashlib.sha256(key.encode()).digest()
+
+
+def _has_key(request: Request, digests: tuple[bytes, ...]) -> bool:
+    scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
+    key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
+    given = digest(key)
+    return any([hmac.compare_digest(given, each) for each in digests])  # a list: every one is compared, whichever fits
+
+
+async def _in_time(work: Awaitable[Any], deadline: float) -> Any:
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await work
+    except TimeoutError:
+        raise HTTPException(504, "the detector did not answer in time: try again, or with a smaller image", RETRY_AFTER) from None
+
+
+async def _receive(request: Request, limits: Limits, deadline: float) -> bytes:
+    """The encoded image: the body, or the form's field ``image``. Reading ends as soon as there are too many bytes."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    is_form = kind == "multipart/form-data"
+    if not is_form and not kind.startswith("image/"):
+        detail = f"Content-Type is '{kind}': send the image as the body (image/jpeg ...), or as the field 'image' of a multipart form"
+        raise HTTPException(415, detail)
+    try:
+        async with asyncio.timeout_at(deadline):
+            body = await _read(request, limits.max_image_bytes + (FORM_OVERHEAD_BYTES if is_form else 0), limits)
+            image = await _form_image(request, body) if is_form else body
+    except TimeoutError:
+        raise HTTPException(408, f"the image did not come within {limits.request_timeout_s:g} s") from None
+    if len(image) > limits.max_image_bytes:
+        raise _too_large(limits)
+    if not image:
+        raise HTTPException(400, "the image is empty")
+    return image
+
+
+async def _read(request: Request, max_bytes: int, limits: Limits) -> bytes:
+    announced = request.headers.get("content-length", "")
+    if announced.isdigit() and int(announced) > max_bytes:
+        raise _too_large(limits)
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > max_bytes:
+            raise _too_large(limits)
+    return bytes(body)
+
+
+def _too_large(limits: Limits) -> HTTPException:
+    return HTTPException(413, f"the image has more than {limits.max_image_bytes} bytes", {"Connection": "close"})
+
+
+async def _form_image(request: Request, body: bytes) -> bytes:
+    async def replay() -> Message:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
+        field = form.get("image")
+        if not isinstance(field, UploadFile):
+            raise HTTPException(422, "the form has no file in its field 'image'")
+        return await field.read()
+
+
+def _check_header(image: bytes, max_pixels: int) -> None:
+    """Refuses what is no image, or has too many pixels, before a pixel is decoded."""
+    try:
+        height, width = header_hw(image)
+    except ValueError as error:
+        is_bomb = isinstance(error.__cause__, PIL.Image.DecompressionBombError)
+        raise HTTPException(413, f"the image has more than {max_pixels} pixels") if is_bomb else BadImageError(_first_line(error)) from None
+    if height * width > max_pixels:
+        raise HTTPException(413, f"an image of {width} x {height} has more than {max_pixels} pixels")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split(": <_io")[0].splitlines()[0]  # Pillow names the buffer's address
+
+
+def _timing(answer: Answer) -> dict[str, str]:
+    return {"Server-Timing": f"forward;dur={1000 * answer.forward_s:.1f}, batch;desc={answer.batch_size}"}
+
+
+def _add_probes(api: FastAPI, info: Info) -> None:
+    @api.get("/livez")
+    async def live() -> dict[str, str]:
+        """Whether the service's front answers."""
+        return {"status": "alive"}
+
+    @api.get("/readyz", responses=_problems(503))
+    async def ready() -> dict[str, str]:
+        """Whether a replica of the detector answers."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT_S):
+                await info()
+        except Exception as error:
+            raise HTTPException(503, "no replica of the detector answers", RETRY_AFTER) from error
+        return {"status": "ready"}
+
+
+def _add_page(api: FastAPI) -> None:
+    for name, kind in PAGE_TYPES.items():
+        text = (files("raypar.serve") / "page" / name).read_text(encoding="utf-8")
+        path = "/" if name == "index.html" else f"/{name}"
+        api.add_api_route(path, _page_file(text, kind), methods=["GET"], include_in_schema=False)
+
+
+def _page_file(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
+    async def page_file() -> Response:
+        return Response(text, media_type=kind, headers=PAGE_HEADERS)
+
+    return page_file
+
+
+def _explain_errors(api: FastAPI) -> None:
+    """Makes every error a problem, those of FastAPI included."""
+
+    @api.exception_handler(HTTPException)
+    async def known(_: Request, error: HTTPException) -> Response:
+        return _problem(error.status_code, str(error.detail), error.headers)
+
+    @api.exception_handler(RequestValidationError)
+    async def invalid(_: Request, error: RequestValidationError) -> Response:
+        return _problem(422, "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()))
+
+    @api.exception_handler(BadImageError)
+    async def bad_image(_: Request, error: BadImageError) -> Response:
+        return _problem(400, str(error))
+
+    @api.exception_handler(BusyError)
+    async def busy(_: Request, error: BusyError) -> Response:
+        return _problem(503, str(error), RETRY_AFTER)
+
+    @api.exception_handler(ClientDisconnect)
+    async def gone(_: Request, error: ClientDisconnect) -> Response:
+        return _problem(400, "the client went away before its image was here")
+
+    @api.exception_handler(Exception)
+    async def unforeseen(_: Request, error: Exception) -> Response:
+        log.error("a request failed", exc_info=error)
+        return _problem(500, "the service failed on this request: its log says why")
+
+
+def _problem(status: int, detail: str, headers: Any = None) -> Response:
+    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail).model_dump()
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """What OpenAPI says of these errors."""
+    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
+    return {status: {"description": PROBLEMS[status], "content": content} for status in statuses}
