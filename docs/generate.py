@@ -46,13 +46,21 @@ def page() -> str:
 def table(model: type[BaseModel]) -> str:
     rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        default = "required" if field.is_required() else "" if field.default is PydanticUndefined else f"`{shown(field.default)}`"
+        default = (
+            "required"
+            if field.is_required()
+            else ""
+            if field.default is PydanticUndefined or isinstance(field.default, BaseModel)
+            else f"`{shown(field.default)}`"
+        )
         rows.append(f"| `{name}` | {kind(field.annotation)} | {default} | {field.description or ''} |")
     return "\n".join(rows) + "\n"
 
 
 def shown(value: Any) -> str:
-    return {None: "nothing", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    return (
+        {None: "nothing", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
+    )
 
 
 def kind(annotation: Any) -> str:

@@ -29,9 +29,18 @@ def main() -> int:
         run(verb)
     ask_service()
     metrics = json.loads((RUN / "evaluate" / "metrics.json").read_text())
-    print(f"\nDone in {time.monotonic() - began:.0f} s: mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} on {metrics['num_images']} images.")
+    print(
+        f"\nDone in {time.monotonic() - began:.0f} s: mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} on {metrics['num_images']} images."
+    )
     print("Look at:")
-    for name in ("train/batch_0.png", "train/results.png", "evaluate/detections.png", "evaluate/confusion_matrix.png", "predict/samples.png", "demo_request.jpg"):
+    for name in (
+        "train/batch_0.png",
+        "train/results.png",
+        "evaluate/detections.png",
+        "evaluate/confusion_matrix.png",
+        "predict/samples.png",
+        "demo_request.jpg",
+    ):
         if (RUN / name).exists():
             print(f"  {RUN / name}")
     if metrics["map50"] < GOAL:

@@ -110,14 +110,18 @@ def _check_resources(verb: Any, config: RunConfig) -> None:
     need_cpus, need_gpus = verb.needs(config, use_gpu=verb.uses_gpu(config, gpus))
     for name, wanted, have in (("GPU", need_gpus, gpus), ("CPU", need_cpus, cpus)):
         if wanted > have:
-            raise ValueError(f"{wanted:g} {name}s are needed, a Ray on this machine has {have:g}: ask for fewer, or set RAY_ADDRESS to a cluster that has them")
+            raise ValueError(
+                f"{wanted:g} {name}s are needed, a Ray on this machine has {have:g}: ask for fewer, or set RAY_ADDRESS to a cluster that has them"
+            )
 
 
 def _versions() -> str:
     from importlib.metadata import version
 
     names = ("ray", "ultralytics", "torch", "albumentations", "pyarrow")
-    return "# written by raypar " + __version__ + "; " + ", ".join(f"{n} {version(n)}" for n in names) + f"; Python {sys.version.split()[0]}\n"
+    return (
+        "# written by raypar " + __version__ + "; " + ", ".join(f"{n} {version(n)}" for n in names) + f"; Python {sys.version.split()[0]}\n"
+    )
 
 
 def _user_error(error: BaseException) -> BaseException | None:

@@ -43,7 +43,7 @@ class PrepareConfig(Section):
 
     source: str | None = Field(None, description="data.yaml (yolo), folder or JSON (coco), folder (voc); nothing for shapes")
     format: Literal["yolo", "coco", "voc", "shapes"] = Field("yolo", description="how the labels are written")
-    shapes: ShapesConfig = Field(default_factory=ShapesConfig, description="what to generate when format is shapes")
+    shapes: ShapesConfig = Field(ShapesConfig(), description="what to generate when format is shapes")
     max_rejected: float = Field(0.05, ge=0, le=1, description="share of images that may be set aside before it is an error")
     shard_mb: PositiveFloat = Field(64, description="target size of a shard, MB")
     rows_per_group: PositiveInt = Field(64, description="images in a Parquet row group")
@@ -97,7 +97,9 @@ class TrainConfig(Section):
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
         if self.batch % self.num_workers:
-            raise ValueError(f"batch {self.batch} cannot be shared equally by {self.num_workers} workers: make it a multiple of {self.num_workers}")
+            raise ValueError(
+                f"batch {self.batch} cannot be shared equally by {self.num_workers} workers: make it a multiple of {self.num_workers}"
+            )
         return self
 
 
@@ -173,7 +175,9 @@ class ServeConfig(InferenceConfig):
     max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
     api_key_env: str | None = Field(None, description="environment variable with the accepted API keys, comma separated; nothing: open")
     route_prefix: str = Field("/", description="path under which the service answers", pattern=r"^/[^{}]*$")
-    threads_per_replica: PositiveInt | None = Field(None, description="torch threads a replica on a CPU; nothing: its share of the node's cores")
+    threads_per_replica: PositiveInt | None = Field(
+        None, description="torch threads a replica on a CPU; nothing: its share of the node's cores"
+    )
 
 
 class RunConfig(Section):
@@ -183,11 +187,11 @@ class RunConfig(Section):
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
-    train: TrainConfig = Field(default_factory=TrainConfig, description="shards -> weights")
-    evaluate: EvaluateConfig = Field(default_factory=EvaluateConfig, description="weights -> metrics")
-    predict: PredictConfig = Field(default_factory=PredictConfig, description="weights + images -> detections")
-    export: ExportConfig = Field(default_factory=ExportConfig, description="weights -> ONNX ...")
-    serve: ServeConfig = Field(default_factory=ServeConfig, description="weights -> HTTP service")
+    train: TrainConfig = Field(TrainConfig(), description="shards -> weights")
+    evaluate: EvaluateConfig = Field(EvaluateConfig(), description="weights -> metrics")
+    predict: PredictConfig = Field(PredictConfig(), description="weights + images -> detections")
+    export: ExportConfig = Field(ExportConfig(), description="weights -> ONNX ...")
+    serve: ServeConfig = Field(ServeConfig(), description="weights -> HTTP service")
 
     @property
     def folder(self) -> Folder:

@@ -58,7 +58,9 @@ def make(spec: Spec) -> Transform:
             boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True)
             steps.append((probability, A.Compose([transform], bbox_params=boxes)))
 
-    def apply(image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator) -> Labelled:
+    def apply(
+        image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator
+    ) -> Labelled:
         draws = rng.random(len(steps))
         for (probability, compose), drawn in zip(steps, draws, strict=True):
             if drawn < probability:
@@ -78,7 +80,9 @@ def _from_dict(library: Any, entry: dict[str, Any]) -> Any:
     ((name, arguments),) = entry.items()
     kind = getattr(library, name, None)
     if not (isinstance(kind, type) and issubclass(kind, library.BasicTransform)):
-        known = [n for n in dir(library) if isinstance(getattr(library, n), type) and issubclass(getattr(library, n), library.BasicTransform)]
+        known = [
+            n for n in dir(library) if isinstance(getattr(library, n), type) and issubclass(getattr(library, n), library.BasicTransform)
+        ]
         near = difflib.get_close_matches(name, known, n=1)
         raise ValueError(f"train.albumentations: there is no transform '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
     try:

@@ -145,7 +145,9 @@ def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int,
     if choice[1] < recipe.cutmix:
         cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), _cut_areas(recipe.imgsz, rng), float(choice[2])
     gains = (choice[3:6] * 2 - 1) * [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
-    return Sample(layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr))
+    return Sample(
+        layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr)
+    )
 
 
 def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -> Layer:

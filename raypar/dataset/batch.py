@@ -37,7 +37,7 @@ class Batch:
     def pack(self) -> pa.Table:
         """One row of buffers; the image slab is not copied."""
         head = np.array([self.epoch, self.step, self.rank, self.num_replaced, *self.images.shape], dtype=np.int64)
-        arrays = {"head": head, "images": self.images, "class_ids": self.class_ids,
+        arrays: dict[str, NDArray[Any]] = {"head": head, "images": self.images, "class_ids": self.class_ids,
                   "boxes_xywhn": self.boxes_xywhn, "image_index": self.image_index, "rows": self.rows}  # fmt: skip
         return pa.table({name: _one_binary(array) for name, array in arrays.items()})
 

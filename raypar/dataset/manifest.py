@@ -64,7 +64,9 @@ class Manifest(Record):
             raise ValueError(f"no dataset in {dataset.uri}: run `raypar prepare` with the same run file first")
         value = dataset.read_json(MANIFEST)
         if value.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{dataset.uri}/{MANIFEST} has format {value.get('format_version')}, this raypar reads {FORMAT_VERSION}: prepare it again")
+            raise ValueError(
+                f"{dataset.uri}/{MANIFEST} has format {value.get('format_version')}, this raypar reads {FORMAT_VERSION}: prepare it again"
+            )
         return cls.model_validate(value)
 
     def save(self, dataset: Folder) -> None:

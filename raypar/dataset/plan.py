@@ -113,7 +113,8 @@ class Plan:
 
     def items(self, cursor: int = 0) -> Iterator[Item]:
         """The work that is left from a cursor on, in order."""
-        assert 0 <= cursor <= self.total_positions and cursor % self.global_batch == 0, cursor
+        assert 0 <= cursor <= self.total_positions, cursor
+        assert cursor % self.global_batch == 0, cursor
         epoch, step = divmod(cursor // self.global_batch, self.steps_per_epoch)
         window = min(step // self.steps_per_window, self.windows_per_epoch - 1)
         skip = step - self.steps_of(window).start

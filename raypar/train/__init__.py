@@ -35,7 +35,8 @@ def check(config: RunConfig) -> None:
     manifest = Manifest.load(config.folder / "dataset")
     if manifest.task != "detect":
         raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
-    manifest.split("train"), manifest.split("val")
+    for split in ("train", "val"):
+        manifest.split(split)
     _model(config.train.model)
 
 
@@ -66,7 +67,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         out.delete()
     settings = _fingerprint(config)
     if out.exists(SETTINGS) and (differing := _differing(out.read_json(SETTINGS), settings)):
-        raise ValueError(f"{out.uri} was begun with other settings ({differing}): set them back, choose another name, or add train.overwrite=true")
+        raise ValueError(
+            f"{out.uri} was begun with other settings ({differing}): set them back, choose another name, or add train.overwrite=true"
+        )
     if out.exists(SUMMARY):
         print(f"train: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
@@ -81,22 +84,32 @@ def run(config: RunConfig) -> dict[str, Any]:
     trainer = ray.train.torch.TorchTrainer(
         _train_loop,
         train_loop_config={
-            "folder": config.folder.uri, "seed": config.seed, "model": model, "train": train.model_dump(mode="json"),
+            "folder": config.folder.uri,
+            "seed": config.seed,
+            "model": model,
+            "train": train.model_dump(mode="json"),
             "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
-        },  # fmt: skip
+        },
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers, use_gpu=use_gpu,
-            resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})}),
+            num_workers=train.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})},
+        ),
         run_config=ray.train.RunConfig(
-            name="train", storage_path=config.folder.uri, logging_config=ray.train.LoggingConfig(log_level="WARNING"),
+            name="train",
+            storage_path=config.folder.uri,
+            logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=START_ATTEMPTS - 1),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints)),
-    )  # fmt: skip
+            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
+        ),
+    )
     try:
         trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(f"training failed: {_cause(error)}; what was saved is in {out.uri}, and the same command goes on from there") from error
+        raise RuntimeError(
+            f"training failed: {_cause(error)}; what was saved is in {out.uri}, and the same command goes on from there"
+        ) from error
     return _finish(out)
 
 

@@ -46,7 +46,9 @@ class Loop:
         precision: dtype of forward and backward; master weights are fp32.
     """
 
-    def __init__(self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1, precision: torch.dtype = torch.float32):
+    def __init__(
+        self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1, precision: torch.dtype = torch.float32
+    ):
         self.lender, self.args, self.device = lender, lender.args, lender.device
         self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
         self.channels_last = self.device.type == "cuda" or precision != torch.float32
@@ -54,10 +56,10 @@ class Loop:
             lender.model.to(memory_format=torch.channels_last)
         lender.set_class_weights()
         self.ema = ModelEMA(lender.model)
-        self.model: nn.Module = lender.model
+        self.model: Any = lender.model
         if world_size > 1:
             ids = [self.device.index] if self.device.type == "cuda" else None
-            no_buffers = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
+            no_buffers: dict[str, Any] = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
             self.model = nn.parallel.DistributedDataParallel(lender.model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
         nominal, batch = self.args.nbs, self.args.batch
         self.nominal_accumulate = min(max(round(nominal / batch), 1), steps_per_epoch * self.args.epochs)
@@ -117,8 +119,8 @@ class Loop:
 
     def end_epoch(self) -> None:
         """What Ultralytics does after an epoch's last step."""
-        criterion = getattr(self.lender.model, "criterion", None)
-        if hasattr(criterion, "update"):
+        criterion: Any = getattr(self.lender.model, "criterion", None)
+        if criterion is not None and hasattr(criterion, "update"):
             criterion.update()
         self.ema.update_attr(self.lender.model, include=["yaml", "nc", "args", "names", "stride", "class_weights"])
         if self.world_size > 1:  # batch-norm statistics are rank 0's, as in Ultralytics

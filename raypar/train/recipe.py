@@ -67,11 +67,15 @@ class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
         device: where the model goes.
     """
 
-    def __init__(self, yolo: dict[str, Any], *, model: str | dict[str, Any], manifest: Manifest, batch: int, seed: int, device: torch.device):
+    def __init__(
+        self, yolo: dict[str, Any], *, model: str | dict[str, Any], manifest: Manifest, batch: int, seed: int, device: torch.device
+    ):
         self.manifest = manifest
         name = model if isinstance(model, str) else model.get("yaml_file", "yolov8n.yaml")
         save_dir = tempfile.mkdtemp(prefix="raypar-")
-        args = settings(yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task)
+        args = settings(
+            yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task
+        )
         super().__init__(overrides=vars(args))
         self.device = device
         init_seeds(seed, deterministic=self.args.deterministic)
@@ -111,7 +115,7 @@ def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, met
 
     The format is that of ``BaseTrainer.save_model`` followed by ``strip_optimizer`` (8.4.190).
     """
-    model = deepcopy(ema).half().to(memory_format=torch.contiguous_format)
+    model: Any = deepcopy(ema).half().to(memory_format=torch.contiguous_format)
     model.criterion = None
     for parameter in model.parameters():
         parameter.requires_grad = False

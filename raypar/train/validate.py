@@ -14,7 +14,6 @@ import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
-from torch import nn
 
 from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.manifest import Split
@@ -55,7 +54,7 @@ class Validator:
         self.imgsz, self.batch, self.max_det, self.iou, self.single_cls = imgsz, batch, max_det, iou, single_cls
         self.cache: list[tuple[list[Letterboxed], list[Labels]]] | None = None
 
-    def __call__(self, model: nn.Module, loss_of: nn.Module, device: torch.device) -> dict[str, Any]:
+    def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
         """Metrics of the whole split, equal on every rank; with ``val/...`` losses.
 
         Args:
@@ -113,7 +112,7 @@ class Validator:
             yield images, labels
 
 
-def _loss(model: nn.Module, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:
+def _loss(model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:
     """The criterion's parts, as means over a group of equally letterboxed images."""
     height, width = group.images.shape[2:]
     boxes = [label.boxes_xyxy * gain + np.tile(pad, 2) for label, gain, pad in zip(labels, group.gains, group.pads, strict=True)]
@@ -122,7 +121,9 @@ def _loss(model: nn.Module, raw: Any, group: Letterboxed, labels: list[Labels], 
         "img": torch.empty(len(labels), 0, device=device),  # criteria read the number of images from it
         "cls": torch.from_numpy(np.concatenate([label.class_ids for label in labels]).astype(np.float32)).view(-1, 1).to(device),
         "bboxes": torch.cat([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1).to(device),
-        "batch_idx": torch.repeat_interleave(torch.arange(len(labels)), torch.tensor([len(x.class_ids) for x in labels])).float().to(device),
+        "batch_idx": torch.repeat_interleave(torch.arange(len(labels)), torch.tensor([len(x.class_ids) for x in labels]))
+        .float()
+        .to(device),
     }
     with torch.no_grad():
         return {name: float(value) for name, value in model.loss(batch, raw)[1].items()}

@@ -209,7 +209,9 @@ class _Epoch:
     def means(self, world_size: int) -> tuple[dict[str, float], int]:
         """Losses as means over the epoch's steps and the ranks, and the images replaced on all of them."""
         names = list(self.sums)
-        values = torch.stack([*(self.sums[n].float() for n in names), torch.tensor(float(self.num_replaced), device=self.sums[names[0]].device)])
+        values = torch.stack(
+            [*(self.sums[n].float() for n in names), torch.tensor(float(self.num_replaced), device=self.sums[names[0]].device)]
+        )
         if world_size > 1:
             dist.all_reduce(values)
         *sums, num_replaced = values.tolist()

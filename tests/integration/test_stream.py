@@ -91,7 +91,9 @@ def test_two_ranks_see_the_split_once_an_epoch_exactly_as_planned(dataset: RunCo
     assert len(dealt) == 2
     for rank in range(2):
         planned = [b for b in expected if b.rank == rank]
-        assert [(b["epoch"], b["step"], b["rows"], b["crc"]) for b in dealt[rank]] == [(b.epoch, b.step, b.rows.tolist(), crc(b)) for b in planned]
+        assert [(b["epoch"], b["step"], b["rows"], b["crc"]) for b in dealt[rank]] == [
+            (b.epoch, b.step, b.rows.tolist(), crc(b)) for b in planned
+        ]
     for epoch in range(EPOCHS):
         steps = [[b["rows"] for b in dealt[rank] if b["epoch"] == epoch] for rank in range(2)]
         rows = np.concatenate([np.concatenate([*pair]) for pair in zip(*steps, strict=True)])

@@ -1,8 +1,8 @@
 """Training through Ray: what it leaves, that ranks agree, and that a killed run goes on as if nothing had happened.
 
-    {storage}/{name}/train/
-        settings.json  summary.json  metrics.jsonl  results.csv  results.png  batch_0.png ...
-        best.pt  last.pt  checkpoint_0000000096/state.pt
+{storage}/{name}/train/
+    settings.json  summary.json  metrics.jsonl  results.csv  results.png  batch_0.png ...
+    best.pt  last.pt  checkpoint_0000000096/state.pt
 """
 
 from __future__ import annotations
@@ -73,7 +73,21 @@ def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     epochs = lines(folder)
     assert [e["epoch"] for e in epochs] == [1, 2]
     assert [e["images_seen"] for e in epochs] == [48, 96]
-    wanted = {"train/box_loss", "val/box_loss", "map50", "map50_95", "precision", "recall", "lr/pg0", "images_per_s", "wait_s", "step_s", "validate_s", "checkpoint_s", "world_size"}
+    wanted = {
+        "train/box_loss",
+        "val/box_loss",
+        "map50",
+        "map50_95",
+        "precision",
+        "recall",
+        "lr/pg0",
+        "images_per_s",
+        "wait_s",
+        "step_s",
+        "validate_s",
+        "checkpoint_s",
+        "world_size",
+    }
     assert all(e.keys() >= wanted for e in epochs[:1])
     assert all(np.isfinite(v) for e in epochs for v in e.values() if isinstance(v, float))
     assert sorted(p.name for p in folder.glob("checkpoint_*")) == ["checkpoint_0000000048", "checkpoint_0000000096"]
@@ -84,11 +98,18 @@ def test_ultralytics_loads_and_runs_the_weights(trained_run: RunConfig) -> None:
 
     for name in ("best.pt", "last.pt"):
         model = YOLO(train_folder(trained_run) / name)
-        assert list(model.names.values()) == ["circle", "square", "star", "triangle"] or set(model.names.values()) == {"circle", "square", "star", "triangle"}
+        assert list(model.names.values()) == ["circle", "square", "star", "triangle"] or set(model.names.values()) == {
+            "circle",
+            "square",
+            "star",
+            "triangle",
+        }
         model.predict(np.zeros((96, 128, 3), np.uint8), imgsz=96, verbose=False)
 
 
-def test_a_finished_run_is_kept_and_other_settings_are_refused(ray_4_cpus: None, trained_run: RunConfig, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_is_kept_and_other_settings_are_refused(
+    ray_4_cpus: None, trained_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = (train_folder(trained_run) / "best.pt").stat().st_mtime_ns
     assert raypar.train.run(trained_run)["num_epochs"] == 2
     assert "complete" in capsys.readouterr().out
@@ -119,7 +140,12 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
         loop = Loop(lender, num_images=48, steps_per_epoch=12, world_size=2)
         torch.manual_seed(rank)  # every rank sees other images
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-        batch = {"img": images, "cls": torch.zeros(2, 1), "bboxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]] * 2), "batch_idx": torch.tensor([0.0, 1.0])}
+        batch = {
+            "img": images,
+            "cls": torch.zeros(2, 1),
+            "bboxes": torch.tensor([[0.5, 0.5, 0.3, 0.4]] * 2),
+            "batch_idx": torch.tensor([0.0, 1.0]),
+        }
         before = torch.cat([p.detach().reshape(-1) for p in lender.model.parameters()]).clone()
         loop.start_epoch()
         loop.step(batch, 3)

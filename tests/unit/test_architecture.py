@@ -14,7 +14,14 @@ VERBS = {"prepare", "train", "evaluate", "predict", "export", "serve"}
 LAYERS = [
     {"raypar", "raypar.storage"},
     {"raypar.config", "raypar.runfile", "raypar.progress", "raypar.precision", "raypar.boxes", "raypar.images", "raypar.draw"},
-    {"raypar.augment", "raypar.dataset.schema", "raypar.dataset.manifest", "raypar.dataset.plan", "raypar.dataset.batch", "raypar.dataset.formats"},
+    {
+        "raypar.augment",
+        "raypar.dataset.schema",
+        "raypar.dataset.manifest",
+        "raypar.dataset.plan",
+        "raypar.dataset.batch",
+        "raypar.dataset.formats",
+    },
     {"raypar.dataset", "raypar.detector", "raypar.weights", "raypar.sources"},
     {"raypar.metrics", "raypar.cluster"},
     {f"raypar.{verb}" for verb in VERBS},

@@ -116,7 +116,10 @@ def test_mix_up_and_cut_mix_blend_as_ultralytics() -> None:
     recipe = Recipe(SIZE, mosaic=1.0, scale=0.3, mixup=1.0)
     sample = draw(recipe, generator(0, 0, 1), 0, 5, mosaic_on=True)
     assert sample.mixed is not None
-    alone = [Renderer(recipe).render(Sample(layer, None, None, sample.gains, sample.flip, False), sources) for layer in (sample.layer, sample.mixed[0])]
+    alone = [
+        Renderer(recipe).render(Sample(layer, None, None, sample.gains, sample.flip, False), sources)
+        for layer in (sample.layer, sample.mixed[0])
+    ]
     image, class_ids, boxes = Renderer(recipe).render(sample, sources)
     share = sample.mixed[1]
     expected = (alone[0][0] * share + alone[1][0] * (1 - share)).astype(np.uint8)
@@ -153,16 +156,21 @@ def test_a_marked_rectangle_is_where_its_box_says(name: str, key: int, mosaic_on
     white = np.argwhere(rendered[..., 0] > 200)
     for x, y, w, h in boxes * SIZE:
         low, high = white.min(0), white.max(0)
-        assert low[1] >= x - w / 2 - 2 and high[1] <= x + w / 2 + 2
-        assert low[0] >= y - h / 2 - 2 and high[0] <= y + h / 2 + 2
+        assert low[1] >= x - w / 2 - 2
+        assert high[1] <= x + w / 2 + 2
+        assert low[0] >= y - h / 2 - 2
+        assert high[0] <= y + h / 2 + 2
         slack = 2.5 if recipe.is_axis_aligned else 0.5 * max(w, h) + 2.5  # turned: the hull is wider than what it holds
-        assert abs(low[1] - (x - w / 2)) <= slack and abs(high[0] - (y + h / 2)) <= slack
+        assert abs(low[1] - (x - w / 2)) <= slack
+        assert abs(high[0] - (y + h / 2)) <= slack
 
 
 @given(st.sampled_from(sorted(GEOMETRIES)), st.integers(0, 2**40), st.integers(0, 1000), st.integers(0, 2**40))
 @settings(max_examples=40, deadline=None)
 def test_keys_decide(name: str, seed: int, epoch: int, position: int) -> None:
-    one, again, other = (draw(GEOMETRIES[name], generator(seed, epoch, p), 0, 9, mosaic_on=True) for p in (position, position, position + 1))
+    one, again, other = (
+        draw(GEOMETRIES[name], generator(seed, epoch, p), 0, 9, mosaic_on=True) for p in (position, position, position + 1)
+    )
     assert repr(one) == repr(again)
     assert repr(one) != repr(other)
 
@@ -208,7 +216,9 @@ def test_albumentations_is_seeded_and_moves_boxes() -> None:
 def test_albumentations_probabilities_hold() -> None:
     source = make_sources(np.random.default_rng(0), 1)[0]
     transform = albu.make([{"ToGray": {"p": 0.25}}])
-    changed = [transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i))[0] is not source.image for i in range(400)]
+    changed = [
+        transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i))[0] is not source.image for i in range(400)
+    ]
     assert 0.17 < np.mean(changed) < 0.33
 
 

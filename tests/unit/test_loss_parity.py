@@ -76,7 +76,9 @@ class Reference(DetectionTrainer):  # type: ignore[misc]
 
 
 def reference_losses(tmp_path: Path, yolo: dict[str, Any]) -> list[dict[str, float]]:
-    trainer = Reference(overrides={"model": "yolov8n.yaml", "data": "x", "device": "cpu", "batch": BATCH, "seed": 0, "project": str(tmp_path), **yolo})
+    trainer = Reference(
+        overrides={"model": "yolov8n.yaml", "data": "x", "device": "cpu", "batch": BATCH, "seed": 0, "project": str(tmp_path), **yolo}
+    )
     losses: list[dict[str, float]] = []
     trainer.add_callback("on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()}))
     trainer.train()
@@ -110,5 +112,3 @@ def test_the_reference_is_sensitive_to_the_recipe(tmp_path: Path) -> None:
     """A wrong schedule does show: the parity above is not parity of anything."""
     theirs, other = reference_losses(tmp_path, YOLO | {"optimizer": "SGD"}), our_losses(YOLO | {"optimizer": "SGD", "warmup_epochs": 0.0})
     assert any(b != pytest.approx(a, rel=1e-4) for a, b in zip(theirs, other, strict=True))
-
-
