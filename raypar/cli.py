@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from raypar import __version__
@@ -30,7 +32,7 @@ USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 2 something to mend in the run file or its surroundings."""
-    options = _parser().parse_args(arguments)
+    options = _parser().parse_intermixed_args(arguments)
     try:
         return _run(options)
     except ValueError as error:
@@ -68,51 +70,71 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from raypar import runfile
 
-    config = runfile.load(options.run_file, options.overrides)
-    if options.dry_run:
-        print(runfile.dump(config))
+    config = _at_home(runfile.load(options.run_file, options.overrides))
     verb = importlib.import_module(f"raypar.{options.verb}")
-    verb.check(config)
-    if not options.dry_run or config.folder.exists():
-        config.folder.check_writable()
     if options.dry_run:
-        _check_resources(verb, config)
-        print("all checks passed; nothing was started")
-        return 0
+        return _dry_run(options.verb, verb, config)
+    _check_storage(config)
+    verb.check(config)
+    config.folder.check_writable()
+
     from raypar import cluster
 
     cluster.connect()
-    import ray
-
-    if hasattr(verb, "needs"):
-        use_gpu = verb.uses_gpu(config, ray.cluster_resources().get("GPU", 0))
-        cluster.require(*verb.needs(config, use_gpu=use_gpu))
+    cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
     config.folder.write("run.yaml", runfile.dump(config) + _versions())
     verb.run(config)
     return 0
 
 
-def _check_resources(verb: Any, config: RunConfig) -> None:
-    """Compares what is asked for with this machine, or with the cluster that RAY_ADDRESS names."""
-    import os
+def _dry_run(name: str, verb: Any, config: RunConfig) -> int:
+    """Prints the resolved run file, makes every check that starts nothing, and prints what came of each."""
+    from raypar import cluster, runfile
 
-    from raypar import cluster
+    print(runfile.dump(config))
+    checks = {
+        "storage": lambda: _check_storage(config),
+        f"{name}'s settings and inputs": lambda: verb.check(config),
+        "CPUs and GPUs": lambda: cluster.check_without_starting(name, config),
+    }
+    failed = 0
+    for what, check in checks.items():
+        try:
+            note = check()
+            print(f"ok      {what}" + (f": {note}" if note else ""))
+        except ValueError as error:
+            failed += 1
+            print(f"failed  {what}")
+            sys.stdout.flush()
+            _say_error(error)
+    print("nothing was started" + ("" if failed else "; all checks passed"))
+    return USER_ERROR if failed else 0
 
-    if not hasattr(verb, "needs"):
-        return
-    if os.environ.get("RAY_ADDRESS"):
-        import ray
 
-        cluster.connect()
-        cluster.require(*verb.needs(config, use_gpu=verb.uses_gpu(config, ray.cluster_resources().get("GPU", 0))))
-        return
-    cpus, gpus = cluster.local_resources()
-    need_cpus, need_gpus = verb.needs(config, use_gpu=verb.uses_gpu(config, gpus))
-    for name, wanted, have in (("GPU", need_gpus, gpus), ("CPU", need_cpus, cpus)):
-        if wanted > have:
-            raise ValueError(
-                f"{wanted:g} {name}s are needed, a Ray on this machine has {have:g}: ask for fewer, or set RAY_ADDRESS to a cluster that has them"
-            )
+def _at_home(config: RunConfig) -> RunConfig:
+    """The run with an absolute storage. A Ray job's working folder goes with the job, so there a relative one starts at the home folder."""
+    if "://" in config.storage or Path(config.storage).expanduser().is_absolute():
+        return config
+    is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    storage = str((Path.home() if is_job else Path.cwd()) / config.storage)
+    if is_job:
+        print(f"storage: '{config.storage}' is {storage} on this node; with more nodes, name a place that all of them reach", flush=True)
+    return type(config).model_validate({**config.model_dump(mode="json"), "storage": storage})
+
+
+def _check_storage(config: RunConfig) -> str:
+    """Whether the storage can be reached, without leaving anything there; returns where it is."""
+    try:
+        folder = config.folder
+        if folder.is_local:
+            there = next(p for p in (Path(folder.path), *Path(folder.path).parents) if p.exists())
+            if not there.is_dir() or not os.access(there, os.W_OK):
+                raise ValueError(f"storage {config.storage}: {there} is no folder that can be written")
+        else:
+            folder.exists()
+    except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
+        raise ValueError(f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}") from error
+    return folder.uri
 
 
 def _versions() -> str:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import importlib
 import os
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from raypar.config import RunConfig
 
 WORKER_VARIABLES = ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR", "NO_ALBUMENTATIONS_UPDATE")
 MIN_LOCAL_CPUS = 4  # fewer would leave Ray Data nothing beside the training workers
@@ -41,6 +45,49 @@ def require(num_cpus: float, num_gpus: float) -> None:
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
             raise ValueError(f"{wanted:g} {name}s are needed, the cluster ({nodes} node(s)) has {total.get(name, 0):g}: "
                              "ask for fewer (train.num_workers, use_gpu, cpus_per_worker) or add nodes")  # fmt: skip
+
+
+def needs(verb: str, config: RunConfig, gpus: float) -> tuple[float, float]:
+    """CPUs and GPUs that a verb takes at the least, on a cluster that has so many GPUs."""
+    if verb == "train":
+        train: Any = importlib.import_module("raypar.train")
+        cpus_and_gpus: tuple[float, float] = train.needs(config, use_gpu=train.uses_gpu(config, gpus))
+        return cpus_and_gpus
+    if verb in ("evaluate", "predict"):
+        section = config.evaluate if verb == "evaluate" else config.predict
+        return float(section.num_workers), float(section.num_workers if section.use_gpu is True else 0)
+    if verb == "serve":
+        replicas = config.serve.num_replicas if isinstance(config.serve.num_replicas, int) else config.serve.num_replicas.min
+        return replicas * config.serve.num_cpus, replicas * config.serve.num_gpus if config.serve.use_gpu is True else 0.0
+    return 0.0, 1.0 if verb == "export" and config.export.format == "engine" else 0.0
+
+
+def num_gpus() -> float:
+    """GPUs of the cluster that this process has joined."""
+    import ray
+
+    return float(ray.cluster_resources().get("GPU", 0))
+
+
+def check_without_starting(verb: str, config: RunConfig) -> str:
+    """Compares what a verb needs with the cluster that RAY_ADDRESS names, else with a Ray that this machine could start; says which.
+
+    Raises:
+        ValueError: there will never be so many.
+    """
+    if os.environ.get("RAY_ADDRESS"):
+        connect()
+        wanted = needs(verb, config, num_gpus())
+        require(*wanted)
+        return f"{wanted[0]:g} and {wanted[1]:g} are needed, the cluster at RAY_ADDRESS can have them"
+    cpus, gpus = local_resources()
+    wanted = needs(verb, config, gpus)
+    for name, need, have in (("GPU", wanted[1], gpus), ("CPU", wanted[0], cpus)):
+        if need > have:
+            raise ValueError(
+                f"{need:g} {name}s are needed, a Ray on this machine has {have:g}: ask for fewer, or set RAY_ADDRESS to a cluster that has them"
+            )
+    return f"{wanted[0]:g} and {wanted[1]:g} are needed, a Ray on this machine has {cpus:g} and {gpus:g}"
 
 
 def local_resources() -> tuple[float, float]:

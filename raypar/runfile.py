@@ -83,9 +83,12 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
         _put(data, key, value)
         places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: override}
     try:
-        return RunConfig.model_validate(data)
+        config = RunConfig.model_validate(data)
     except ValidationError as error:
         raise ValueError("\n".join(_explain(error, data, places, str(path)))) from None
+    if unknown := _unknown_yolo(config.train.yolo, places, str(path)):
+        raise ValueError("\n".join(unknown))
+    return config
 
 
 def dump(config: RunConfig) -> str:
@@ -169,6 +172,19 @@ def _explain(error: ValidationError, data: dict[str, Any], places: dict[Location
         + (f", not {inputs[key]!r}" if key in inputs else "")
         for key in deepest
     ]
+
+
+def _unknown_yolo(settings: dict[str, Any], places: dict[Location, str], path: str) -> list[str]:
+    """One line for every name under ``train.yolo`` that Ultralytics does not have; it checks the values itself, seconds later."""
+    known = yolo_settings() if settings else {}
+    lines = []
+    for name in settings:
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            key = ("train", "yolo", name)
+            where = f"{_place(key, places, path)}: {'.'.join(key)}"
+            lines.append(f"{where}: no such setting of Ultralytics" + (f"; did you mean '{close[0]}'?" if close else ""))
+    return lines
 
 
 def _written(location: Sequence[str | int], data: Any) -> Location:

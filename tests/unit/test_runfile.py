@@ -67,6 +67,7 @@ def test_plain_pyyaml_would_have_been_wrong() -> None:
         ("name: a b\n", "run.yaml:1: name: should match pattern"),
         ("name: a\ntrain: 3\n", "run.yaml:2: train: should be a valid dictionary"),
         ("name: a\ntrain: {yolo: {device: 0}}\n", "'device' is raypar's: write train.use_gpu"),
+        ("name: a\ntrain:\n  yolo:\n    epoch: 3\n", "run.yaml:4: train.yolo.epoch: no such setting of Ultralytics; did you mean 'epochs'?"),
         ("name: a\nprepare: {format: voc}\n", "run.yaml:2: prepare: source is missing"),
         ("name: a\nprepare:\n", "run.yaml:2: prepare: source is missing"),
         ("name: a\ntrain: {batch: 10, num_workers: 3}\n", "cannot be shared equally by 3 workers"),
