@@ -2,7 +2,8 @@
 
 The draws and their meaning are Ultralytics' (``ultralytics/data/augment.py``, 8.4.190: v8_transforms), but each image has a
 generator of its own, keyed by (seed, epoch, position), and every effect always takes its draws: switching one on or off
-leaves the others as they were.
+leaves the others as they were. One thing is added: an axis-aligned mosaic is shifted by at most half a pixel, so that its tiles
+meet on a pixel's edge, where a plain resize of each tile is exact and no seam has to be blended.
 
 Letters: S is the output's side in px, N boxes of an image. Points are (x, y), maps 3x3 float64. As in Ultralytics one map moves
 both the indices of pixels and the corners of boxes.
@@ -135,15 +136,24 @@ def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
 
 
 def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int, *, mosaic_on: bool) -> Sample:
-    """Draws everything about the output image that shows source ``index`` of a window."""
+    """Draws everything about the output image that shows source ``index`` of a window.
+
+    Args:
+        recipe: how strongly.
+        rng: this image's own.
+        index: of the source.
+        num_sources: in the window; partners are any of them.
+        mosaic_on: False in the last epochs, which have neither mosaic nor mix-up nor cut-mix (YOLODataset.close_mosaic).
+    """
     uniform, other = rng.random((4, 12)), rng.integers(num_sources, size=(3, 4))
+    areas, share = _cut_areas(recipe.imgsz, rng.random((3, CUT_AREAS))), float(rng.beta(32.0, 32.0))
     choice = uniform[3]
     layer = _layer(recipe, uniform[0], (index, *other[0, :3]), mosaic_on)
     mixed = cut = None
-    if choice[0] < recipe.mixup:
-        mixed = _layer(recipe, uniform[1], tuple(other[1]), mosaic_on), float(rng.beta(32.0, 32.0))
-    if choice[1] < recipe.cutmix:
-        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), _cut_areas(recipe.imgsz, rng), float(choice[2])
+    if mosaic_on and choice[0] < recipe.mixup:
+        mixed = _layer(recipe, uniform[1], tuple(other[1]), mosaic_on), share
+    if mosaic_on and choice[1] < recipe.cutmix:
+        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), areas, float(choice[2])
     gains = (choice[3:6] * 2 - 1) * [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
     return Sample(
         layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr)
@@ -158,21 +168,27 @@ def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -
     half = recipe.imgsz // 2
     centre = int(within(u[1], half, 2 * recipe.imgsz - half)), int(within(u[2], half, 2 * recipe.imgsz - half))
     low, high = recipe.scale if isinstance(recipe.scale, tuple) else (1 - recipe.scale, 1 + recipe.scale)
+    scale = within(u[6], low, high)
+    shift = [within(x, 0.5 - recipe.translate, 0.5 + recipe.translate) for x in u[9:11]]
+    if is_mosaic and recipe.is_axis_aligned:
+        for axis in range(2):  # the tiles' common edge, as a coordinate in which pixel i reaches from i to i + 1
+            edge = scale * (centre[axis] - 0.5 - recipe.imgsz) + shift[axis] * recipe.imgsz + 0.5
+            shift[axis] += (round(edge) - edge) / recipe.imgsz
     return Layer(
         tuple(int(i) for i in indices) if is_mosaic else (int(indices[0]),),
         centre if is_mosaic else None,
         (within(u[3], -recipe.perspective, recipe.perspective), within(u[4], -recipe.perspective, recipe.perspective)),
         within(u[5], -recipe.degrees, recipe.degrees),
-        within(u[6], low, high),
+        scale,
         (within(u[7], -recipe.shear, recipe.shear), within(u[8], -recipe.shear, recipe.shear)),
-        (within(u[9], 0.5 - recipe.translate, 0.5 + recipe.translate), within(u[10], 0.5 - recipe.translate, 0.5 + recipe.translate)),
+        (shift[0], shift[1]),
     )
 
 
-def _cut_areas(size: int, rng: np.random.Generator) -> Floats:
-    """CutMix's candidate rectangles: float64 (3, 4), x0, y0, x1, y1 in px."""
-    cut = (size * np.sqrt(1.0 - rng.beta(1.0, 1.0, CUT_AREAS))).astype(np.int64) // 2
-    x, y = rng.integers(size, size=(2, CUT_AREAS))
+def _cut_areas(size: int, u: Floats) -> Floats:
+    """CutMix's candidate rectangles, float64 (3, 4), x0, y0, x1, y1 in px, from uniform numbers (3, 3)."""
+    cut = (size * np.sqrt(u[0])).astype(np.int64) // 2  # Beta(1, 1) is uniform
+    x, y = (size * u[1:]).astype(np.int64)
     return np.clip(np.stack([x - cut, y - cut, x + cut, y + cut], 1), 0, size).astype(np.float64)
 
 
@@ -220,12 +236,11 @@ def move_boxes(layer: Layer, tiles: Sequence[Tile], canvas_hw: tuple[int, int], 
     class_ids = np.concatenate([c for c, _ in labels]).astype(np.int32)
     if not len(class_ids):
         return class_ids, np.empty((0, 4))
-    placed = []
-    for tile, (_, boxes) in zip(tiles, labels, strict=True):
-        wh = np.array(tile.hw[::-1], np.float64)
-        centre, half = boxes[:, :2] * wh + tile.origin, boxes[:, 2:] * wh / 2
-        placed.append(np.concatenate([centre - half, centre + half], 1))
-    before = np.concatenate(placed)
+    boxes = np.concatenate([b for _, b in labels])
+    places = np.array([(*tile.hw[::-1], *tile.origin) for tile in tiles], np.float64)
+    wh, origin = np.hsplit(np.repeat(places, [len(c) for c, _ in labels], axis=0), 2)
+    centres, half = boxes[:, :2] * wh + origin, boxes[:, 2:] * wh / 2
+    before = np.concatenate([centres - half, centres + half], 1)
     if layer.centre is not None:
         before = np.clip(before, 0, np.tile(canvas_hw[::-1], 2))
         keep = (before[:, 2:] > before[:, :2]).all(1)
@@ -239,11 +254,11 @@ def move_boxes(layer: Layer, tiles: Sequence[Tile], canvas_hw: tuple[int, int], 
 
 def _hull(boxes_xyxy: Floats, matrix: Floats) -> Floats:
     """The upright boxes around mapped ones: float64 (N, 4)."""
-    x0, y0, x1, y1 = boxes_xyxy.T
-    corners = np.stack([[x0, x1, x0, x1], [y0, y1, y1, y0], np.ones((4, len(boxes_xyxy)))])  # (3, 4, N)
-    x, y, w = np.einsum("ij,jkn->ikn", matrix, corners)
-    x, y = x / w, y / w
-    return np.stack([x.min(0), y.min(0), x.max(0), y.max(0)], 1)
+    corners = boxes_xyxy[:, [[0, 1], [2, 3], [0, 3], [2, 1]]]  # (N, 4, 2)
+    xy = corners @ matrix[:2, :2].T + matrix[:2, 2]
+    if matrix[2, :2].any():
+        xy /= corners @ matrix[2, :2, None] + matrix[2, 2]
+    return np.concatenate([xy.min(1), xy.max(1)], 1)
 
 
 def choose_cut(areas: Floats, pick: float, boxes: Floats, other_boxes: Floats) -> tuple[Floats, NDArray[np.intp]] | None:
