@@ -11,7 +11,7 @@ import time
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
-TURN_S = 0.01
+TURN_S = 0.02
 
 
 class Pace(ExecutionCallback):
