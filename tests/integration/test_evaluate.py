@@ -1,6 +1,6 @@
 """Evaluation through Ray Data: the numbers of ``YOLO.val``, however many workers share the images.
 
-    {storage}/{name}/evaluate/   metrics.json  BoxPR_curve.png ...  confusion_matrix.png ...  detections.png
+{storage}/{name}/evaluate/   metrics.json  BoxPR_curve.png ...  confusion_matrix.png ...  detections.png
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ def result(trained_run: RunConfig, ray_4_cpus: None) -> dict[str, Any]:
 def test_numbers_are_those_of_yolo_val(trained_run: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
     data = as_yolo_dataset(trained_run, tmp_path / "data")
     weights = f"{trained_run.folder.uri}/train/best.pt"
-    theirs = YOLO(weights).val(data=str(data), imgsz=96, batch=1, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path)).box
+    theirs = (
+        YOLO(weights).val(data=str(data), imgsz=96, batch=1, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path)).box
+    )
     assert result["map50_95"] == pytest.approx(theirs.map, abs=0.003)
     assert result["map50"] == pytest.approx(theirs.map50, abs=0.003)
     assert result["num_boxes"] > 0
@@ -65,7 +67,18 @@ def test_what_it_leaves(trained_run: RunConfig, result: dict[str, Any]) -> None:
     folder = Path(trained_run.folder.uri) / "evaluate"
     assert json.loads((folder / "metrics.json").read_text()) == result
     assert result["num_images"] == 16
-    assert {"map50_95", "map50", "precision", "recall", "per_class", "weights", "weights_sha256", "split", "imgsz", "images_per_s"} <= result.keys()
+    assert {
+        "map50_95",
+        "map50",
+        "precision",
+        "recall",
+        "per_class",
+        "weights",
+        "weights_sha256",
+        "split",
+        "imgsz",
+        "images_per_s",
+    } <= result.keys()
     assert all(0 <= result[key] <= 1 for key in ("map50_95", "map50", "precision", "recall"))
     assert [row["class_name"] for row in result["per_class"]] == list(Manifest.load(trained_run.folder / "dataset").class_names)
     pictures = {path.name for path in folder.glob("*.png")}
@@ -73,7 +86,9 @@ def test_what_it_leaves(trained_run: RunConfig, result: dict[str, Any]) -> None:
     assert decode((folder / "detections.png").read_bytes()).std() > 10
 
 
-def test_the_number_of_workers_and_the_batch_change_nothing(trained_run: RunConfig, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_workers_and_the_batch_change_nothing(
+    trained_run: RunConfig, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     """Neither is a setting of the result: it is complete. Made anew with others, it is the same."""
     again = raypar.evaluate.run(with_evaluate(trained_run, num_workers=1, batch=16))
     assert "is complete" in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """Export: what is kept detects what the weights detect, and what does not is not kept.
 
-    {storage}/{name}/export/   best.onnx  export.json
+{storage}/{name}/export/   best.onnx  export.json
 """
 
 from __future__ import annotations
@@ -29,7 +29,9 @@ def pictures() -> list[Any]:
 
 
 @pytest.mark.parametrize("is_dynamic", [True, False])
-def test_onnx_detects_what_the_weights_detect(tiny_weights: Path, tmp_path: Path, is_dynamic: bool, capsys: pytest.CaptureFixture[str]) -> None:
+def test_onnx_detects_what_the_weights_detect(
+    tiny_weights: Path, tmp_path: Path, is_dynamic: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_for(tmp_path, tiny_weights, dynamic=is_dynamic)
     result = raypar.export.run(config)
     folder = Path(config.folder.uri) / "export"
@@ -37,7 +39,12 @@ def test_onnx_detects_what_the_weights_detect(tiny_weights: Path, tmp_path: Path
     assert json.loads((folder / "export.json").read_text()) == result
     assert result["num_agreeing"] >= 0.99 * result["num_compared"] > 0
     ours, exported = Detector.load(tiny_weights), Detector.load(folder / "best.onnx")
-    assert (exported.class_names, exported.imgsz, exported.square, exported.sha256) == (ours.class_names, 160, not is_dynamic, result["sha256"])
+    assert (exported.class_names, exported.imgsz, exported.square, exported.sha256) == (
+        ours.class_names,
+        160,
+        not is_dynamic,
+        result["sha256"],
+    )
     ours.square = exported.square
     report = raypar.export.compare(ours, exported, pictures(), is_half=False)
     assert report["num_agreeing"] >= 0.99 * report["num_compared"] > 0
@@ -70,9 +77,11 @@ class Fixed:
     """Detects the same in every image."""
 
     def __init__(self, boxes: Any, class_ids: Any, confidences: Any):
-        self.found = Detections(np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (99, 99))
+        self.found = Detections(
+            np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (99, 99)
+        )
 
-    def __call__(self, images: list[Any], conf: float) -> list[Detections]:
+    def __call__(self, images: list[Any], **thresholds: float) -> list[Detections]:
         return [self.found] * len(images)
 
 

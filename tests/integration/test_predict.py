@@ -1,6 +1,6 @@
 """Prediction through Ray Data: any source, each image once, and nothing done twice.
 
-    {storage}/{name}/predict/   settings.json  00000.parquet ...  samples.png  rejected.jsonl  summary.json
+{storage}/{name}/predict/   settings.json  00000.parquet ...  samples.png  rejected.jsonl  summary.json
 """
 
 from __future__ import annotations
@@ -83,7 +83,10 @@ def test_only_what_is_missing_is_done_again(images: Path, tiny_weights: Path, tm
     after = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.glob("*.parquet")}
     assert after["00000.parquet"] == before["00000.parquet"]
     assert after["00002.parquet"] == before["00002.parquet"]
-    assert pq.read_table(folder / "00001.parquet")["image_id"].to_pylist() == pq.read_table(pa.BufferReader(before["00001.parquet"][1]))["image_id"].to_pylist()
+    assert (
+        pq.read_table(folder / "00001.parquet")["image_id"].to_pylist()
+        == pq.read_table(pa.BufferReader(before["00001.parquet"][1]))["image_id"].to_pylist()
+    )
     assert (again["num_images"], again["num_boxes"]) == (first["num_images"], first["num_boxes"])
     raypar.predict.run(config)
     assert "is complete" in capsys.readouterr().out
@@ -121,7 +124,7 @@ def test_names_of_sources(images: Path, trained_run: RunConfig, tmp_path: Path, 
     assert isinstance(data, bytes)
     assert first
     for wrong in (str(tmp_path), str(tmp_path / "none"), f"{images}/notes.md", f"{images}/*.gif"):
-        with pytest.raises(ValueError, match="predict.source"):
+        with pytest.raises(ValueError, match=r"(no images|nothing|no file) at"):
             list_source(wrong, trained_run.folder)
 
 
@@ -134,5 +137,5 @@ def test_cuts_are_the_same_every_time_and_follow_the_files(images: Path, trained
 
 
 def test_what_is_missing_is_said(images: Path, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no weights at"):
+    with pytest.raises(ValueError, match="no weights"):
         raypar.predict.check(config_for(tmp_path, tmp_path / "none.pt", images))
