@@ -27,12 +27,14 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
+    from raypar.serve.replica import is_folder
+
     weights = _weights(config)
     parent, _, name = weights.rpartition("/")
     folder = Folder.at(parent)
     if not folder.exists(name):
         raise ValueError(f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH")
-    if not folder.list(name):  # a file, not the folder of an export
+    if not is_folder(folder, name):
         try:
             with folder.open(name) as file:
                 is_empty = not file.read(1)

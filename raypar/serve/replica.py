@@ -12,6 +12,7 @@ import logging
 import os
 import tempfile
 import time
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,13 +20,13 @@ from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 import ray.exceptions
-from ray import serve
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raypar import draw, images
 from raypar.config import Autoscaling, ServeConfig
 from raypar.serve.api import Answer, BadImageError, BusyError, Limits, build_api
+from raypar.serve.batch import Batcher
 from raypar.storage import Folder
 
 if TYPE_CHECKING:
@@ -120,12 +121,8 @@ class Replica:
         self._batch_size = metrics.Histogram("raypar_batch_size", "Images in a forward pass.", boundaries=BATCH_SIZES)
         self._forward_s = metrics.Histogram("raypar_forward_s", "Seconds of a forward pass.", boundaries=FORWARD_SECONDS)
         self._bad_images = metrics.Counter("raypar_bad_images", "Images that could not be decoded.")
-
-        @serve.batch(max_batch_size=self._config.max_batch_size, batch_wait_timeout_s=self._config.batch_wait_s)
-        async def batched(waiting: list[Pending]) -> list[Answer | Exception]:
-            return await asyncio.get_running_loop().run_in_executor(self._model_thread, self._forward, waiting)
-
-        self._batched: Any = batched
+        self._batched = Batcher(self._forward, self._model_thread, self._config.max_batch_size, self._config.batch_wait_s)
+        self._is_suspect = False  # the last forward pass failed: the next health check tries the model
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads weights beside those in use, warms them up and swaps. Serve calls it at the start and when ``user_config`` changes.
@@ -142,6 +139,14 @@ class Replica:
         else:
             log.info("serving %s from %s", self._loaded.model, user_config["weights"])
 
+    async def check_health(self) -> None:
+        """Raises when the model itself cannot run any more (a lost GPU, say): Serve then replaces the replica."""
+        if not self._batched.is_alive:
+            raise RuntimeError("the loop that makes batches has ended")
+        if self._is_suspect and self._loaded is not None:
+            await asyncio.get_running_loop().run_in_executor(self._model_thread, self._loaded.detector.warm_up)
+            self._is_suspect = False
+
     async def info(self) -> dict[str, Any]:
         """name, sha256, task, class_names and imgsz of the model in use."""
         detector = self._current.detector
@@ -150,14 +155,15 @@ class Replica:
     async def detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image. A bad image is an answer, not an error of the replica."""
         pending = await self._decode(image, conf, iou, max_det)
-        return pending if isinstance(pending, BadImageError) else await self._found(pending)
+        return pending if isinstance(pending, BadImageError) else await self._batched(pending)
 
     async def annotate(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image, and the image with it drawn."""
         pending = await self._decode(image, conf, iou, max_det)
         if isinstance(pending, BadImageError):
             return pending
-        return await asyncio.get_running_loop().run_in_executor(self._image_threads, _drawn, pending.image, await self._found(pending))
+        answer = await self._batched(pending)
+        return await asyncio.get_running_loop().run_in_executor(self._image_threads, _drawn, pending.image, answer)
 
     @property
     def _current(self) -> Loaded:
@@ -172,19 +178,14 @@ class Replica:
             self._bad_images.inc()
             return BadImageError(str(error))
 
-    async def _found(self, pending: Pending) -> Answer:
-        answer: Answer | Exception = await self._batched(pending)
-        if isinstance(answer, Exception):
-            raise answer
-        return answer
-
-    def _forward(self, batch: list[Pending]) -> list[Answer | Exception]:
+    def _forward(self, batch: Sequence[Pending]) -> list[Answer | Exception]:
         """One forward pass; if it fails, one for each image, so that only the culprit's request fails."""
         loaded, start = self._current, time.perf_counter()
         thresholds = {"conf": [p.conf for p in batch], "iou": [p.iou for p in batch], "max_det": [p.max_det for p in batch]}
         try:
             found = loaded.detector([p.image for p in batch], **thresholds)  # type: ignore[arg-type]
         except Exception as error:
+            self._is_suspect = True
             log.exception("a forward pass of %d images failed", len(batch))
             return [error] if len(batch) == 1 else [answer for pending in batch for answer in self._forward([pending])]
         seconds = time.perf_counter() - start
@@ -219,15 +220,20 @@ def download(weights: str, into: Path) -> tuple[Path, str]:
     """
     parent, _, name = weights.rstrip("/").rpartition("/")
     source = Folder.at(parent)
-    is_file = source.fs.get_file_info(f"{source.path}/{name}").type == pafs.FileType.File
-    names = [name] if is_file else source.list(name, recursive=True)
-    if not names:
+    is_export = is_folder(source, name)
+    names = source.list(name, recursive=True) if is_export else [name]
+    if not names or not source.exists(name):
         raise ValueError(f"there are no weights at {weights}: every node that serves must reach them")
     sha256 = hashlib.sha256()
     for each in names:
         data = source.download(each, into / each).read_bytes()
-        sha256.update(data if is_file else each.removeprefix(name).encode() + b"\0" + data)
+        sha256.update(each.removeprefix(name).encode() + b"\0" + data if is_export else data)
     return into / name, sha256.hexdigest()
+
+
+def is_folder(parent: Folder, name: str) -> bool:
+    """Whether the weights of that name are the folder of an export (OpenVINO's, say) and not a file."""
+    return bool(parent.fs.get_file_info(f"{parent.path}/{name}").type == pafs.FileType.Directory)
 
 
 def _body(loaded: Loaded, found: Detections) -> dict[str, Any]:
