@@ -1,92 +1,120 @@
-"""make docs: writes docs/run_file.md from the config models, so that the page cannot say something else than the code."""
+"""Writes docs/run_file.md from the config models: `make docs`. A test holds the two together."""
 
 from __future__ import annotations
 
 import sys
-import types
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin
+from types import NoneType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
+from annotated_types import Ge, Gt, Le, Lt
 from pydantic import BaseModel
-from pydantic_core import PydanticUndefined
+from pydantic.fields import FieldInfo
 
-from raypar.config import OWNED_BY_RAYPAR, RunConfig
+PAGE = Path(__file__).with_name("run_file.md")
+sys.path.insert(0, str(PAGE.parent.parent))  # a checkout that is not installed
 
-PAGE = Path(__file__).parent / "run_file.md"
-HEAD = """# The run file
+from raypar.config import OWNED_BY_RAYPAR, RunConfig  # noqa: E402
 
-One YAML file holds a run: a section for each verb, the same file for all of them. `make docs` writes this page from `raypar/config.py`.
+INTRODUCTION = """\
+# The run file
 
-```
-raypar VERB RUN_FILE [section.key=value ...] [--dry-run]
-```
+Written by `make docs` from `raypar/config.py`; do not edit by hand.
 
-A misspelt key is an error that names the nearest one; so is a key written twice. Numbers may be written `1e-3`; only `true` and `false`
-are booleans. `--dry-run` prints the resolved file and makes every check that needs no cluster.
+One YAML file holds a run: settings at the top, and one section for each verb. An unknown key is an error that names its line and the nearest key.
+Any setting can be replaced on the command line, `raypar train RUN_FILE train.batch=32 train.yolo.lr0=1e-3`: dots lead into sections, the value is YAML,
+the later of two wins. `raypar VERB RUN_FILE --dry-run` prints the whole, defaults included, and makes every check.
+
+YAML is read as version 1.2 has it: `1e-3` is a number, only `true` and `false` are booleans (`on`, `off`, `yes`, `no` are words), `010` is ten,
+and a key written twice is an error. Relative paths start at the folder in which the command runs; `storage` in a Ray job must be absolute or a URI to outlive it.
+"""
+YOLO = """\
+## Under `train.yolo`
+
+Ultralytics' own settings under their own names, checked by Ultralytics before Ray starts: `epochs`, `imgsz`, `optimizer`, `lr0`, `lrf`, `momentum`, `weight_decay`,
+`warmup_epochs`, `cos_lr`, `patience`, `close_mosaic`, `freeze`, `box`, `cls`, `dfl`, `nbs`, and the augmentations `mosaic`, `mixup`, `cutmix`, `hsv_h`, `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`,
+`shear`, `perspective`, `flipud`, `fliplr` ... [Their meaning](https://docs.ultralytics.com/usage/cfg/) is Ultralytics'.
+
+What raypar decides itself is refused there, with the place to write instead:
+
+| not under `yolo:` | write |
+|---|---|
 """
 
 
 def page() -> str:
-    parts = [HEAD, "## The top\n", table(RunConfig)]
+    """The whole page."""
+    parts = [INTRODUCTION, "## Top level\n\n" + _table(RunConfig, "", only_plain=True)]
     for name, field in RunConfig.model_fields.items():
-        for model in models(field.annotation):
-            title = name if model.__name__ != "ShapesConfig" else f"{name}.shapes"
-            parts += [f"## `{title}:`\n", f"{(model.__doc__ or '').strip()}\n", table(model)]
-    owned = "\n".join(f"| `{key}` | {place} |" for key, place in OWNED_BY_RAYPAR.items())
-    parts.append(
-        "## What goes under `train.yolo:`\n\nEvery setting of Ultralytics that raypar does not own, unchanged and with Ultralytics' defaults: "
-        "`epochs`, `imgsz`, `lr0`, `lrf`, `optimizer`, `momentum`, `weight_decay`, `warmup_epochs`, `cos_lr`, `patience`, `freeze`, `multi_scale`, "
-        "`single_cls`, `close_mosaic`, `mosaic`, `mixup`, `cutmix`, `degrees`, `translate`, `scale`, `shear`, `perspective`, `hsv_h`, `hsv_s`, "
-        "`hsv_v`, `fliplr`, `flipud`, `box`, `cls`, `dfl`, `nbs` ... They are checked on the driver before Ray starts. "
-        "These are refused, because raypar has a place of its own for them:\n\n| setting | write instead |\n|---|---|\n" + owned + "\n"
+        for section in _sections(field.annotation):
+            parts.append(f"## `{name}`\n\n{section.__doc__ or ''}\n\n{_table(section, f'{name}.')}")
+    owned = "".join(
+        f"| `{key}` | {where if where.startswith(('nothing', 'the ')) else f'`{where}`'} |\n" for key, where in OWNED_BY_RAYPAR.items()
     )
-    return "\n".join(parts)
+    return "\n".join([*parts, YOLO + owned])
 
 
-def table(model: type[BaseModel]) -> str:
-    rows = ["| setting | type | default | meaning |", "|---|---|---|---|"]
-    for name, field in model.model_fields.items():
-        default = (
-            "required"
-            if field.is_required()
-            else ""
-            if field.default is PydanticUndefined or isinstance(field.default, BaseModel)
-            else f"`{shown(field.default)}`"
+def _table(section: type[BaseModel], prefix: str, *, only_plain: bool = False) -> str:
+    rows = ["| setting | values | default | meaning |", "|---|---|---|---|"]
+    for name, field in section.model_fields.items():
+        inner = _sections(field.annotation)
+        if inner and only_plain:
+            continue
+        if inner and not _plain(field.annotation):
+            rows += [row for row in _table(inner[0], f"{prefix}{name}.").splitlines()[2:]]
+            continue
+        rows.append(
+            f"| `{prefix}{name}` | {_values(field)} | {_default(field)} | {(field.description or '').replace('|', chr(92) + '|')} |"
         )
-        rows.append(f"| `{name}` | {kind(field.annotation)} | {default} | {field.description or ''} |")
     return "\n".join(rows) + "\n"
 
 
-def shown(value: Any) -> str:
-    return (
-        {None: "nothing", True: "true", False: "false"}.get(value, str(value)) if value is None or isinstance(value, bool) else str(value)
-    )
+def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
+        return [annotation]
+    return [s for a in get_args(annotation) for s in _sections(a)]
 
 
-def kind(annotation: Any) -> str:
-    """A type in a reader's words."""
-    if annotation is type(None):
-        return "nothing"
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return "section" if annotation.__name__.endswith("Config") else "{" + ", ".join(annotation.model_fields) + "}"
+def _plain(annotation: Any) -> list[Any]:
+    """The members of a union that are neither a section nor nothing."""
+    members = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else [annotation]
+    return [m for m in members if m is not NoneType and not _sections(m)]
+
+
+def _values(field: FieldInfo) -> str:
+    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
+    words = [word for m in members if m is not NoneType for word in _words(m)]
+    limits = _limits(field.metadata) or next((found for m in members if (found := _limits(getattr(m, "__metadata__", ())))), "")
+    return ", ".join(words) + limits
+
+
+def _words(annotation: Any) -> list[str]:
+    if get_origin(annotation) is Annotated:
+        return _words(get_args(annotation)[0])
     if get_origin(annotation) is Literal:
-        return ", ".join(f"`{a}`" for a in get_args(annotation))
-    if get_origin(annotation) in (types.UnionType, getattr(types, "UnionType", None)) or str(get_origin(annotation)) == "typing.Union":
-        return " or ".join(kind(a) for a in get_args(annotation) if a is not type(None))
-    if get_origin(annotation) in (list, dict):
-        return {list: "list", dict: "mapping"}[get_origin(annotation)]
-    if hasattr(annotation, "__metadata__"):
-        return kind(annotation.__origin__)
-    return {bool: "true or false", int: "whole number", float: "number", str: "text"}.get(annotation, str(annotation))
+        return [f"`{value}`" for value in get_args(annotation)]
+    if section := _sections(annotation):
+        return ["{" + ", ".join(section[0].model_fields) + "}"]
+    if annotation is bool:
+        return ["`true`", "`false`"]
+    named = {int: "integer", float: "number", str: "text", dict: "mapping", list: "list"}
+    return [named.get(get_origin(annotation) or annotation, str(annotation))]
 
 
-def models(annotation: Any) -> list[type[BaseModel]]:
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        nested = [m for f in annotation.model_fields.values() for m in models(f.annotation) if m.__name__ == "ShapesConfig"]
-        return [annotation, *nested]
-    return [m for a in get_args(annotation) for m in models(a)]
+def _limits(metadata: Any) -> str:
+    signs = {Ge: (">=", "ge"), Gt: (">", "gt"), Le: ("<=", "le"), Lt: ("<", "lt")}
+    found = [f"{signs[type(m)][0]} {getattr(m, signs[type(m)][1]):g}" for m in metadata if type(m) in signs]
+    return " " + ", ".join(found) if found else ""
+
+
+def _default(field: FieldInfo) -> str:
+    if field.is_required():
+        return "required"
+    value = field.get_default(call_default_factory=True)
+    if value is None:
+        return ""
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 if __name__ == "__main__":
     PAGE.write_text(page())
-    sys.stdout.write(f"wrote {PAGE}\n")

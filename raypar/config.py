@@ -17,7 +17,7 @@ OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
     "project": "storage", "name": "name", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
     "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
-    "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "train.checkpoint_every_s",
+    "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "nothing: every epoch ends with a checkpoint",
     "split": "evaluate.split", "source": "predict.source", "format": "export.format",
 }  # fmt: skip
 
@@ -183,7 +183,7 @@ class ServeConfig(InferenceConfig):
 class RunConfig(Section):
     """The whole run file."""
 
-    name: str = Field(description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9._-]+$")
+    name: str = Field(description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")

@@ -1,104 +1,148 @@
-"""The tree of docs/architecture.md, held by the imports: they run downward, heavy libraries are imported late, files stay small."""
+"""The shape of the code, held by a test: which module may import which, what is never imported early, how long things are."""
 
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-PACKAGE = Path(__file__).resolve().parents[2] / "raypar"
+REPOSITORY = Path(__file__).resolve().parents[2]
+PACKAGE = REPOSITORY / "raypar"
 FILES = sorted(PACKAGE.rglob("*.py"))
-VERBS = {"prepare", "train", "evaluate", "predict", "export", "serve"}
-# Lowest first; a module may import its own layer and those below. Longest matching name counts.
-LAYERS = [
-    {"raypar", "raypar.storage"},
-    {"raypar.config", "raypar.runfile", "raypar.progress", "raypar.precision", "raypar.boxes", "raypar.images", "raypar.draw"},
-    {
-        "raypar.augment",
-        "raypar.dataset.schema",
-        "raypar.dataset.manifest",
-        "raypar.dataset.plan",
-        "raypar.dataset.batch",
-        "raypar.dataset.formats",
-    },
-    {"raypar.dataset", "raypar.detector", "raypar.weights", "raypar.sources"},
-    {"raypar.metrics", "raypar.cluster"},
-    {f"raypar.{verb}" for verb in VERBS},
-    {"raypar.cli"},
-    {"raypar.__main__"},
+VERBS = ("prepare", "train", "evaluate", "predict", "export", "serve")
+FORBIDDEN_NAMES = {"utils", "helpers", "common", "core", "base", "misc", "manager", "handler", "engine"}
+MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
+
+# Imports go from a module to one of a lower rank, or of its own rank when both have the same first word (dataset.formats.coco -> dataset.ingest).
+RANKS = [
+    {"__init__", "boxes", "storage", "precision", "progress", "images"},
+    {"config", "weights", "detector"},
+    {"runfile", "draw", "metrics", "augment"},
+    {"dataset"},
+    {"sources"},
+    set(VERBS),
+    {"cluster"},
+    {"cli"},
+    {"__main__"},
 ]
-LIGHT = {"raypar.cli", "raypar.config", "raypar.runfile", "raypar.storage", "raypar.__main__", "raypar"}
-HEAVY = {"ray", "torch", "ultralytics", "albumentations", "cv2"}
-FORBIDDEN = {"utils", "helpers", "common", "core", "base", "misc", "manager", "handler", "engine"}
+RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
+# cli, config and runfile answer before anything heavy is imported
+LIGHT = {"__init__", "cli", "config", "runfile", "storage", "cluster"}
+HEAVY = {"ray", "torch", "torchvision", "ultralytics", "albumentations", "cv2"}
 
 
-def module_name(path: Path) -> str:
-    parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+def name_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).with_suffix("").as_posix().replace("/", ".").removesuffix(".__init__")
 
 
-def imports(path: Path, *, only_top: bool) -> set[str]:
-    """Modules that a file imports; ``only_top`` leaves out those inside functions and under TYPE_CHECKING."""
-    tree = ast.parse(path.read_text())
-    nodes = tree.body if only_top else list(ast.walk(tree))
-    found = set()
-    for node in nodes:
+def first(module: str) -> str:
+    return module.split(".")[0]
+
+
+def imports(tree: ast.AST, *, only_at_import: bool = False) -> list[str]:
+    """Full names of imported modules; with ``only_at_import`` those that run when the module is imported."""
+    found: list[str] = []
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            if not only_at_import:
+                found += imports(node)
+            continue
+        if only_at_import and isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.Lambda)):
+            continue
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= {n if (PACKAGE.parent / Path(*n.split("."))).with_suffix(".py").exists() else node.module for n in names}
+            found += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            found += [f"{node.module}.{alias.name}" for alias in node.names]
+        found += imports(node, only_at_import=only_at_import)
     return found
 
 
-def layer(module: str) -> int:
-    best, rank = "", -1
-    for i, names in enumerate(LAYERS):
-        for name in names:
-            if (module == name or module.startswith(name + ".")) and len(name) > len(best):
-                best, rank = name, i
-    return rank
+@pytest.fixture(params=FILES, ids=[name_of(f) for f in FILES])
+def path(request: pytest.FixtureRequest) -> Path:
+    return request.param
 
 
-def verb_of(module: str) -> str | None:
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in VERBS else None
+@pytest.fixture
+def tree(path: Path) -> ast.Module:
+    return ast.parse(path.read_text())
 
 
-@pytest.mark.parametrize("path", FILES, ids=[module_name(f) for f in FILES])
-def test_imports_run_downward(path: Path) -> None:
-    module = module_name(path)
-    assert layer(module) > 0 or module in {"raypar", "raypar.storage"}, f"{module} has no layer: put it into the tree"
-    for imported in imports(path, only_top=False):
-        if not imported.startswith("raypar"):
+def test_imports_run_downward(path: Path, tree: ast.Module) -> None:
+    here = first(name_of(path)) if path != PACKAGE / "__init__.py" else "__init__"
+    assert here in RANK, f"{here} has no place among RANKS"
+    for imported in imports(tree):
+        if not imported.startswith("raypar."):
             continue
-        assert layer(imported) <= layer(module), f"{module} imports {imported}, which is above it"
-        mine, other = verb_of(module), verb_of(imported)
-        assert mine is None or other is None or mine == other, f"verbs do not import verbs: {module} imports {imported}"
+        there = first(imported.removeprefix("raypar."))
+        if there not in RANK:
+            there = "__init__"  # a name from raypar/__init__.py
+        if here == there:
+            continue
+        assert RANK[there] < RANK[here], f"{name_of(path)} imports {imported}, which is not below it"
 
 
-@pytest.mark.parametrize("module", sorted(LIGHT - {"raypar"}))
-def test_light_modules_import_nothing_heavy(module: str) -> None:
-    path = PACKAGE.parent / Path(*module.split(".")).with_suffix(".py")
-    assert not {name.split(".")[0] for name in imports(path, only_top=True)} & HEAVY
+def test_verbs_do_not_import_verbs(path: Path, tree: ast.Module) -> None:
+    here = first(name_of(path))
+    if here in VERBS:
+        others = {f"raypar.{v}" for v in VERBS if v != here}
+        assert not [i for i in imports(tree) if any(i == o or i.startswith(f"{o}.") for o in others)]
 
 
-def test_the_plan_and_the_geometry_are_pure() -> None:
-    for name in ("dataset/plan.py", "augment/geometry.py"):
-        assert not {n.split(".")[0] for n in imports(PACKAGE / name, only_top=False)} & (HEAVY | {"pyarrow", "os"})
+def test_light_modules_stay_light(path: Path, tree: ast.Module) -> None:
+    if name_of(path) in LIGHT:
+        assert not HEAVY & {first(i) for i in imports(tree, only_at_import=True)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=[module_name(f) for f in FILES])
-def test_files_and_functions_stay_small(path: Path) -> None:
-    text = path.read_text()
-    assert path.stem not in FORBIDDEN
-    assert len(text.splitlines()) <= 350
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-            assert (node.end_lineno or 0) - node.lineno < 75, f"{node.name} is too long"
+def test_ray_train_is_imported_in_full(tree: ast.Module) -> None:
+    assert "ray.train" not in [f"{n.module}.{a.name}" for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) for a in n.names]
 
 
-def test_no_folder_has_one_file() -> None:
-    for folder in {f.parent for f in FILES} - {PACKAGE}:
-        assert len([f for f in folder.iterdir() if f.name != "__pycache__"]) > 1, folder
+def test_names_of_modules(path: Path) -> None:
+    assert not FORBIDDEN_NAMES & set(path.relative_to(PACKAGE).with_suffix("").parts)
+
+
+def test_no_folder_with_one_file() -> None:
+    for folder in {f.parent for f in FILES}:
+        assert len(list(folder.iterdir())) > 1, folder
+
+
+def test_length(path: Path, tree: ast.Module) -> None:
+    assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
+    for node in ast.walk(tree):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
+            body = node.body[1:] if ast.get_docstring(node) else node.body  # the docstring is not the code
+            length = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
+            assert length <= MAX_FUNCTION_LINES, f"{path.name}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_ascii_and_docstring(path: Path, tree: ast.Module) -> None:
+    assert path.read_text().isascii()
+    assert ast.get_docstring(tree) or not tree.body, "a module says what it is"
+
+
+def test_every_verb_has_check_and_run() -> None:
+    for verb in VERBS:
+        path = PACKAGE / verb / "__init__.py" if (PACKAGE / verb).is_dir() else PACKAGE / f"{verb}.py"
+        functions = {n.name for n in ast.parse(path.read_text()).body if isinstance(n, ast.FunctionDef)}
+        assert {"check", "run"} <= functions, verb
+
+
+def test_importing_starts_nothing(tmp_path: Path) -> None:
+    """No file, no Ray, no log handler comes of an import."""
+    code = """
+import importlib, logging, sys
+before = list(logging.getLogger().handlers)
+for name in sys.argv[1:]:
+    importlib.import_module(name)
+import ray
+assert not ray.is_initialized()
+assert logging.getLogger().handlers == before
+"""
+    modules = [f"raypar.{name_of(f)}" for f in FILES if f.name not in ("__init__.py", "__main__.py")]
+    done = subprocess.run([sys.executable, "-c", code, *modules], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert not list(tmp_path.iterdir())
