@@ -30,7 +30,7 @@ NUM_SAMPLES = 16  # images on which export and weights are compared
 SURE = 0.25  # boxes above this confidence must agree, at most MOST of an image; where no image has one, the TOP of each must
 MOST, TOP = 300, 10
 MIN_AGREEMENT = 0.99  # share of them
-SAME_PX = 0.5
+SAME_PX = 0.5  # corners that are nearer than this are the same place
 TOLERANCES = {False: (0.95, 0.01), True: (0.90, 0.03)}  # is it fp16 -> least overlap, largest difference of confidence
 
 
@@ -149,24 +149,25 @@ def compare(original: Any, exported: Any, images: list[Any], *, is_half: bool) -
         for some, others in ((ours, theirs), (theirs, ours)):
             picked = np.flatnonzero(some.confidences > SURE)[:MOST] if has_sure else np.arange(min(TOP, len(some)))
             num_compared += len(picked)
-            num_agreeing += int(_is_matched(some, others, min_iou, max_difference)[picked].sum())
+            num_agreeing += int(_is_matched(some, picked, others, min_iou, max_difference).sum())
     if not num_compared:
         raise ValueError("neither the weights nor the export find anything on the sample images: there is nothing to compare")
     return {"num_images_compared": len(images), "num_compared": num_compared, "num_agreeing": num_agreeing, "min_iou": min_iou,
             "max_confidence_difference": max_difference, "compared_above_confidence": SURE if has_sure else None}  # fmt: skip
 
 
-def _is_matched(some: Any, others: Any, min_iou: float, max_difference: float) -> NDArray[np.bool_]:
-    """For each box of ``some`` (N,): whether ``others`` has one of its class, place and confidence."""
+def _is_matched(some: Any, picked: NDArray[np.intp], others: Any, min_iou: float, max_difference: float) -> NDArray[np.bool_]:
+    """For each picked box of ``some`` (N,): whether ``others`` has one of its class, place and confidence."""
     from raypar.boxes import iou
 
     if not len(others):
-        return np.zeros(len(some), bool)
-    is_there = iou(some.boxes_xyxy, others.boxes_xyxy) >= min_iou
+        return np.zeros(len(picked), bool)
+    boxes = some.boxes_xyxy[picked]
+    is_there = iou(boxes, others.boxes_xyxy) >= min_iou
     # a box that the image's edge cut to nothing overlaps not even itself
-    is_there |= np.abs(some.boxes_xyxy[:, None] - others.boxes_xyxy[None]).max(-1) <= SAME_PX
-    is_there &= some.class_ids[:, None] == others.class_ids[None]
-    is_there &= np.abs(some.confidences[:, None] - others.confidences[None]) <= max_difference
+    is_there |= np.abs(boxes[:, None] - others.boxes_xyxy[None]).max(-1) <= SAME_PX
+    is_there &= some.class_ids[picked, None] == others.class_ids[None]
+    is_there &= np.abs(some.confidences[picked, None] - others.confidences[None]) <= max_difference
     return np.asarray(is_there.any(1), bool)
 
 
