@@ -197,9 +197,9 @@ def _stream(jobs: list[ShardJob], section: PrepareConfig, dataset: Folder) -> It
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     items = [{"job": pickle.dumps((number, job))} for number, job in enumerate(jobs)]
-    ds = ray.data.from_items(items, override_num_blocks=len(items))
-    ds = ds.map_batches(_write_shards, batch_size=1, **_placement(section, dataset))
-    for batch in ds.iter_batches(batch_size=None, prefetch_batches=0):
+    listed = ray.data.from_items(items, override_num_blocks=len(items))
+    written = listed.map_batches(_write_shards, batch_size=1, **_placement(section, dataset))  # type: ignore[arg-type]
+    for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
         for report in batch["report"]:
             yield pickle.loads(report)
 
@@ -217,7 +217,7 @@ def _placement(section: PrepareConfig, dataset: Folder) -> dict[str, Any]:
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    nodes = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     if len(nodes) == 1 or (section.format == "shapes" and not dataset.is_local):
         return {"num_cpus": 1}
     node_id = ray.get_runtime_context().get_node_id()
@@ -285,7 +285,8 @@ def _summary(
         lines.append(f"  no box in train: {len(absent)} classes ({', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''})")
     repairs = sum((report.repairs for report in reports), Counter[str]())
     if repairs:
-        lines.append(f"  repaired: {manifest.num_repaired} images ({', '.join(f'{count} {kind}' for kind, count in repairs.most_common())})")
+        kinds = ", ".join(f"{count} {kind}" for kind, count in repairs.most_common())
+        lines.append(f"  repaired: {manifest.num_repaired} images ({kinds})")
     if rejected:
         lines.append(f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})")
     lines += [f"  note: {note}" for note in (*listing.notes, *_shared_images(listing))]

@@ -1,7 +1,7 @@
 """One shard: records in, a Parquet file and its account out. ``write_shard`` runs in a Ray task, once a shard.
 
-An image's bytes are stored as they are, except where they would mislead a reader: an EXIF rotation is baked in, a JPEG with bytes after its end
-is saved anew (as Ultralytics does), and a file that OpenCV cannot read but Pillow can is re-encoded.
+An image's bytes are stored as they are, except where they would mislead a reader: an EXIF rotation is baked in, a JPEG with bytes after its
+end is saved anew (as Ultralytics does), and a file that OpenCV cannot read but Pillow can is re-encoded.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import cv2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -22,6 +21,7 @@ from PIL import Image, ImageOps
 from raypar.dataset.formats import Labels, Record, coco, shapes, voc, yolo
 from raypar.dataset.manifest import Shard
 from raypar.dataset.schema import row_schema
+from raypar.images import decode
 from raypar.storage import Folder
 
 READ_LABELS = {"yolo": yolo.read_labels, "coco": coco.read_labels, "voc": voc.read_labels}
@@ -86,7 +86,9 @@ def write_shard(job: ShardJob) -> ShardReport:
     sink = pa.BufferOutputStream()
     row_groups: list[int] = []
     rows: list[dict[str, object]] = []
-    with pq.ParquetWriter(sink, row_schema("detect"), compression=COMPRESSION, use_dictionary=False, write_statistics=["image_id"]) as writer:
+    with pq.ParquetWriter(
+        sink, row_schema("detect"), compression=COMPRESSION, use_dictionary=False, write_statistics=["image_id"]
+    ) as writer:
 
         def flush() -> None:
             writer.write_table(pa.Table.from_pylist(rows, schema=row_schema("detect")), row_group_size=len(rows))
@@ -191,14 +193,13 @@ def read_picture(path: str, max_pixels: int) -> Picture:
     has_tail = kind == "JPEG" and not data.endswith(b"\xff\xd9")
     if kind != "JPEG" or has_tail:
         _check_whole(data)
-    image_bgr = _decode(data)
     image_hw = (height, width)
     if orientation != 1:
         image_hw = image_hw[::-1] if orientation >= 5 else image_hw
         return Picture(_encode(data, kind, JPEG_QUALITY), image_hw, ("EXIF rotations baked in",))
     if has_tail:
         return Picture(_encode(data, "JPEG", 100), image_hw, ("JPEGs with bytes after their end saved anew",))
-    if image_bgr is None or image_bgr.shape[:2] != image_hw:
+    if not _is_decodable(data, image_hw):
         return Picture(_encode(data, kind, JPEG_QUALITY), image_hw, ("files that OpenCV cannot read re-encoded",))
     return Picture(data, image_hw)
 
@@ -223,13 +224,12 @@ def _check_whole(data: bytes) -> None:
         raise ValueError(f"image is truncated or damaged ({_one_line(error)})") from error
 
 
-def _decode(data: bytes) -> NDArray[np.uint8] | None:
-    """BGR uint8 (H, W, 3) as stored, or None where OpenCV cannot."""
+def _is_decodable(data: bytes, image_hw: tuple[int, int]) -> bool:
+    """Whether those who read the dataset will get the pixels that the header promises."""
     try:
-        image_bgr = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR | cv2.IMREAD_IGNORE_ORIENTATION)
-    except cv2.error:
-        return None
-    return None if image_bgr is None else np.asarray(image_bgr, np.uint8)
+        return decode(data).shape[:2] == image_hw
+    except ValueError:
+        return False
 
 
 def _encode(data: bytes, kind: str, quality: int) -> bytes:

@@ -69,7 +69,9 @@ def _split_files(root: Path) -> dict[str, Path]:
         if files:
             found[split] = files[0]
     if "train" not in found:
-        raise ValueError(f"{root} has no annotations/instances_train*.json (nor train/_annotations.coco.json): name the JSON as prepare.source")
+        raise ValueError(
+            f"{root} has no annotations/instances_train*.json (nor train/_annotations.coco.json): name the JSON as prepare.source"
+        )
     return found
 
 

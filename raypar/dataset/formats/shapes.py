@@ -1,7 +1,7 @@
 """The built-in dataset: circles, squares, triangles and stars on textured backgrounds, drawn from a seed. Pure; runs in a Ray task.
 
-Shapes are turned, overlap, and are cut by the image's edge. Each class keeps to a quarter of the colour wheel (with a gap), so that a small model
-learns the set from nothing in minutes: it is for trying raypar out and for tests of the whole path, not for judging models.
+Shapes are turned, overlap, and are cut by the image's edge. Each class keeps to a quarter of the colour wheel (with a gap), so that a small
+model learns the set from nothing in minutes: it is for trying raypar out and for tests of the whole path, not for judging models.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
     Annotations/a.xml   JPEGImages/a.jpg   ImageSets/Main/{train,val,test}.txt   [classes.txt or labels.txt]
 
-Boxes are 1-based and inclusive px, so that x1 = xmin - 1 and x2 = xmax. Objects marked difficult are left out, as Ultralytics' VOC.yaml does.
+Boxes are 1-based and inclusive px, so that x1 = xmin - 1 and x2 = xmax. Objects marked difficult are left out, as in Ultralytics' VOC.yaml.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Ultralytics ``data.yaml`` with a ``.txt`` of labels beside each image's folder. ``scan`` runs in the driver, ``read_labels`` in a Ray task.
+"""Ultralytics ``data.yaml`` with a ``.txt`` of labels for each image. ``scan`` runs in the driver, ``read_labels`` in a Ray task.
 
     data.yaml               path: .   train: images/train   val: images/val   names: [cat, dog]
     images/train/a.jpg      labels/train/a.txt   lines "class cx cy w h" or "class x1 y1 x2 y2 x3 y3 ..." over width/height
@@ -185,7 +185,7 @@ def _places(entry: str, root: Path, split: str, file: Path) -> list[Path]:
 
 
 def _listed(file: Path, root: Path) -> list[str]:
-    """Images named in a text file, one a line: ``./`` is the file's folder, other relative paths the working directory's, else the root's."""
+    """Images named in a text file, one a line: ``./`` is the file's folder, other relative paths start in the working directory or root."""
     paths = []
     for line in file.read_text(encoding="utf-8-sig").splitlines():
         name = line.strip()
