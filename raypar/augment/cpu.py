@@ -9,9 +9,9 @@ edge is rounded, by half a pixel at most. Where it would be more (tiny images ma
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import math
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 
 import cv2
 import numpy as np
@@ -20,9 +20,11 @@ from numpy.typing import NDArray
 from raypar.augment.geometry import Floats, Layer, Recipe, Sample, Tile, choose_cut, draw, layout, move_boxes
 
 GREY = 114
-OVERHANG_PX = 8
+OVERHANG_PX, CLOSE_ENOUGH_PX = 8, 0.05
 MAX_ROUNDING_PX = 0.5
+STRIP_ROWS = 64  # colours change in strips that stay in the processor's cache: half the time of whole images
 Image = NDArray[np.uint8]
+Tables = tuple[Image, Image, Image]
 
 
 @dataclass
@@ -68,6 +70,7 @@ class Renderer:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
+        self.scratch = np.empty((recipe.imgsz + 2 * OVERHANG_PX, recipe.imgsz + 2 * OVERHANG_PX, 3), np.uint8)
 
     def __call__(self, sources: Sequence[Source], indices: Sequence[int], rngs: Sequence[np.random.Generator], *,
                  mosaic_on: bool, out: Image) -> Labels:  # fmt: skip
@@ -93,9 +96,9 @@ class Renderer:
     def render(self, sample: Sample, sources: Sequence[Source]) -> tuple[Image, NDArray[np.int32], NDArray[np.float32]]:
         """One image: uint8 (S, S, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4)."""
         size = self.recipe.imgsz
-        gains = sample.gains if self.recipe.hsv_h or self.recipe.hsv_s or self.recipe.hsv_v else None
+        tables = colour_tables(sample.gains) if self.recipe.hsv_h or self.recipe.hsv_s or self.recipe.hsv_v else None
         is_alone = sample.mixed is None and sample.cut is None
-        image, class_ids, boxes = self._layer(sample.layer, sources, gains if is_alone else None)
+        image, class_ids, boxes = self._layer(sample.layer, sources, tables if is_alone else None)
         if sample.mixed is not None:
             other, share = sample.mixed
             image2, class_ids2, boxes2 = self._layer(other, sources, None)
@@ -110,38 +113,45 @@ class Renderer:
                 image[y0:y1, x0:x1] = image2[y0:y1, x0:x1]
                 along = np.concatenate([boxes2[come, :2].clip(area[:2], area[2:]), boxes2[come, 2:].clip(area[:2], area[2:])], 1)
                 class_ids, boxes = np.concatenate([class_ids, class_ids2[come]]), np.concatenate([boxes, along])
-        if gains is not None and not is_alone:
-            shift_colours(image, gains)
+        if tables is not None and not is_alone:
+            _look_up(image, tables)
         if any(sample.flip):
             cv2.flip(image, {(True, False): 1, (False, True): 0, (True, True): -1}[sample.flip], dst=image)
         boxes = _flipped(boxes, sample.flip, size) / size
         return image, class_ids, np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float32)
 
-    def _layer(self, layer: Layer, sources: Sequence[Source], gains: Floats | None) -> tuple[Image, NDArray[np.int32], Floats]:
-        """A layer's pixels, with shifted colours if there are gains, and its boxes_xyxy in px; not flipped."""
+    def _layer(self, layer: Layer, sources: Sequence[Source], tables: Tables | None) -> tuple[Image, NDArray[np.int32], Floats]:
+        """A layer's pixels, with shifted colours if there are tables, and its boxes_xyxy in px; not flipped."""
         size, shown = self.recipe.imgsz, [sources[i] for i in layer.indices]
         tiles, canvas_hw = layout(layer, [s.hw for s in shown], size)
         class_ids, boxes = move_boxes(layer, tiles, canvas_hw, [(s.class_ids, s.boxes_xywhn) for s in shown], size)
         matrix, images = layer.matrix(canvas_hw, size), [s.image for s in shown]
         if self.recipe.is_axis_aligned:
-            return _paint_tiles(images, tiles, matrix, size, gains), class_ids, boxes
+            return _paint_tiles(images, tiles, matrix, size, tables, self.scratch), class_ids, boxes
         image = _paint_canvas(images, tiles, canvas_hw, matrix, size)
-        if gains is not None:
-            shift_colours(image, gains)
+        if tables is not None:
+            _look_up(image, tables)
         return image, class_ids, boxes
 
 
 def shift_colours(image: Image, gains: Floats) -> None:
     """Changes hue, saturation and value of an RGB image in place, by Ultralytics' look-up tables (RandomHSV)."""
-    tables = _colour_tables(gains)
-    hsv = cv2.cvtColor(image, cv2.COLOR_RGB2HSV)
-    planes = cv2.split(hsv)  # a table for each plane is faster than one for all channels
-    for plane, table in zip(planes, tables, strict=True):
-        cv2.LUT(plane, table, dst=plane)
-    cv2.cvtColor(cv2.merge(planes, dst=hsv), cv2.COLOR_HSV2RGB, dst=image)
+    _look_up(image, colour_tables(gains))
 
 
-def _colour_tables(gains: Floats) -> tuple[Image, Image, Image]:
+def _look_up(image: Image, tables: Tables) -> None:
+    height, width = image.shape[:2]
+    hsv, planes = np.empty((STRIP_ROWS, width, 3), np.uint8), np.empty((3, STRIP_ROWS, width), np.uint8)
+    for row in range(0, height, STRIP_ROWS):
+        strip = image[row : row + STRIP_ROWS]
+        of_strip = list(planes[:, : len(strip)])
+        cv2.split(cv2.cvtColor(strip, cv2.COLOR_RGB2HSV, dst=hsv[: len(strip)]), of_strip)
+        for plane, table in zip(of_strip, tables, strict=True):  # faster than one table for all channels
+            cv2.LUT(plane, table, dst=plane)
+        cv2.cvtColor(cv2.merge(of_strip, dst=hsv[: len(strip)]), cv2.COLOR_HSV2RGB, dst=strip)
+
+
+def colour_tables(gains: Floats) -> Tables:
     """Look-up tables uint8 (256,) of hue, saturation and value."""
     levels = np.arange(256)
     hue = ((levels + gains[0] * 180) % 180).astype(np.uint8)
@@ -159,75 +169,88 @@ def _flipped(boxes_xyxy: Floats, flip: tuple[bool, bool], size: int) -> Floats:
     return np.stack([x0, y0, x1, y1], 1)
 
 
-def _source_map(tile: Tile, image: Image) -> Floats:
-    """Indices of a source's pixels -> indices on the canvas, by cv2.resize's convention."""
-    scale = np.array(tile.hw[::-1]) / (image.shape[1], image.shape[0])
-    matrix = np.diag([*scale, 1.0])
-    matrix[:2, 2] = scale / 2 - 0.5 + tile.origin
-    return matrix
+def _paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, tables: Tables | None, scratch: Image) -> Image:
+    """Paints each tile into its own rectangle of the output, colours shifted if there are tables.
 
-
-def _paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, gains: Floats | None) -> Image:
-    """Paints each tile into its own rectangle of the output: every pixel is written about once, and the grey is never coloured."""
-    grey = GREY if gains is None else _colour_tables(gains)[2][GREY]
+    Args:
+        images: of the tiles.
+        tiles: of :func:`layout`.
+        matrix: canvas -> output, scale and shift only.
+        size: S.
+        tables: of :func:`colour_tables`.
+        scratch: uint8, at least (S + 2 * OVERHANG_PX, S + 2 * OVERHANG_PX, 3).
+    """
+    grey = GREY if tables is None else int(tables[2][GREY])
     out = np.full((size, size, 3), grey, np.uint8)
     for image, tile in zip(images, tiles, strict=True):
-        whole = matrix @ _source_map(tile, image)  # a source's pixel indices -> the output's
-        x = _span(whole[0, 0], whole[0, 2], matrix[0, 0] * (np.array(tile.rect[0::2]) - 0.5) + matrix[0, 2], image.shape[1], size)
-        y = _span(whole[1, 1], whole[1, 2], matrix[1, 1] * (np.array(tile.rect[1::2]) - 0.5) + matrix[1, 2], image.shape[0], size)
+        x, y = (_span(float(matrix[a, a]), float(matrix[a, 2]), tile, a, image.shape[1 - a], size) for a in (0, 1))
         if x is None or y is None:
             continue
         region = out[max(y.to, 0) : y.to_end, max(x.to, 0) : x.to_end]  # slices end with the output
         width, height = x.to_end - x.to, y.to_end - y.to
+        resized = scratch[:height, :width]
         if max(x.rounding_px, y.rounding_px) <= MAX_ROUNDING_PX:
-            resized = cv2.resize(image[y.begin : y.end, x.begin : x.end], (width, height), interpolation=cv2.INTER_LINEAR)
+            cv2.resize(image[y.begin : y.end, x.begin : x.end], (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
         else:
-            whole[:2, 2] -= x.to, y.to
-            resized = cv2.warpAffine(image, whole[:2], (width, height), flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            placed = np.array([[x.scale, 0, x.shift - x.to], [0, y.scale, y.shift - y.to]])
+            cv2.warpAffine(image, placed, (width, height), dst=resized, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
         above, left = max(-y.to, 0), max(-x.to, 0)
         region[...] = resized[above : above + region.shape[0], left : left + region.shape[1]]
-        if gains is not None:
-            shift_colours(region, gains)
+        if tables is not None:
+            _look_up(region, tables)
     return out
 
 
 @dataclass(frozen=True)
 class _Span:
-    """Along one axis: source pixels [begin, end) become output pixels [to, to_end), some outside of it, at most ``rounding_px`` off."""
+    """Along one axis: source pixels [begin, end) become output pixels [to, to_end), some outside of it.
+
+    Exactly, source index i goes to ``scale * i + shift``; the edges are at most ``rounding_px`` output px off.
+    """
 
     begin: int
     end: int
     to: int
     to_end: int
+    scale: float
+    shift: float
     rounding_px: float
 
 
-def _span(scale: float, shift: float, edges: Floats, length: int, size: int) -> _Span | None:
+def _span(scale: float, shift: float, tile: Tile, axis: int, length: int, size: int) -> _Span | None:
     """What of a tile to resize along one axis; None if nothing is visible.
 
     Args:
-        scale: output pixels for a source pixel.
-        shift: the output index of source index 0.
-        edges: (2,) output indices of the tile's two edges.
+        scale: output pixels for a pixel of the canvas.
+        shift: the output index of canvas index 0.
+        tile: to show.
+        axis: 0 for x, 1 for y.
         length: of the source, px.
         size: of the output, px.
     """
-    low, high = (round(float(edge) + 0.5) for edge in edges)  # edges: pixel i reaches from i to i + 1
+    low, high = (round(scale * (edge - 0.5) + shift + 0.5) for edge in tile.rect[axis::2])  # edges: pixel i reaches from i to i + 1
     if min(high, size) <= max(low, 0):
         return None
-    starts = [low] if low >= 0 else range(0, max(low, -OVERHANG_PX) - 1, -1)
-    ends = [high] if high <= size else range(size, min(high, size + OVERHANG_PX) + 1)
-    begin, to, off = min(_edges(scale, shift, starts), key=itemgetter(2))
-    end, to_end, off_end = min(_edges(scale, shift, ends), key=itemgetter(2))
+    enlarged = tile.hw[1 - axis] / length
+    shift += scale * (enlarged / 2 - 0.5 + tile.origin[axis])  # by cv2.resize's convention
+    scale *= enlarged
+    begin, to, off = _edge(scale, shift, [low] if low >= 0 else range(0, max(low, -OVERHANG_PX) - 1, -1))
+    end, to_end, off_end = _edge(scale, shift, [high] if high <= size else range(size, min(high, size + OVERHANG_PX) + 1))
     begin = min(max(begin, 0), length - 1)
-    return _Span(begin, min(max(end, begin + 1), length), to, to_end, max(off, off_end))
+    return _Span(begin, min(max(end, begin + 1), length), to, to_end, scale, shift, max(off, off_end))
 
 
-def _edges(scale: float, shift: float, to: Iterable[int]) -> Iterator[tuple[int, int, float]]:
-    """For output edges: the nearest source edge, the output edge itself, and how far off that is in output px."""
-    for edge in to:
-        exact = (edge - 0.5 - shift) / scale + 0.5
-        yield round(exact), edge, abs(round(exact) - exact) * scale
+def _edge(scale: float, shift: float, choices: Iterable[int]) -> tuple[int, int, float]:
+    """Of some output edges, the one nearest to an edge of a source pixel: that edge, itself, and how many output px they are apart."""
+    best = (0, 0, math.inf)
+    for to in choices:
+        exact = (to - 0.5 - shift) / scale + 0.5
+        off = abs(round(exact) - exact) * scale
+        if off < best[2]:
+            best = round(exact), to, off
+            if off < CLOSE_ENOUGH_PX:
+                break
+    return best
 
 
 def _paint_canvas(images: Sequence[Image], tiles: Sequence[Tile], canvas_hw: tuple[int, int], matrix: Floats, size: int) -> Image:
