@@ -119,25 +119,26 @@ def _evaluate(job: Job, items: list[dict[str, Any]], split: Split, settings: dic
     from raypar.metrics import Scorer
     from raypar.progress import Progress
 
-    scorer, tiles, model_s = Scorer(job.class_names), [], 0.0
+    scorer, tiles, unreadable, model_s = Scorer(job.class_names), [], [], 0.0
     began = time.monotonic()
     progress = Progress(split.num_images, "images", "evaluate")
     for part in _parts(job, items, use_gpu):
         scorer.merge(part["scores"])
-        progress.update(len(part["scores"]["images"]))
+        progress.update(len(part["scores"]["images"]) + len(part["unreadable"]))
         tiles.extend(part["tiles"])
+        unreadable.extend(part["unreadable"])
         model_s += part["seconds"]
     seconds = time.monotonic() - began
     progress.close()
     with tempfile.TemporaryDirectory(prefix="raypar-evaluate-") as folder:
         metrics = scorer.compute(plots_folder=Path(folder))
-        if metrics["num_images"] != split.num_images:
-            raise RuntimeError(f"{metrics['num_images']} images were scored, the dataset has {split.num_images}: prepare it again")
+        if (num_seen := metrics["num_images"] + len(unreadable)) != split.num_images:
+            raise RuntimeError(f"{num_seen} images were seen, the dataset has {split.num_images}: prepare it again")
         for picture in sorted(Path(folder).glob("*.png")):
             out.upload(picture, picture.name)
     _write_samples(tiles, out)
     result = {**metrics, **settings, "weights": job.weights.uri, "num_workers": job.num_actors, "images_per_s": split.num_images / seconds,
-              "seconds": seconds, "model_ms_per_image": 1000 * model_s / split.num_images}  # fmt: skip
+              "num_unreadable": len(unreadable), "unreadable": sorted(unreadable, key=lambda x: x["image_id"]), "seconds": seconds, "model_ms_per_image": 1000 * model_s / split.num_images}  # fmt: skip
     out.write_json(RESULT, result)
     _print(result, out)
     return result
@@ -180,29 +181,31 @@ class Worker:
         return {"part": np.array([pickle.dumps(self._score(shard, group))], dtype=object)}
 
     def _score(self, shard: str, group: int) -> dict[str, Any]:
+        from raypar.images import decode
         from raypar.metrics import Scorer
 
-        scorer, tiles, seconds = Scorer(self.job.class_names), [], 0.0
+        scorer, tiles, unreadable, seconds = Scorer(self.job.class_names), [], [], 0.0
         wants_tiles = shard == self.job.sampled_shard and group == 0
         with self.job.dataset.open(shard) as file:
             rows = pq.ParquetFile(file).read_row_group(group).to_pylist()
         for first in range(0, len(rows), self.job.batch):
-            some = rows[first : first + self.job.batch]
-            labels = [_labels(row, self.job.is_single_class) for row in some]
             began = time.monotonic()
-            found = self._detect(some)
+            some, images = [], []
+            for row in rows[first : first + self.job.batch]:
+                try:
+                    images.append(decode(row["image"]))
+                    some.append(row)
+                except ValueError as error:
+                    unreadable.append({"image_id": row["image_id"], "reason": str(error)})
+            if not some:
+                continue
+            found = self.detector(images)
             seconds += time.monotonic() - began
+            labels = [_labels(row, self.job.is_single_class) for row in some]
             scorer.update(found, [row["image_id"] for row in some], *map(list, zip(*labels, strict=True)))
             if wants_tiles:
                 tiles += [self._tile(*x) for x in zip(some[: NUM_SAMPLES - len(tiles)], found, labels, strict=False)]
-        return {"scores": scorer.state(), "tiles": tiles, "seconds": seconds}
-
-    def _detect(self, rows: list[dict[str, Any]]) -> list[Any]:
-        try:
-            return self.detector([row["image"] for row in rows])
-        except ValueError as error:
-            ids = ", ".join(row["image_id"] for row in rows)
-            raise ValueError(f"an image of the dataset cannot be read ({error}), among {ids}: prepare the dataset again") from error
+        return {"scores": scorer.state(), "tiles": tiles, "unreadable": unreadable, "seconds": seconds}
 
     def _tile(self, row: dict[str, Any], found: Any, labels: tuple[Any, Any]) -> tuple[str, bytes]:
         """Image id and a PNG: the image with its labels, and beside it with what was found."""
@@ -243,4 +246,6 @@ def _print(result: dict[str, Any], out: Folder) -> None:
     for row in [{"class_name": "all", **result}, *result["per_class"]]:
         numbers = "  ".join(cell(row[key]) for key in ("precision", "recall", "map50", "map50_95"))
         print(f"evaluate: {row['class_name']:<{width}} {row['num_boxes']:7d}  {numbers}")
+    if result["num_unreadable"]:
+        print(f"evaluate: {result['num_unreadable']} image(s) cannot be read and were left out; metrics.json lists them", flush=True)
     print(f"evaluate: {result['images_per_s']:.1f} images/s; metrics, curves and pictures are in {out.uri}", flush=True)
