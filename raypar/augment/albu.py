@@ -6,6 +6,7 @@ applies (96 of 100 by default) costs microseconds instead of a pass through albu
 
 from __future__ import annotations
 
+import copy
 import difflib
 import importlib
 import os
@@ -42,31 +43,34 @@ def make(spec: Spec) -> Transform:
 
     Returns:
         (image uint8 (H, W, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4), generator) -> the same three. Boxes that a
-        transform moves out of the image are gone from the result.
+        transform moves out of the image are gone from the result; transforms of the pixels alone never touch boxes.
 
     Raises:
         ValueError: a transform is unknown or refuses its arguments.
     """
     import albumentations as A
 
-    made = _from_function(spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
+    made = _from_function(A, spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
     steps = []
     for transform in made:
         probability, transform.p = float(transform.p), 1.0
+        moves = not isinstance(transform, A.ImageOnlyTransform)
+        boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Got processor for bboxes")  # colour transforms leave boxes alone
-            boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True)
-            steps.append((probability, A.Compose([transform], bbox_params=boxes)))
+            warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone
+            steps.append((probability, moves, A.Compose([transform], bbox_params=boxes)))
 
     def apply(
         image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator
     ) -> Labelled:
         draws = rng.random(len(steps))
-        for (probability, compose), drawn in zip(steps, draws, strict=True):
-            if drawn < probability:
-                compose.set_random_seed(int(rng.integers(2**31)))
-                result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids)
-                image = np.ascontiguousarray(result["image"])
+        for (probability, moves, compose), drawn in zip(steps, draws, strict=True):
+            if drawn >= probability:
+                continue
+            compose.set_random_seed(int(rng.integers(2**31)))
+            result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids) if moves else compose(image=image)
+            image = np.ascontiguousarray(result["image"])
+            if moves:
                 class_ids = np.asarray(result["class_ids"], np.int32).reshape(-1)
                 boxes_xywhn = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
         return image, class_ids, boxes_xywhn
@@ -93,10 +97,17 @@ def _from_dict(library: Any, entry: dict[str, Any]) -> Any:
         raise ValueError(f"train.albumentations: {name}: {' '.join(str(error).split())}") from error
 
 
-def _from_function(name: str) -> list[Any]:
+def _from_function(library: Any, name: str) -> list[Any]:
     module, _, function = name.partition(":")
     try:
         made = getattr(importlib.import_module(module), function)()
     except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ValueError(f"train.albumentations: '{name}' (write pkg.module:function): {error}") from error
-    return list(made)
+    if not isinstance(made, list | tuple):
+        raise ValueError(
+            f"train.albumentations: '{name}' returned a {type(made).__name__}; it should return a list of albumentations transforms"
+        )
+    for transform in made:
+        if not isinstance(transform, library.BasicTransform | library.BaseCompose):
+            raise ValueError(f"train.albumentations: '{name}' returned {transform!r}, which is not an albumentations transform")
+    return copy.deepcopy(list(made))  # their probabilities are changed
