@@ -184,7 +184,9 @@ class Worker:
         from raypar.images import decode
         from raypar.metrics import Scorer
 
-        scorer, tiles, unreadable, seconds = Scorer(self.job.class_names), [], [], 0.0
+        scorer, seconds = Scorer(self.job.class_names), 0.0
+        tiles: list[tuple[str, bytes]] = []
+        unreadable: list[dict[str, str]] = []
         wants_tiles = shard == self.job.sampled_shard and group == 0
         with self.job.dataset.open(shard) as file:
             rows = pq.ParquetFile(file).read_row_group(group).to_pylist()

@@ -6,9 +6,11 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import yaml
@@ -101,6 +103,22 @@ def test_the_number_of_workers_and_the_batch_change_nothing(
 def test_other_settings_are_another_result(trained_run: RunConfig, result: dict[str, Any]) -> None:
     train = raypar.evaluate.run(with_evaluate(trained_run, split="train"))
     assert train["num_images"] == 48
+
+
+def test_an_image_that_cannot_be_read_is_left_out_and_listed(trained_run: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
+    copied = with_evaluate(trained_run.model_copy(update={"storage": str(tmp_path)}))
+    shutil.copytree(trained_run.folder.uri, copied.folder.uri, ignore=shutil.ignore_patterns("evaluate", "checkpoint_*"))
+    (shard,) = Manifest.load(copied.folder / "dataset").split("val").shards
+    path = f"{copied.folder.uri}/dataset/{shard.path}"
+    table = pq.read_table(path)
+    images = table["image"].to_pylist()
+    images[3] = b"no image"
+    table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), pa.array(images, pa.binary()))
+    pq.write_table(table, path, row_group_size=shard.row_groups[0])
+    found = raypar.evaluate.run(copied)
+    assert (found["num_images"], found["num_unreadable"]) == (15, 1)
+    assert [x["image_id"] for x in found["unreadable"]] == [table["image_id"][3].as_py()]
+    assert found["num_boxes"] == result["num_boxes"] - len(table["class_ids"][3])
 
 
 def test_weights_for_other_classes_are_refused(trained_run: RunConfig, tmp_path: Path) -> None:

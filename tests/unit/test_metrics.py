@@ -25,7 +25,9 @@ Image = tuple[str, Detections, NDArray[np.int32], NDArray[np.float32]]
 
 
 def found(boxes: Any, class_ids: Any, confidences: Any) -> Detections:
-    return Detections(np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (200, 200))
+    return Detections(
+        np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (200, 200)
+    )
 
 
 def random_images(num: int) -> list[Image]:
@@ -91,7 +93,13 @@ def test_metrics_are_those_of_yolo_val(small_box_weights: Path, tmp_path: Path) 
                                     workers=0, plots=False, verbose=False, project=tmp_path / "val")  # fmt: skip
     ours = scorer.compute()
     assert 0.05 < ours["map50_95"] < 0.95
-    pairs = {"map50_95": theirs.box.map, "map50": theirs.box.map50, "precision": theirs.box.mp, "recall": theirs.box.mr, "fitness": theirs.fitness}
+    pairs = {
+        "map50_95": theirs.box.map,
+        "map50": theirs.box.map50,
+        "precision": theirs.box.mp,
+        "recall": theirs.box.mr,
+        "fitness": theirs.fitness,
+    }
     for name, expected in pairs.items():
         assert ours[name] == pytest.approx(expected, abs=1e-4), name
     assert ours["num_boxes"] == theirs.nt_per_class.sum()
@@ -143,7 +151,12 @@ def test_a_target_counts_once() -> None:
 def test_nothing_found_and_nothing_there() -> None:
     none, box = found([], [], []), np.array([[0, 0, 10, 10]], np.float32)
     no_ids = np.zeros(0, np.int32)
-    for images in ([], [("a", none, no_ids, NO_BOXES)], [("a", none, np.array([0], np.int32), box)], [("a", found(box, [0], [0.9]), no_ids, NO_BOXES)]):
+    for images in (
+        [],
+        [("a", none, no_ids, NO_BOXES)],
+        [("a", none, np.array([0], np.int32), box)],
+        [("a", found(box, [0], [0.9]), no_ids, NO_BOXES)],
+    ):
         result = scorer_of(images).compute()
         assert (result["map50"], result["map50_95"], result["fitness"]) == (0, 0, 0)
         assert result["num_images"] == len(images)
