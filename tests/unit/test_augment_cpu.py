@@ -135,6 +135,15 @@ def test_sources_smaller_than_the_output_are_made_larger_as_by_load_image(name: 
     assert max(compare(RECIPES[name], window, seed) for seed in range(8)) <= 2.0
 
 
+def test_the_default_recipe_never_warps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A warp takes five times as long as a resize: it is for tiny sources only."""
+    window, out = make_window(0), np.empty((1, 3, SIZE, SIZE), np.uint8)
+    monkeypatch.setattr(cv2, "warpAffine", lambda *_, **__: pytest.fail("warped"))
+    monkeypatch.setattr(cv2, "warpPerspective", lambda *_, **__: pytest.fail("warped"))
+    for seed in range(60):
+        Renderer(RECIPES["default"])(window, [seed % 5], [generator(seed, 0, 0)], mosaic_on=seed % 2 == 0, out=out)
+
+
 def test_tiny_sources_are_warped_into_place() -> None:
     window = make_window(0, [(6, 8), (5, 3), (9, 9), (2, 16)])
     assert max(compare(RECIPES["default"], window, seed) for seed in range(8)) <= 2.5
