@@ -22,7 +22,7 @@ from raypar.augment.geometry import Floats, Layer, Recipe, Sample, Tile, choose_
 GREY = 114
 OVERHANG_PX, CLOSE_ENOUGH_PX = 8, 0.05
 MAX_ROUNDING_PX = 0.5
-STRIP_ROWS = 64  # colours change in strips that stay in the processor's cache: half the time of whole images
+STRIP_PX = 40_960  # colours change in strips that stay in the processor's cache: half the time of whole images
 Image = NDArray[np.uint8]
 Tables = tuple[Image, Image, Image]
 
@@ -141,9 +141,10 @@ def shift_colours(image: Image, gains: Floats) -> None:
 
 def _look_up(image: Image, tables: Tables) -> None:
     height, width = image.shape[:2]
-    hsv, planes = np.empty((STRIP_ROWS, width, 3), np.uint8), np.empty((3, STRIP_ROWS, width), np.uint8)
-    for row in range(0, height, STRIP_ROWS):
-        strip = image[row : row + STRIP_ROWS]
+    rows = min(max(STRIP_PX // width, 1), height)
+    hsv, planes = np.empty((rows, width, 3), np.uint8), np.empty((3, rows, width), np.uint8)
+    for row in range(0, height, rows):
+        strip = image[row : row + rows]
         of_strip = list(planes[:, : len(strip)])
         cv2.split(cv2.cvtColor(strip, cv2.COLOR_RGB2HSV, dst=hsv[: len(strip)]), of_strip)
         for plane, table in zip(of_strip, tables, strict=True):  # faster than one table for all channels

@@ -82,13 +82,13 @@ class Layer:
     def matrix(self, canvas_hw: tuple[int, int], size: int) -> Floats:
         """Canvas -> output, before flips: translation * shear * rotation and scale * perspective * centring."""
         height, width = canvas_hw
-        centre, perspective, rotation, shear, shift = (np.eye(3) for _ in range(5))
-        centre[:2, 2] = -width / 2, -height / 2
-        perspective[2, :2] = self.perspective
+        centre = np.array([[1.0, 0.0, -width / 2], [0.0, 1.0, -height / 2], [0.0, 0.0, 1.0]])
+        perspective = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [*self.perspective, 1.0]])
         cos, sin = (self.scale * f(math.radians(self.angle)) for f in (math.cos, math.sin))
-        rotation[:2, :2] = [[cos, sin], [-sin, cos]]  # cv2.getRotationMatrix2D about the origin
-        shear[0, 1], shear[1, 0] = (math.tan(math.radians(s)) for s in self.shear)
-        shift[:2, 2] = self.shift[0] * size, self.shift[1] * size
+        rotation = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])  # cv2.getRotationMatrix2D about the origin
+        tan_x, tan_y = (math.tan(math.radians(s)) for s in self.shear)
+        shear = np.array([[1.0, tan_x, 0.0], [tan_y, 1.0, 0.0], [0.0, 0.0, 1.0]])
+        shift = np.array([[1.0, 0.0, self.shift[0] * size], [0.0, 1.0, self.shift[1] * size], [0.0, 0.0, 1.0]])
         return shift @ shear @ rotation @ perspective @ centre
 
 
