@@ -10,7 +10,7 @@ import importlib
 import os
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -92,7 +92,7 @@ def _dry_run(name: str, verb: Any, config: RunConfig) -> int:
     from raypar import cluster, runfile
 
     print(runfile.dump(config))
-    checks = {
+    checks: dict[str, Callable[[], object]] = {
         "storage": lambda: _check_storage(config),
         f"{name}'s settings and inputs": lambda: verb.check(config),
         "CPUs and GPUs": lambda: cluster.check_without_starting(name, config),
