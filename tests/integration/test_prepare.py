@@ -1,16 +1,14 @@
-"""Prepare on a real Ray: everything that goes in is written or accounted for, and what is there is complete or recognisably not.
-
-{storage}/{name}/dataset/
-    manifest.json  rejected.jsonl  train/00000.parquet  val/00000.parquet
-"""
+"""``prepare`` as a user runs it: the folder it leaves, damaged files, reruns, limits."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -18,151 +16,306 @@ from PIL import Image
 
 import raypar.prepare
 from raypar.config import RunConfig
+from raypar.dataset.formats import Record, shapes
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.schema import row_schema
+from raypar.images import decode
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
+BOX_LINE = "0 0.2 0.7 0.2 0.4\n"
+BOX_XYWHN = [0.2, 0.7, 0.2, 0.4]
+HALVES = ((230, 30, 30), (30, 30, 230))  # left red, right blue: a rotation shows
 
 
-def make_config(storage: Path, **prepare: Any) -> RunConfig:
-    return RunConfig.model_validate({"name": "run", "storage": str(storage), "prepare": prepare})
+def config_of(tmp_path: Path, **prepare: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": "run", "storage": str(tmp_path / "runs"), "prepare": prepare})
 
 
-def rows(config: RunConfig, split: str) -> list[dict[str, Any]]:
-    folder = Path(config.folder.uri) / "dataset"
-    shards = Manifest.load(config.folder / "dataset").split(split).shards
-    return [row for shard in shards for row in pq.read_table(folder / shard.path).to_pylist()]
+def shapes_config(tmp_path: Path, **prepare: Any) -> RunConfig:
+    counts = {"train": 50, "val": 10, "test": 5, "height": 48, "width": 64}
+    return config_of(tmp_path, **({"format": "shapes", "shapes": counts, "rows_per_group": 8, "shard_mb": 0.02} | prepare))
 
 
-def picture(seed: int = 0, height: int = 40, width: int = 60) -> np.ndarray:
-    return cv2.resize(np.random.default_rng(seed).integers(0, 256, (6, 8, 3), np.uint8), (width, height))
+def dataset_folder(config: RunConfig) -> Path:
+    return Path(config.folder.uri) / "dataset"
 
 
-def write_yolo(root: Path, images: dict[str, bytes], labels: dict[str, str]) -> str:
-    for folder in ("images/train", "images/val", "labels/train", "labels/val"):
-        (root / folder).mkdir(parents=True)
-    for name, data in images.items():
-        (root / "images" / name).write_bytes(data)
-    for name, text in labels.items():
-        (root / "labels" / name).write_text(text)
-    (root / "data.yaml").write_text("train: images/train\nval: images/val\nnames: [cat, dog]\n")
+def files_under(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def rows_of(config: RunConfig, split: str) -> list[dict[str, Any]]:
+    shards = Manifest.load(config.folder / "dataset").splits[split].shards
+    return [row for shard in shards for row in pq.read_table(dataset_folder(config) / shard.path).to_pylist()]
+
+
+def picture(kind: str = "JPEG", size: tuple[int, int] = (80, 60), **options: Any) -> bytes:
+    """A picture of two halves; ``size`` is (width, height)."""
+    image = Image.new("RGB", size, HALVES[1])
+    image.paste(HALVES[0], (0, 0, size[0] // 2, size[1]))
+    out = io.BytesIO()
+    image.save(out, kind, **options)
+    return out.getvalue()
+
+
+def exif(orientation: int) -> bytes:
+    values = Image.Exif()
+    values[0x0112] = orientation
+    return values.tobytes()
+
+
+def yolo_tree(root: Path, files: dict[str, tuple[bytes | None, str | None]]) -> str:
+    """A data.yaml over train files {name: (bytes, label text)}, and a val split of one good image."""
+    for split, items in {"train": files, "val": {"ok.jpg": (picture(), BOX_LINE)}}.items():
+        for name, (data, labels) in items.items():
+            image, label = root / "images" / split / name, (root / "labels" / split / name).with_suffix(".txt")
+            image.parent.mkdir(parents=True, exist_ok=True)
+            label.parent.mkdir(parents=True, exist_ok=True)
+            if data is not None:
+                image.write_bytes(data)
+            if labels is not None:
+                label.write_text(labels)
+    names = "".join(f"./images/train/{name}\n" for name in files)  # a list, so that a missing file is listed too
+    (root / "train.txt").write_text(names)
+    (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [thing]\n")
     return str(root / "data.yaml")
 
 
-def jpeg(seed: int = 0) -> bytes:
-    return cv2.imencode(".jpg", picture(seed))[1].tobytes()
-
-
-def test_layout_rows_and_manifest_agree(tmp_path: Path) -> None:
-    config = make_config(tmp_path, format="shapes", shapes={"train": 20, "val": 5, "height": 48, "width": 64}, rows_per_group=8)
+def test_layout_is_that_of_the_docstring(tmp_path: Path) -> None:
+    config = shapes_config(tmp_path)
     manifest = raypar.prepare.run(config)
-    folder = tmp_path / "run" / "dataset"
-    assert sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file()) == [
-        "manifest.json", "rejected.jsonl", "train/00000.parquet", "val/00000.parquet"]  # fmt: skip
+    folder = dataset_folder(config)
+    shards = [shard.path for split in manifest.splits.values() for shard in split.shards]
+    assert files_under(folder) == sorted([*shards, "manifest.json", "rejected.jsonl"])
+    assert all(re.fullmatch(r"(train|val|test)/\d{5}\.parquet", shard) for shard in shards)
+    drawing = raypar.prepare.__doc__ or ""
+    for name in ("dataset/", "train/00000.parquet", "val/00000.parquet", "test/00000.parquet", "rejected.jsonl", "manifest.json"):
+        assert name in drawing
+        assert name == "dataset/" or (folder / name).is_file()
+    assert len(manifest.splits["train"].shards) > 1
     assert Manifest.load(config.folder / "dataset") == manifest
-    for split, count in (("train", 20), ("val", 5)):
-        found = manifest.split(split)
-        assert found.num_images == count == sum(n for s in found.shards for n in s.row_groups)
-        for shard in found.shards:
-            file = pq.ParquetFile(folder / shard.path)
-            assert file.schema_arrow.equals(row_schema("detect"))
-            assert [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)] == list(shard.row_groups)
-    found_rows = rows(config, "train")
-    assert len({row["image_id"] for row in found_rows}) == 20
-    assert sum(len(row["class_ids"]) for row in found_rows) == manifest.split("train").num_boxes
-    assert [row["image_id"] for row in found_rows] != sorted(row["image_id"] for row in found_rows)  # shuffled
 
 
-def test_every_damaged_file_is_repaired_or_set_aside(tmp_path: Path) -> None:
-    good, box = jpeg(), "0 0.5 0.5 0.4 0.2\n"
-    turned = Image.fromarray(picture())
-    exif = turned.getexif()
-    exif[0x0112] = 6  # to be turned a quarter clockwise
-    turned.save(tmp_path / "turned.jpg", exif=exif)
-    bomb = Image.new("1", (6000, 6000))
-    bomb.save(tmp_path / "bomb.png")
-    bad = {"empty.jpg": b"", "text.jpg": b"no image", "cut.jpg": good[: len(good) // 2], "tiny.png": cv2.imencode(".png", picture()[:4, :4])[1].tobytes(),
-           "bomb.png": (tmp_path / "bomb.png").read_bytes()}  # fmt: skip
-    bad_labels = {
-        "class.txt": "7 0.5 0.5 0.1 0.1",
-        "nan.txt": "0 nan 0.5 0.1 0.1",
-        "words.txt": "0 a b c d",
-        "short.txt": "0 0.5 0.5",
-        "far.txt": "0 1.7 0.5 0.1 0.1",
-    }
-    images = {f"train/{name}": data for name, data in bad.items()} | {
-        f"train/{Path(name).stem}.jpg": jpeg(i) for i, name in enumerate(bad_labels)
-    }
-    images |= {f"train/good{i}.jpg": jpeg(i) for i in range(4)} | {
-        "train/turned.jpg": (tmp_path / "turned.jpg").read_bytes(),
-        "val/v.jpg": good,
-        "train/twice.jpg": good,
-    }
-    labels = {f"train/{name}": text for name, text in bad_labels.items()}
-    labels |= {"train/good0.txt": box, "train/turned.txt": box, "train/twice.txt": box + box, "val/v.txt": box}  # good1..3 are backgrounds
-    source = write_yolo(tmp_path / "data", images, labels)
-    config = make_config(tmp_path, source=source, max_rejected=0.9, max_pixels=1_000_000)
+def test_shards_are_what_the_manifest_says(tmp_path: Path) -> None:
+    config = shapes_config(tmp_path)
     manifest = raypar.prepare.run(config)
-
-    rejected = [json.loads(line) for line in (tmp_path / "run/dataset/rejected.jsonl").read_text().splitlines()]
-    expected = {Path(name).stem for name in [*bad, *bad_labels]}
-    assert {Path(line["file"]).stem for line in rejected} == expected
-    assert all(line["reason"] and line["split"] == "train" for line in rejected)
-    kept = {Path(row["image_id"]).stem: row for row in rows(config, "train")}
-    assert kept.keys() == {"good0", "good1", "good2", "good3", "turned", "twice"}
-    assert len(kept["twice"]["class_ids"]) == 1
-    assert (kept["turned"]["height"], kept["turned"]["width"]) == (60, 40)
-    assert cv2.imdecode(np.frombuffer(kept["turned"]["image"], np.uint8), cv2.IMREAD_COLOR).shape == (60, 40, 3)
-    np.testing.assert_allclose(kept["good0"]["boxes_xywhn"], [0.5, 0.5, 0.4, 0.2], atol=1e-6)
-    assert kept["good0"]["image"] == jpeg(0)  # bytes untouched
-    assert manifest.split("train").num_backgrounds == 3
-    assert manifest.num_rejected == len(expected)
-
-
-def test_too_many_rejected_is_an_error_and_leaves_no_manifest(tmp_path: Path) -> None:
-    images = {"train/a.jpg": jpeg(), "train/b.jpg": b"broken", "val/v.jpg": jpeg()}
-    config = make_config(tmp_path, source=write_yolo(tmp_path / "data", images, {"train/a.txt": "0 0.5 0.5 0.2 0.2"}))
-    with pytest.raises(ValueError, match=r"rejected\.jsonl"):
-        raypar.prepare.run(config)
-    assert not (tmp_path / "run/dataset/manifest.json").exists()
-    with pytest.raises(ValueError, match="raypar prepare"):
-        Manifest.load(config.folder / "dataset")
+    assert {name: split.num_images for name, split in manifest.splits.items()} == {"train": 50, "val": 10, "test": 5}
+    for name, split in manifest.splits.items():
+        for shard in split.shards:
+            data = (dataset_folder(config) / shard.path).read_bytes()
+            assert (len(data), hashlib.sha256(data).hexdigest()) == (shard.num_bytes, shard.sha256)
+            file = pq.ParquetFile(io.BytesIO(data))
+            assert file.schema_arrow.equals(row_schema("detect"))
+            groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
+            assert tuple(group.num_rows for group in groups) == shard.row_groups
+            assert all(rows == 8 for rows in shard.row_groups[:-1])
+            columns = {groups[0].column(i).path_in_schema: groups[0].column(i).compression for i in range(groups[0].num_columns)}
+            assert {path for path, compression in columns.items() if compression == "UNCOMPRESSED"} == {"image"}
+            assert set(columns.values()) == {"UNCOMPRESSED", "ZSTD"}
+        rows = rows_of(config, name)
+        class_ids = [class_id for row in rows for class_id in row["class_ids"]]
+        assert len(class_ids) == split.num_boxes
+        assert np.bincount(class_ids, minlength=4).tolist() == list(split.boxes_per_class)
+        assert sum(not row["class_ids"] for row in rows) == split.num_backgrounds
+        assert all(len(row["boxes_xywhn"]) == 4 * len(row["class_ids"]) for row in rows)
+    ids = [row["image_id"] for row in rows_of(config, "train")]
+    assert sorted(ids) == [f"{i:06d}.jpg" for i in range(50)]
+    assert ids != sorted(ids)  # shuffled
 
 
-def test_stopped_half_way_nothing_looks_complete_and_a_rerun_mends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = make_config(tmp_path, format="shapes", shapes={"train": 12, "val": 4, "height": 48, "width": 64})
-    stale = tmp_path / "run/dataset/train/00007.parquet"
-    stale.parent.mkdir(parents=True)
-    stale.write_bytes(b"of a larger run that was stopped")
-    real = raypar.prepare._stream
-
-    def stopped(*args: Any) -> Any:
-        yield next(real(*args))
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(raypar.prepare, "_stream", stopped)
-    with pytest.raises(KeyboardInterrupt):
-        raypar.prepare.run(config)
-    assert not (tmp_path / "run/dataset/manifest.json").exists()
-    monkeypatch.undo()
-    assert raypar.prepare.run(config).split("train").num_images == 12
-    assert not stale.exists()
+def test_rows_are_the_pictures_of_their_seed_and_two_runs_are_equal(tmp_path: Path) -> None:
+    config, again = shapes_config(tmp_path / "a"), shapes_config(tmp_path / "b")
+    assert raypar.prepare.run(config) == raypar.prepare.run(again)
+    for row in rows_of(config, "val"):
+        image, class_ids, boxes = shapes.render(0, "val", int(row["image_id"][:6]), 48, 64)
+        assert row["image"] == shapes.encode(image)
+        assert row["class_ids"] == class_ids.tolist()
+        x1, y1, x2, y2 = boxes.T
+        expected = np.stack([(x1 + x2) / 128, (y1 + y2) / 96, (x2 - x1) / 64, (y2 - y1) / 48], axis=1)
+        np.testing.assert_allclose(np.reshape(row["boxes_xywhn"], (-1, 4)), expected, atol=1e-6)
 
 
-def test_a_complete_dataset_is_kept_until_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    settings = {"format": "shapes", "shapes": {"train": 8, "val": 4, "height": 48, "width": 64}}
-    first = raypar.prepare.run(make_config(tmp_path, **settings))
-    written = (tmp_path / "run/dataset/train/00000.parquet").stat().st_mtime_ns
-    assert raypar.prepare.run(make_config(tmp_path, **settings)) == first
-    assert "complete" in capsys.readouterr().out
-    assert (tmp_path / "run/dataset/train/00000.parquet").stat().st_mtime_ns == written
-    again = raypar.prepare.run(make_config(tmp_path, **settings, overwrite=True))
-    assert again == first  # the same bytes, by checksum
-    assert (tmp_path / "run/dataset/train/00000.parquet").stat().st_mtime_ns != written
-
-
-def test_bccd_keeps_every_image(tmp_path: Path, bccd: Path) -> None:
-    manifest = raypar.prepare.run(make_config(tmp_path, source=str(bccd), format="voc"))
+def test_bccd(tmp_path: Path, bccd: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = config_of(tmp_path, source=str(bccd), format="voc")
+    manifest = raypar.prepare.run(config)
     assert {name: split.num_images for name, split in manifest.splits.items()} == {"train": 205, "val": 87, "test": 72}
-    assert manifest.class_names == ("Platelets", "RBC", "WBC")
     assert manifest.num_rejected == 0
+    assert (dataset_folder(config) / "rejected.jsonl").read_text() == ""
+    assert manifest.class_names == ("Platelets", "RBC", "WBC")
+    totals = np.sum([split.boxes_per_class for split in manifest.splits.values()], axis=0)
+    assert totals.tolist() == [361, 4155, 372]  # as published, with the dataset
+    assert len(manifest.splits["train"].shards) >= 3  # enough for several tasks though it is small
+    row = rows_of(config, "train")[0]
+    assert row["image"] == (bccd / "JPEGImages" / row["image_id"]).read_bytes()
+    said = capsys.readouterr().out
+    assert "205" in said
+    assert len(said.splitlines()) < 24
+
+
+def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
+    png, jpeg = picture("PNG", (90, 70)), picture()
+    good = {
+        "good.jpg": (jpeg, BOX_LINE),
+        "nested/good.png": (png, BOX_LINE),
+        "background.jpg": (jpeg, None),
+        "empty_label.jpg": (jpeg, ""),
+        "tail.jpg": (jpeg + b"\0" * 40, BOX_LINE),
+        "clipped.jpg": (jpeg, "0 0.98 0.5 0.1 0.1\n0 0.5 0.5 0 0.2\n" + BOX_LINE * 2),
+    }
+    bad = {
+        "missing.jpg": ((None, BOX_LINE), "missing"),
+        "zero.jpg": ((b"", BOX_LINE), "empty"),
+        "text.jpg": ((b"this is no image at all", BOX_LINE), "not an image"),
+        "cut.jpg": ((jpeg[: len(jpeg) // 2], BOX_LINE), "truncated"),
+        "cut.png": ((png[: len(png) * 2 // 3], BOX_LINE), "truncated"),
+        "tiny.jpg": ((picture(size=(80, 9)), BOX_LINE), "less than 10"),
+        "huge.png": ((picture("PNG", (200, 100)), BOX_LINE), "max_pixels"),
+        "class.jpg": ((jpeg, "1 0.5 0.5 0.1 0.1"), "class 1"),
+        "nan.jpg": ((jpeg, "0 nan 0.5 0.1 0.1"), "finite"),
+        "line.jpg": ((jpeg, "0 0.5 0.5"), "3 columns"),
+        "word.jpg": ((jpeg, "thing 0.5 0.5 0.1 0.1"), "not a number"),
+        "pixels.jpg": ((jpeg, "0 40 30 10 10"), "above 1"),
+        "negative.jpg": ((jpeg, "0 -0.2 0.5 0.1 0.1"), "negative"),
+    }
+    files = good | {name: file for name, (file, _) in bad.items()}
+    source = yolo_tree(tmp_path / "source", files)
+    with (tmp_path / "source" / "train.txt").open("a") as listed:
+        listed.write("./images/train/good.jpg\n")
+    config = config_of(tmp_path, source=source, max_rejected=0.9, max_pixels=19_999)
+    manifest = raypar.prepare.run(config)
+    rejected = [json.loads(line) for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()]
+    reasons = {line["image_id"]: line for line in rejected}
+    assert set(reasons) == {*bad, "good.jpg"}
+    assert "listed twice" in reasons["good.jpg"]["reason"]
+    for name, (_, reason) in bad.items():
+        assert reason in reasons[name]["reason"]
+        assert (reasons[name]["split"], reasons[name]["file"]) == ("train", str(tmp_path / "source" / "images" / "train" / name))
+    rows = {row["image_id"]: row for row in rows_of(config, "train")}
+    assert set(rows) == set(good)
+    assert manifest.num_rejected == len(rejected) == len(bad) + 1
+    assert manifest.splits["train"].num_images + manifest.num_rejected == len(files) + 1
+    assert manifest.splits["train"].num_backgrounds == 2
+    assert manifest.num_repaired == 2  # tail.jpg and clipped.jpg
+    assert rows["good.jpg"]["image"] == jpeg
+    assert rows["nested/good.png"]["image"] == png
+    assert rows["tail.jpg"]["image"] != jpeg
+    assert rows["tail.jpg"]["image"].endswith(b"\xff\xd9")
+    np.testing.assert_allclose(rows["good.jpg"]["boxes_xywhn"], BOX_XYWHN, atol=1e-6)
+    np.testing.assert_allclose(rows["clipped.jpg"]["boxes_xywhn"], [0.965, 0.5, 0.07, 0.1, *BOX_XYWHN], atol=1e-6)
+    for row in rows.values():
+        assert decode(row["image"]).shape == (row["height"], row["width"], 3)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_exif_rotation_is_baked_in(tmp_path: Path, kind: str) -> None:
+    suffix = {"JPEG": "jpg", "PNG": "png"}[kind]
+    files: dict[str, tuple[bytes | None, str | None]] = {f"{o}.{suffix}": (picture(kind, exif=exif(o)), BOX_LINE) for o in (1, 3, 6, 8)}
+    config = config_of(tmp_path, source=yolo_tree(tmp_path / "source", files))
+    manifest = raypar.prepare.run(config)
+    assert manifest.num_repaired == 3
+    where_red = {
+        1: (slice(None), slice(0, 35)),
+        3: (slice(None), slice(45, 80)),
+        6: (slice(0, 35), slice(None)),
+        8: (slice(45, 80), slice(None)),
+    }
+    for row in rows_of(config, "train"):
+        orientation = int(row["image_id"][0])
+        assert (row["height"], row["width"]) == ((60, 80) if orientation < 5 else (80, 60))
+        image = decode(row["image"])
+        np.testing.assert_allclose(image[where_red[orientation]].mean(axis=(0, 1)), HALVES[0], atol=6)
+        with Image.open(io.BytesIO(row["image"])) as stored:
+            assert stored.format == kind
+            assert stored.getexif().get(0x0112, 1) == 1
+        np.testing.assert_allclose(row["boxes_xywhn"], BOX_XYWHN, atol=1e-6)  # labels are for the upright image, as in Ultralytics
+        if orientation == 1:
+            assert row["image"] == files[row["image_id"]][0]
+
+
+def test_too_many_rejected_is_an_error_without_a_manifest(tmp_path: Path) -> None:
+    files: dict[str, tuple[bytes | None, str | None]] = {f"{i}.jpg": (picture() if i else b"x", BOX_LINE) for i in range(4)}
+    source = yolo_tree(tmp_path / "source", files)
+    with pytest.raises(ValueError, match=r"1 of 5 images .*max_rejected=0.05 allows 0.*1 x not an image.*rejected\.jsonl") as caught:
+        raypar.prepare.run(config_of(tmp_path, source=source))
+    assert "\n" not in str(caught.value)
+    config = config_of(tmp_path, source=source, max_rejected=0.2)
+    assert files_under(dataset_folder(config)) == ["rejected.jsonl", "train/00000.parquet", "val/00000.parquet"]
+    assert raypar.prepare.run(config).num_rejected == 1  # 1 of 5 is just allowed
+
+
+def test_finished_dataset_is_kept_unless_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = shapes_config(tmp_path)
+    manifest = raypar.prepare.run(config)
+    shard = dataset_folder(config) / "train" / "00000.parquet"
+    shard.write_bytes(b"touched")
+    capsys.readouterr()
+    assert raypar.prepare.run(config) == manifest
+    assert "complete" in capsys.readouterr().out
+    assert shard.read_bytes() == b"touched"
+    (dataset_folder(config) / "stray.txt").write_text("old")
+    assert raypar.prepare.run(shapes_config(tmp_path, overwrite=True)) == manifest
+    assert hashlib.sha256(shard.read_bytes()).hexdigest() == manifest.splits["train"].shards[0].sha256
+    assert not (dataset_folder(config) / "stray.txt").exists()
+
+
+def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = shapes_config(tmp_path)
+    streamed = raypar.prepare._stream
+
+    def stop_half_way(*args: Any) -> Any:
+        for i, report in enumerate(streamed(*args)):
+            if i == 2:
+                raise KeyboardInterrupt
+            yield report
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(raypar.prepare, "_stream", stop_half_way)
+        raypar.prepare.run(config)
+    folder = dataset_folder(config)
+    left = files_under(folder)
+    assert any(name.endswith(".parquet") for name in left)
+    assert "manifest.json" not in left
+    (folder / "train" / "00077.parquet").write_bytes(b"of an older run, cut otherwise")
+    (folder / "train" / ".00000.parquet.abcd.part").write_bytes(b"half")
+    manifest = raypar.prepare.run(config)
+    shards = [shard.path for split in manifest.splits.values() for shard in split.shards]
+    assert files_under(folder) == sorted([*shards, "manifest.json", "rejected.jsonl"])
+    assert manifest == raypar.prepare.run(shapes_config(tmp_path / "fresh"))
+
+
+def test_source_without_a_single_box_is_an_error(tmp_path: Path) -> None:
+    source = yolo_tree(tmp_path / "source", {"a.jpg": (picture(), "")})
+    (tmp_path / "source" / "labels" / "val" / "ok.txt").write_text("")
+    with pytest.raises(ValueError, match="none of the 2 images has a label"):
+        raypar.prepare.run(config_of(tmp_path, source=source))
+
+
+@pytest.mark.parametrize(
+    ("prepare", "message"),
+    [
+        (None, "no 'prepare' section"),
+        ({"source": "/nowhere/data.yaml"}, "does not exist"),
+        ({"source": "/nowhere", "format": "coco"}, "does not exist"),
+        ({"source": "/nowhere", "format": "voc"}, "does not exist"),
+        ({"source": "s3://bucket/data.yaml"}, "remote"),
+    ],
+)
+def test_check_says_what_is_wrong(prepare: dict[str, Any] | None, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as caught:
+        raypar.prepare.check(RunConfig.model_validate({"name": "run", "prepare": prepare}))
+    assert "\n" not in str(caught.value)
+
+
+def test_cut_keeps_order_row_groups_and_size() -> None:
+    records = [Record(str(i), "") for i in range(1000)]
+    rng = np.random.default_rng(0)
+    sizes = rng.uniform(1e5, 3e5, 1000).tolist()
+    shards = raypar.prepare.cut(records, sizes, 20e6, 16)
+    assert [record for shard in shards for record in shard] == records
+    assert all(len(shard) % 16 == 0 for shard in shards[:-1])
+    num_bytes = [sum(sizes[int(record.image_id)] for record in shard) for shard in shards]
+    assert max(num_bytes) < 26e6
+    assert len(shards) == 10
+    assert len(raypar.prepare.cut(records, sizes, 1e12, 64)) == 4  # enough for several tasks
+    assert len(raypar.prepare.cut(records[:200], sizes[:200], 1e12, 64)) == 1
+    assert len(raypar.prepare.cut(records[:9], [0.0] * 9, 1e6, 64)) == 1  # files that are all missing

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from raypar.dataset.formats import Labels, Record, coco, voc, yolo
+from raypar.dataset.formats import Labels, Listing, Record, coco, voc, yolo
 from raypar.dataset.ingest import tidy
 
 HW = (60, 100)  # of every image here
@@ -28,6 +28,10 @@ def write(path: Path, text: str) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(text, encoding="utf-8")
     return path
+
+
+def ids(listing: Listing) -> dict[str, list[str]]:
+    return {split: [record.image_id for record in records] for split, records in listing.splits.items()}
 
 
 def assert_labels(labels: Labels, class_ids: list[int], boxes: list[tuple[float, ...]]) -> None:
