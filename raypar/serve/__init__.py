@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 REPLICAS_PER_INGRESS = 8
+INGRESS_MARGIN = 1000  # requests that an ingress takes beyond what the detector has room for, to refuse them
 
 
 def check(config: RunConfig) -> None:
@@ -27,14 +28,12 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
-    from raypar.serve.replica import is_folder
-
     weights = _weights(config)
     parent, _, name = weights.rpartition("/")
     folder = Folder.at(parent)
     if not folder.exists(name):
         raise ValueError(f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH")
-    if not is_folder(folder, name):
+    if folder.fs.get_file_info(f"{folder.path}/{name}").is_file:  # else it is the folder of an export
         try:
             with folder.open(name) as file:
                 is_empty = not file.read(1)
@@ -126,8 +125,9 @@ def build_app(args: dict[str, Any]) -> Application:
         name="Ingress",
         num_replicas=-(-most // REPLICAS_PER_INGRESS),
         ray_actor_options={"num_cpus": 0},  # on the smallest cluster, too, the model gets its CPU
-        max_ongoing_requests=most * in_batches + config.max_queued_requests + 64,  # never full before the detector is: its 503 has a reason
-        max_queued_requests=config.max_queued_requests,
+        # never full before the detector is: its 503 tells the reason, the proxy's does not (bodies are read here, so what waits there is small)
+        max_ongoing_requests=most * in_batches + config.max_queued_requests + INGRESS_MARGIN,
+        max_queued_requests=config.max_queued_requests + INGRESS_MARGIN,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
     )
     return cast("Application", ingress.bind(detector, limits, _key_digests(config)))

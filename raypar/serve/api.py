@@ -6,32 +6,26 @@ Runs in: the ingress replicas of Ray Serve, or any ASGI server. Imports no Ray a
 import asyncio
 import hashlib
 import hmac
-import logging
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
-from http import HTTPStatus
 from importlib.resources import files
 from typing import Annotated, Any
 
 import PIL.Image
 from fastapi import Depends, FastAPI, Query, Request, Response
-from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
 from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.types import Message
 
 import raypar
 from raypar.images import header_hw
-
-log = logging.getLogger("ray.serve")
+from raypar.serve.problem import PROBLEMS, RETRY_AFTER, BadImageError, explain_errors, problems
 
 FORM_OVERHEAD_BYTES = 64 << 10  # boundaries and headers around an image that is sent as a form
 MAX_DET = 3000  # the most boxes a request can ask for
 READY_TIMEOUT_S = 2.0
-RETRY_AFTER = {"Retry-After": "1"}
 PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 PAGE_HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' blob: data:; object-src 'none'; base-uri 'none'; frame-ancestors 'none'",
@@ -39,10 +33,6 @@ PAGE_HEADERS = {
     "Referrer-Policy": "no-referrer",
     "Cache-Control": "no-cache",
 }
-PROBLEMS = {
-    400: "not an image", 401: "no or wrong API key", 408: "the image came too slowly", 413: "too many bytes or pixels",
-    415: "neither image/* nor a form", 422: "a bad parameter", 503: "full: try again after Retry-After", 504: "not answered in time",
-}  # fmt: skip
 IMAGE_BODY = {
     "requestBody": {
         "required": True,
@@ -98,15 +88,6 @@ class ModelAnswer(ModelName):
     max_det: int
 
 
-class Problem(BaseModel):
-    """An error."""
-
-    type: str = "about:blank"
-    title: str
-    status: int
-    detail: str
-
-
 @dataclass(frozen=True)
 class Answer:
     """What was found in one image.
@@ -134,14 +115,6 @@ class Limits:
     conf: float = 0.25
     iou: float = 0.7
     max_det: int = 300
-
-
-class BadImageError(Exception):
-    """The image cannot be decoded; the message tells why."""
-
-
-class BusyError(Exception):
-    """Nobody can take the request now; the message tells why."""
 
 
 Find = Callable[[bytes, float, float, int], Awaitable[Answer]]  # (image, conf, iou, max_det); raises BadImageError, BusyError
@@ -180,7 +153,7 @@ def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = 
     """
     limits, digests = limits or Limits(), tuple(key_digests)
     api = FastAPI(title="raypar", version=raypar.__version__, summary="Object detection: Ultralytics YOLO on Ray", redoc_url=None)
-    _explain_errors(api)
+    explain_errors(api)
     _add_page(api)
     _add_probes(api, info)
 
@@ -197,7 +170,7 @@ def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = 
 
     takes_image: Any = {"dependencies": [Depends(check_key)], "openapi_extra": IMAGE_BODY}
 
-    @api.post("/v1/detect", **takes_image, responses=_problems(*PROBLEMS), response_model=DetectAnswer)
+    @api.post("/v1/detect", **takes_image, responses=problems(*PROBLEMS), response_model=DetectAnswer)
     async def detect_objects(request: Request, query: Annotated[Thresholds, Depends()]) -> Response:
         """The objects in an image."""
         answer = await find(detect, request, query)
@@ -205,13 +178,13 @@ def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = 
 
     picture: Any = {200: {"description": "The image with its objects drawn", "content": {"image/jpeg": {}}}}
 
-    @api.post("/v1/annotate", **takes_image, responses=picture | _problems(*PROBLEMS), response_class=Response)
+    @api.post("/v1/annotate", **takes_image, responses=picture | problems(*PROBLEMS), response_class=Response)
     async def annotate_image(request: Request, query: Annotated[Thresholds, Depends()]) -> Response:
         """The image with its objects drawn."""
         answer = await find(annotate, request, query)
         return Response(answer.jpeg, media_type="image/jpeg", headers=_timing(answer))
 
-    @api.get("/v1/model", dependencies=[Depends(check_key)], responses=_problems(401, 503, 504), response_model=ModelAnswer)
+    @api.get("/v1/model", dependencies=[Depends(check_key)], responses=problems(401, 503, 504), response_model=ModelAnswer)
     async def model() -> dict[str, Any]:
         """The model that is loaded now, and the defaults of the query parameters."""
         found = await _in_time(info(), asyncio.get_running_loop().time() + limits.request_timeout_s)
@@ -312,7 +285,7 @@ def _add_probes(api: FastAPI, info: Info) -> None:
         """Whether the service's front answers."""
         return {"status": "alive"}
 
-    @api.get("/readyz", responses=_problems(503))
+    @api.get("/readyz", responses=problems(503))
     async def ready() -> dict[str, str]:
         """Whether a replica of the detector answers."""
         try:
@@ -335,43 +308,3 @@ def _page_file(text: str, kind: str) -> Callable[[], Awaitable[Response]]:
         return Response(text, media_type=kind, headers=PAGE_HEADERS)
 
     return page_file
-
-
-def _explain_errors(api: FastAPI) -> None:
-    """Makes every error a problem, those of FastAPI included."""
-
-    @api.exception_handler(HTTPException)
-    async def known(_: Request, error: HTTPException) -> Response:
-        return _problem(error.status_code, str(error.detail), error.headers)
-
-    @api.exception_handler(RequestValidationError)
-    async def invalid(_: Request, error: RequestValidationError) -> Response:
-        return _problem(422, "; ".join(f"{'.'.join(map(str, e['loc'][1:]))}: {e['msg']}" for e in error.errors()))
-
-    @api.exception_handler(BadImageError)
-    async def bad_image(_: Request, error: BadImageError) -> Response:
-        return _problem(400, str(error))
-
-    @api.exception_handler(BusyError)
-    async def busy(_: Request, error: BusyError) -> Response:
-        return _problem(503, str(error), RETRY_AFTER)
-
-    @api.exception_handler(ClientDisconnect)
-    async def gone(_: Request, error: ClientDisconnect) -> Response:
-        return _problem(400, "the client went away before its image was here")
-
-    @api.exception_handler(Exception)
-    async def unforeseen(_: Request, error: Exception) -> Response:
-        log.error("a request failed", exc_info=error)
-        return _problem(500, "the service failed on this request: its log says why")
-
-
-def _problem(status: int, detail: str, headers: Any = None) -> Response:
-    body = Problem(title=HTTPStatus(status).phrase, status=status, detail=detail).model_dump()
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
-
-
-def _problems(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """What OpenAPI says of these errors."""
-    content = {"application/problem+json": {"schema": Problem.model_json_schema()}}
-    return {status: {"description": PROBLEMS[status], "content": content} for status in statuses}

@@ -25,8 +25,9 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raypar import draw, images
 from raypar.config import Autoscaling, ServeConfig
-from raypar.serve.api import Answer, BadImageError, BusyError, Limits, build_api
+from raypar.serve.api import Answer, Limits, build_api
 from raypar.serve.batch import Batcher
+from raypar.serve.problem import BadImageError, BusyError
 from raypar.storage import Folder
 
 if TYPE_CHECKING:
@@ -220,7 +221,7 @@ def download(weights: str, into: Path) -> tuple[Path, str]:
     """
     parent, _, name = weights.rstrip("/").rpartition("/")
     source = Folder.at(parent)
-    is_export = is_folder(source, name)
+    is_export = _is_folder(source, name)
     names = source.list(name, recursive=True) if is_export else [name]
     if not names or not source.exists(name):
         raise ValueError(f"there are no weights at {weights}: every node that serves must reach them")
@@ -231,7 +232,7 @@ def download(weights: str, into: Path) -> tuple[Path, str]:
     return into / name, sha256.hexdigest()
 
 
-def is_folder(parent: Folder, name: str) -> bool:
+def _is_folder(parent: Folder, name: str) -> bool:
     """Whether the weights of that name are the folder of an export (OpenVINO's, say) and not a file."""
     return bool(parent.fs.get_file_info(f"{parent.path}/{name}").type == pafs.FileType.Directory)
 

@@ -17,7 +17,8 @@ import pytest
 import uvicorn
 
 from raypar.images import encode_jpeg, encode_png
-from raypar.serve.api import Answer, BadImageError, Limits, build_api, digest
+from raypar.serve.api import Answer, Limits, build_api, digest
+from raypar.serve.problem import BadImageError
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome

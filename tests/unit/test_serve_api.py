@@ -21,8 +21,9 @@ from raypar.config import RunConfig
 from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
 from raypar.serve import replica
-from raypar.serve.api import Answer, BadImageError, BusyError, Limits, build_api, digest
+from raypar.serve.api import Answer, Limits, build_api, digest
 from raypar.serve.batch import Batcher
+from raypar.serve.problem import BadImageError, BusyError
 from raypar.serve.replica import Replica
 
 JPEG = {"Content-Type": "image/jpeg"}
