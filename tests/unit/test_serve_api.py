@@ -296,20 +296,24 @@ def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp
 
 def test_what_comes_while_the_model_is_busy_is_one_batch() -> None:
     sizes: list[int] = []
+    is_released = threading.Event()
 
     def run(items: Sequence[int]) -> list[int]:
         sizes.append(len(items))
-        time.sleep(0.1)
+        if len(sizes) == 1:
+            assert is_released.wait(60)
         return [item * 10 for item in items]
 
     async def scene() -> list[int]:
         batcher = Batcher(run, ThreadPoolExecutor(1), max_size=8, wait_s=0.001)
-
-        async def one(i: int) -> int:
-            await asyncio.sleep(0 if i == 0 else 0.01 + i * 0.005)  # one by one, while the first is computed
-            return await batcher(i)
-
-        return await asyncio.gather(*(one(i) for i in range(12)))
+        tasks = [asyncio.create_task(batcher(0))]
+        while not sizes:
+            await asyncio.sleep(0.001)
+        tasks += [asyncio.create_task(batcher(i)) for i in range(1, 12)]  # while the first is computed
+        for _ in range(20):
+            await asyncio.sleep(0.001)
+        is_released.set()
+        return await asyncio.gather(*tasks)
 
     assert asyncio.run(scene()) == [i * 10 for i in range(12)]
     assert sizes == [1, 8, 3]
