@@ -17,7 +17,7 @@ help:  ## this list
 $(READY): pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "error: raypar needs Python 3.11 or newer with venv: install one, or name it: make PYTHON=/path/to/python3" >&2; exit 2; }
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[dev]' -c constraints.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -e '.[dev]' -c constraints.txt
 	@touch $@
 
 demo: $(READY)  ## shapes: prepare, train on 2 workers, evaluate, predict, export and one request to the service

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
+import re
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -98,12 +100,23 @@ def local_resources() -> tuple[float, float]:
 
 
 def _can_grow() -> bool:
-    """Whether an autoscaler reports to the cluster: then only it knows what can still come."""
+    """Whether an autoscaler can add nodes: then only it knows what is still to come."""
     from ray._private import ray_constants
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
     from ray.experimental.internal_kv import _internal_kv_get
 
-    status: Any = _internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS)
-    return bool(status) and b"monitor" in status
+    return is_autoscaler_v2() or grows(_internal_kv_get(ray_constants.DEBUG_AUTOSCALING_STATUS))
+
+
+def grows(status: bytes | None) -> bool:
+    """Whether the status that Ray's monitor writes is that of a cluster with node types of its own.
+
+    The monitor of a plain ``ray start --head`` reports too, and names each node's type ``node_<node id>``
+    (Ray 2.60.0, ``format_readonly_node_type``).
+    """
+    report = json.loads(status).get("autoscaler_report") if status else None
+    types = [*((report or {}).get("active_nodes") or {}), *((report or {}).get("idle_nodes") or {})]
+    return any(re.fullmatch("node_[0-9a-f]+", name) is None for name in types)
 
 
 def _package_path() -> str:

@@ -92,7 +92,7 @@ def _end(head: subprocess.Popen[bytes]) -> None:
     """SIGTERM lets `ray start --block` end its processes; what is left of its group is killed."""
     head.send_signal(signal.SIGTERM)
     with contextlib.suppress(subprocess.TimeoutExpired):
-        head.wait(timeout=30)
+        head.wait(timeout=5)
     with contextlib.suppress(ProcessLookupError):
         os.killpg(head.pid, signal.SIGKILL)
     head.wait(timeout=30)

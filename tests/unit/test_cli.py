@@ -234,3 +234,20 @@ def test_more_than_this_machine_has(run_file: str) -> None:
     serve = runfile.load(run_file, ["serve.num_replicas.min=3", "serve.num_replicas.max=9", "serve.use_gpu=true", "serve.num_gpus=0.5"])
     assert cluster.needs("serve", serve, 4.0) == (3.0, 1.5)
     assert cluster.needs("evaluate", runfile.load(run_file, ["evaluate.num_workers=5"]), 0.0) == (5.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("status", "does"),
+    [
+        (None, False),
+        (b'{"monitor_pid": 7}', False),
+        (b'{"monitor_pid": 7, "autoscaler_report": {"active_nodes": {"node_a1b2c3": 1}, "idle_nodes": null}}', False),
+        (b'{"monitor_pid": 7, "autoscaler_report": {"active_nodes": {"head": 1}, "idle_nodes": {}}}', True),
+        (b'{"autoscaler_report": {"active_nodes": {}, "idle_nodes": {"local.cluster.node": 2}}}', True),
+    ],
+)
+def test_only_a_cluster_with_node_types_can_grow(status: bytes | None, does: bool) -> None:
+    """A plain `ray start --head` runs a monitor as well: what it lacks will never come."""
+    from raypar import cluster
+
+    assert cluster.grows(status) is does
