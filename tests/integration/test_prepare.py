@@ -268,9 +268,10 @@ def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(tmp_path: Path, mo
                 raise KeyboardInterrupt
             yield report
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(raypar.prepare, "_stream", stop_half_way)
-        raypar.prepare.run(config)
+        with pytest.raises(KeyboardInterrupt):
+            raypar.prepare.run(config)
     folder = dataset_folder(config)
     left = files_under(folder)
     assert any(name.endswith(".parquet") for name in left)

@@ -24,6 +24,7 @@ from raypar.images import decode, encode_jpeg, encode_png
 JPEG = {"Content-Type": "image/jpeg"}
 KEYS = "RAYPAR_TEST_KEYS"
 TIMEOUT_S = 60
+SUMS_DIFFER = 3  # boxes an image: other batches and threads add up in another order, and a near tie in NMS falls the other way
 
 
 def free_port() -> int:
@@ -58,16 +59,18 @@ def photo(seed: int, height: int = 120, width: int = 200) -> bytes:
     return encode_jpeg(np.kron(small, np.ones((height // 6, width // 10, 1), np.uint8)))
 
 
-def is_same(answer: dict[str, Any], expected: Detections, class_names: list[str]) -> bool:
-    """Whether an answer says what the detector said (to the digits that are sent; sums in a batch may differ in the last bits)."""
+def num_differing(answer: dict[str, Any], expected: Detections, class_names: list[str]) -> int:
+    """How many boxes only the answer or only the detector has (to the digits that are sent)."""
     found = answer["detections"]
-    return (
-        [d["class_id"] for d in found] == expected.class_ids.tolist()
-        and [d["class_name"] for d in found] == [class_names[i] for i in expected.class_ids.tolist()]
-        and np.allclose([d["confidence"] for d in found], expected.confidences, atol=1e-4)
-        and np.allclose([d["box_xyxy"] for d in found], expected.boxes_xyxy, atol=0.02)
-        and answer["image"] == {"height": expected.image_hw[0], "width": expected.image_hw[1]}
+    boxes = np.array([d["box_xyxy"] for d in found]).reshape(-1, 4)
+    confidences, names = np.array([d["confidence"] for d in found]), np.array([d["class_name"] for d in found])
+    is_pair = (
+        (np.abs(boxes[:, None] - expected.boxes_xyxy[None]).max(axis=2) < 0.02)
+        & (np.abs(confidences[:, None] - expected.confidences[None]) < 1e-4)
+        & (names[:, None] == np.array([class_names[i] for i in expected.class_ids])[None])
     )
+    assert answer["image"] == {"height": expected.image_hw[0], "width": expected.image_hw[1]}
+    return int((~is_pair.any(axis=1)).sum() + (~is_pair.any(axis=0)).sum())
 
 
 def batch_size(response: httpx.Response) -> int:
@@ -95,7 +98,7 @@ def test_answers_are_the_detectors(url: str, detector: Detector, tiny_weights: P
     drawn = httpx.post(f"{url}/v1/annotate", params=query, content=image, headers=JPEG)
     model = httpx.get(f"{url}/v1/model").json()
 
-    assert is_same(as_body.json(), expected, detector.class_names), as_body.text
+    assert num_differing(as_body.json(), expected, detector.class_names) == 0
     assert as_form.json() == as_body.json()
     assert decode(drawn.content).shape == (120, 200, 3)
     assert drawn.content[:3] == b"\xff\xd8\xff"
@@ -137,9 +140,11 @@ def test_requests_share_batches_and_a_broken_image_fails_alone(url: str, detecto
 
     assert is_problem(responses.pop(5), 400)
     bodies.pop(5)
-    for response, body in zip(responses, bodies, strict=True):
+    expected = [detector([body])[0] for body in bodies]
+    for response, detections in zip(responses, expected, strict=True):
         assert response.status_code == 200, response.text
-        assert is_same(response.json(), detector([body])[0], detector.class_names)
+        assert num_differing(response.json(), detections, detector.class_names) <= SUMS_DIFFER
+    assert num_differing(responses[0].json(), expected[1], detector.class_names) > 10 * SUMS_DIFFER  # the images can be told apart
     assert max(map(batch_size, responses)) > 1
 
 
@@ -174,7 +179,7 @@ def test_too_many_requests_are_refused_and_the_others_answered(ray_4_cpus: None,
     large = Detector.load(tiny_weights, imgsz=640)
     for i, response in enumerate(responses):
         if response.status_code == 200:
-            assert is_same(response.json(), large([photo(i)])[0], large.class_names)
+            assert num_differing(response.json(), large([photo(i)])[0], large.class_names) <= SUMS_DIFFER
 
 
 def deploy(config: RunConfig, weights: Path) -> None:
