@@ -45,7 +45,7 @@ def with_train(config: RunConfig, name: str, **train: Any) -> RunConfig:
 
 
 def final_state(config: RunConfig) -> dict[str, Any]:
-    newest = sorted(train_folder(config).glob("checkpoint_*"))[-1]
+    newest = sorted(train_folder(config).glob("checkpoint_0*"))[-1]
     return torch.load(newest / "state.pt", weights_only=False)
 
 
@@ -90,7 +90,7 @@ def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     }
     assert all(e.keys() >= wanted for e in epochs[:1])
     assert all(np.isfinite(v) for e in epochs for v in e.values() if isinstance(v, float))
-    assert sorted(p.name for p in folder.glob("checkpoint_*")) == ["checkpoint_0000000048", "checkpoint_0000000096"]
+    assert sorted(p.name for p in folder.glob("checkpoint_0*")) == ["checkpoint_0000000048", "checkpoint_0000000096"]
 
 
 def test_ultralytics_loads_and_runs_the_weights(trained_run: RunConfig) -> None:
@@ -136,7 +136,7 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
 
         rank = dist.get_rank()
         manifest = Manifest.load(Folder(config["dataset"]))
-        lender = Lender({"epochs": 1, "imgsz": 64}, model="yolov8n.yaml", manifest=manifest, batch=4, seed=0, device=torch.device("cpu"))
+        lender = Lender({"epochs": 1, "imgsz": 64, "nbs": 4}, model="yolov8n.yaml", manifest=manifest, batch=4, seed=0, device=torch.device("cpu"))
         loop = Loop(lender, num_images=48, steps_per_epoch=12, world_size=2)
         torch.manual_seed(rank)  # every rank sees other images
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
