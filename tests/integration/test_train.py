@@ -136,7 +136,9 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
 
         rank = dist.get_rank()
         manifest = Manifest.load(Folder(config["dataset"]))
-        lender = Lender({"epochs": 1, "imgsz": 64, "nbs": 4}, model="yolov8n.yaml", manifest=manifest, batch=4, seed=0, device=torch.device("cpu"))
+        lender = Lender(
+            {"epochs": 1, "imgsz": 64, "nbs": 4}, model="yolov8n.yaml", manifest=manifest, batch=4, seed=0, device=torch.device("cpu")
+        )
         loop = Loop(lender, num_images=48, steps_per_epoch=12, world_size=2)
         torch.manual_seed(rank)  # every rank sees other images
         images = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
