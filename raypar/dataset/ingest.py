@@ -185,7 +185,7 @@ def read_picture(path: str, max_pixels: int) -> Picture:
         raise ValueError(f"file cannot be read ({error.strerror or error})") from error
     if not data:
         raise ValueError("file is empty")
-    kind, (width, height), orientation = _header(data)
+    kind, (width, height) = _header(data)
     if width * height > max_pixels:
         raise ValueError(f"image has {width * height} pixels, prepare.max_pixels is {max_pixels}")
     if min(width, height) < MIN_SIDE_PX:
@@ -193,6 +193,7 @@ def read_picture(path: str, max_pixels: int) -> Picture:
     has_tail = kind == "JPEG" and not data.endswith(b"\xff\xd9")
     if kind != "JPEG" or has_tail:
         _check_whole(data)
+    orientation = _orientation(data)
     image_hw = (height, width)
     if orientation != 1:
         image_hw = image_hw[::-1] if orientation >= 5 else image_hw
@@ -204,15 +205,24 @@ def read_picture(path: str, max_pixels: int) -> Picture:
     return Picture(data, image_hw)
 
 
-def _header(data: bytes) -> tuple[str, tuple[int, int], int]:
-    """Format as Pillow names it, (width, height) px as stored, EXIF orientation 1 to 8; the pixels stay undecoded."""
+def _header(data: bytes) -> tuple[str, tuple[int, int]]:
+    """Format as Pillow names it and (width, height) px as stored; the pixels stay undecoded."""
     Image.MAX_IMAGE_PIXELS = None  # prepare.max_pixels decides, with a reason in rejected.jsonl
     try:
         with Image.open(io.BytesIO(data)) as image:
-            orientation = image.getexif().get(0x0112, 1)
-            return str(image.format), image.size, orientation if orientation in range(1, 9) else 1
+            return str(image.format), image.size
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise ValueError(f"not an image that can be read ({_one_line(error)})") from error
+
+
+def _orientation(data: bytes) -> int:
+    """EXIF orientation, 1 to 8; 1 where there is none. Pillow decodes a PNG to find it: check the size first."""
+    try:
+        with Image.open(io.BytesIO(data)) as image:
+            orientation = image.getexif().get(0x0112, 1)
+    except Exception:  # a damaged EXIF block says nothing about the pixels
+        return 1
+    return orientation if orientation in range(1, 9) else 1
 
 
 def _check_whole(data: bytes) -> None:
@@ -237,7 +247,10 @@ def _encode(data: bytes, kind: str, quality: int) -> bytes:
     out = io.BytesIO()
     try:
         with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
+            upright = ImageOps.exif_transpose(image)
+            if upright.mode.startswith("I;16"):  # Pillow would saturate; OpenCV keeps the upper 8 bits
+                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
+            upright = upright.convert("RGB")
     except Exception as error:
         raise ValueError(f"image is truncated or damaged ({_one_line(error)})") from error
     if kind in LOSSLESS:

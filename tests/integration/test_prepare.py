@@ -166,10 +166,11 @@ def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
         "missing.jpg": ((None, BOX_LINE), "missing"),
         "zero.jpg": ((b"", BOX_LINE), "empty"),
         "text.jpg": ((b"this is no image at all", BOX_LINE), "not an image"),
-        "cut.jpg": ((jpeg[: len(jpeg) // 2], BOX_LINE), "truncated"),
+        "cut.jpg": ((jpeg[:-30], BOX_LINE), "truncated"),
         "cut.png": ((png[: len(png) * 2 // 3], BOX_LINE), "truncated"),
         "tiny.jpg": ((picture(size=(80, 9)), BOX_LINE), "less than 10"),
         "huge.png": ((picture("PNG", (200, 100)), BOX_LINE), "max_pixels"),
+        "undecoded.png": ((picture("PNG", (200, 100))[:-60], BOX_LINE), "max_pixels"),  # cut: a decoder would have said so
         "class.jpg": ((jpeg, "1 0.5 0.5 0.1 0.1"), "class 1"),
         "nan.jpg": ((jpeg, "0 nan 0.5 0.1 0.1"), "finite"),
         "line.jpg": ((jpeg, "0 0.5 0.5"), "3 columns"),
@@ -230,6 +231,16 @@ def test_exif_rotation_is_baked_in(tmp_path: Path, kind: str) -> None:
         np.testing.assert_allclose(row["boxes_xywhn"], BOX_XYWHN, atol=1e-6)  # labels are for the upright image, as in Ultralytics
         if orientation == 1:
             assert row["image"] == files[row["image_id"]][0]
+
+
+def test_sixteen_bits_are_cut_as_opencv_cuts_them_when_a_rotation_is_baked_in(tmp_path: Path) -> None:
+    values = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
+    out = io.BytesIO()
+    Image.fromarray(values).save(out, "PNG", exif=exif(6))
+    config = config_of(tmp_path, source=yolo_tree(tmp_path / "source", {"deep.png": (out.getvalue(), BOX_LINE)}))
+    raypar.prepare.run(config)
+    expected = np.rot90(values >> 8, -1)
+    np.testing.assert_array_equal(decode(rows_of(config, "train")[0]["image"]), np.repeat(expected[..., None], 3, axis=2))
 
 
 def test_too_many_rejected_is_an_error_without_a_manifest(tmp_path: Path) -> None:
