@@ -97,7 +97,8 @@ def _wait_until_ready(service: subprocess.Popen[bytes], url: str) -> None:
 
 def _validation_image(run: Path) -> bytes:
     shard = min((run / "dataset/val").glob("*.parquet"))
-    image: bytes = pq.read_table(io.BytesIO(shard.read_bytes()), columns=["image"])["image"][0].as_py()
+    rows = pq.read_table(io.BytesIO(shard.read_bytes()), columns=["image", "class_ids"]).to_pylist()
+    image: bytes = next(row["image"] for row in rows if row["class_ids"])  # not one of the empty backgrounds
     assert image.startswith((JPEG_MAGIC, PNG_MAGIC))
     return image
 
