@@ -8,9 +8,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
 
-from raypar.dataset.formats import Labels, Listing, Record, coco, voc, yolo
+from raypar.dataset.formats import Labels, Listing, Record, coco, labels_from_xyxy, voc, yolo
 from raypar.dataset.ingest import tidy
 
 HW = (60, 100)  # of every image here
@@ -37,6 +39,66 @@ def ids(listing: Listing) -> dict[str, list[str]]:
 def assert_labels(labels: Labels, class_ids: list[int], boxes: list[tuple[float, ...]]) -> None:
     assert labels.class_ids.tolist() == class_ids
     np.testing.assert_allclose(labels.boxes_xywhn, np.reshape(boxes, (-1, 4)), atol=1e-6)
+
+
+# What holds for any labels
+
+numbers = st.floats(-2, 3, width=32)
+rows_of_any_box = st.lists(st.tuples(st.integers(0, 2), numbers, numbers, numbers, numbers), max_size=8)
+
+
+@settings(deadline=None)
+@given(rows_of_any_box)
+def test_tidy_leaves_boxes_of_some_area_inside_the_image(rows: list[tuple[float, ...]]) -> None:
+    table = np.reshape(np.asarray(rows, np.float64), (-1, 5))
+    before = table[:, 1:].copy()
+    class_ids, boxes, repairs = tidy(Labels(table[:, 0].astype(np.int64), table[:, 1:]))
+    np.testing.assert_array_equal(table[:, 1:], before)  # the argument is not changed
+    assert len(class_ids) == len(boxes) == len(rows) - repairs["boxes without area dropped"]
+    assert (boxes[:, 2:] > 0).all()
+    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
+    assert ((corners > -1e-12) & (corners < 1 + 1e-12)).all()
+    expected = []  # the same by intersection with the unit square, one box at a time
+    for class_id, cx, cy, w, h in rows:
+        x1, y1, x2, y2 = max(cx - w / 2, 0), max(cy - h / 2, 0), min(cx + w / 2, 1), min(cy + h / 2, 1)
+        if w > 0 and h > 0 and x2 > x1 and y2 > y1:
+            expected.append((class_id, x1, y1, x2, y2))
+    assert class_ids.tolist() == [row[0] for row in expected]
+    np.testing.assert_allclose(corners, np.reshape([row[1:] for row in expected], (-1, 4)), atol=1e-12)
+
+
+@settings(deadline=None)
+@given(st.lists(st.tuples(st.integers(0, 2), *[st.floats(0, 1, width=32)] * 4), max_size=8, unique=True))
+def test_yolo_reads_what_was_written(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, ...]]) -> None:
+    text = "\n".join(" ".join(f"{value:.9g}" for value in row) for row in rows)
+    labels = parse_yolo(tmp_path_factory.mktemp("labels"), text)
+    assert_labels(labels, [int(row[0]) for row in rows], [row[1:] for row in rows])
+
+
+@settings(deadline=None)
+@given(st.text(st.sampled_from("0123 .-eainfx\n\t"), max_size=60))
+def test_yolo_text_of_any_kind_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    message = ""
+    try:
+        labels = parse_yolo(tmp_path_factory.mktemp("labels"), text)
+    except ValueError as error:
+        message = str(error)
+    assert "\n" not in message
+    if not message:
+        assert set(labels.class_ids.tolist()) <= {0, 1, 2}
+        assert ((labels.boxes_xywhn >= -yolo.TOLERANCE) & (labels.boxes_xywhn <= 1 + yolo.TOLERANCE)).all()
+
+
+@settings(deadline=None)
+@given(rows_of_any_box, st.integers(10, 5000), st.integers(10, 5000))
+def test_pixels_become_shares_of_width_and_height(rows: list[tuple[float, ...]], height: int, width: int) -> None:
+    scaled = list(dict.fromkeys((c, x1 * width, y1 * height, x2 * width, y2 * height) for c, x1, y1, x2, y2 in rows))
+    labels = labels_from_xyxy(scaled, 3, (height, width))
+    cx, cy, w, h = labels.boxes_xywhn.T
+    back = np.stack([(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height], axis=1)
+    kept = [row for i, row in enumerate(scaled) if np.float32(row).tolist() not in [np.float32(r).tolist() for r in scaled[:i]]]
+    assert labels.num_duplicates == len(scaled) - len(kept)
+    np.testing.assert_allclose(back, np.reshape([row[1:] for row in kept], (-1, 4)), atol=1e-6)
 
 
 # YOLO
@@ -177,6 +239,7 @@ def test_yolo_small_excess_is_tolerated_and_clipped(tmp_path: Path) -> None:
         ({"names": []}, "no classes"),
         ({"names": {0: "cat", 2: "dog"}}, "without a gap"),
         ({"nc": 3}, "2 entries"),
+        ({"kpt_shape": [4, 2]}, "keypoints"),
         ({"train": None}, "no 'train'"),
         ({"val": 5}, "'val' must be"),
         ({"val": "images/nowhere"}, "does not exist"),

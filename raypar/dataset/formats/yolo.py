@@ -103,6 +103,8 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values (path, train, val, names), not {type(data).__name__}")
+    if data.get("kpt_shape"):  # their lines would pass for polygons
+        raise ValueError(f"{file}: 'kpt_shape' says that the labels are keypoints; prepare reads boxes and polygons only")
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     for key in ("train", "val"):
