@@ -12,9 +12,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from raypar.config import RunConfig
+
+# Machines are shared: how long an example takes says nothing.
+settings.register_profile("raypar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("raypar")
 
 FOLDERS = ("unit", "integration", "multinode", "gpu", "browser")
 REPOSITORY = Path(__file__).resolve().parent.parent
