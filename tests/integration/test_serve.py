@@ -24,7 +24,6 @@ from raypar.images import decode, encode_jpeg, encode_png
 JPEG = {"Content-Type": "image/jpeg"}
 KEYS = "RAYPAR_TEST_KEYS"
 TIMEOUT_S = 60
-SUMS_DIFFER = 3  # boxes an image: other batches and threads add up in another order, and a near tie in NMS falls the other way
 
 
 def free_port() -> int:
@@ -71,6 +70,15 @@ def num_differing(answer: dict[str, Any], expected: Detections, class_names: lis
     )
     assert answer["image"] == {"height": expected.image_hw[0], "width": expected.image_hw[1]}
     return int((~is_pair.any(axis=1)).sum() + (~is_pair.any(axis=0)).sum())
+
+
+def is_of_its_image(answer: dict[str, Any], expected: list[Detections], place: int, class_names: list[str]) -> bool:
+    """Whether an answer is that of its own image among others.
+
+    Not box for box: other batches and threads add up in another order, and the untrained weights' near ties in NMS then fall otherwise.
+    """
+    differing = [num_differing(answer, each, class_names) for each in expected]
+    return all(differing[place] < other / 4 for i, other in enumerate(differing) if i != place)
 
 
 def batch_size(response: httpx.Response) -> int:
@@ -141,10 +149,9 @@ def test_requests_share_batches_and_a_broken_image_fails_alone(url: str, detecto
     assert is_problem(responses.pop(5), 400)
     bodies.pop(5)
     expected = [detector([body])[0] for body in bodies]
-    for response, detections in zip(responses, expected, strict=True):
+    for i, response in enumerate(responses):
         assert response.status_code == 200, response.text
-        assert num_differing(response.json(), detections, detector.class_names) <= SUMS_DIFFER
-    assert num_differing(responses[0].json(), expected[1], detector.class_names) > 10 * SUMS_DIFFER  # the images can be told apart
+        assert is_of_its_image(response.json(), expected, i, detector.class_names)
     assert max(map(batch_size, responses)) > 1
 
 
@@ -177,9 +184,10 @@ def test_too_many_requests_are_refused_and_the_others_answered(ray_4_cpus: None,
         assert is_problem(response, 503)
         assert int(response.headers["retry-after"]) >= 1
     large = Detector.load(tiny_weights, imgsz=640)
-    for i, response in enumerate(responses):
-        if response.status_code == 200:
-            assert num_differing(response.json(), large([photo(i)])[0], large.class_names) <= SUMS_DIFFER
+    answered = [i for i, response in enumerate(responses) if response.status_code == 200]
+    expected = [large([photo(i)])[0] for i in answered]
+    for place, i in enumerate(answered):
+        assert is_of_its_image(responses[i].json(), expected, place, large.class_names)
 
 
 def deploy(config: RunConfig, weights: Path) -> None:
