@@ -27,16 +27,16 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
+    manifest = Manifest.load(config.folder / "dataset")  # first: what follows imports torch and Ultralytics, which takes seconds
+    if manifest.task != "detect":
+        raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
+    for split in ("train", "val"):
+        manifest.split(split)
     from raypar.augment import albu
     from raypar.train.recipe import settings
 
     settings(config.train.yolo, batch=config.train.batch, seed=config.seed)
     albu.check(config.train.albumentations)
-    manifest = Manifest.load(config.folder / "dataset")
-    if manifest.task != "detect":
-        raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
-    for split in ("train", "val"):
-        manifest.split(split)
     _model(config.train.model)
 
 
