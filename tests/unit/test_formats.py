@@ -44,6 +44,9 @@ def assert_labels(labels: Labels, class_ids: list[int], boxes: list[tuple[float,
 # What holds for any labels
 
 numbers = st.floats(-2, 3, width=32)
+classes = st.sampled_from(["0", "1", "2", "2.0", "3", "-1", "0.5", "nan"])
+shares = st.sampled_from(["0", "0.1", "0.5", "0.9", "1", "1e-3", "1.009"])
+words = st.sampled_from(["0.2", "nan", "inf", "1e999", "1.02", "7", "-0.005", "-0.3", "x", ""])
 rows_of_any_box = st.lists(st.tuples(st.integers(0, 2), numbers, numbers, numbers, numbers), max_size=8)
 
 
@@ -75,9 +78,16 @@ def test_yolo_reads_what_was_written(tmp_path_factory: pytest.TempPathFactory, r
     assert_labels(labels, [int(row[0]) for row in rows], [row[1:] for row in rows])
 
 
-@settings(deadline=None)
-@given(st.text(st.sampled_from("0123 .-eainfx\n\t"), max_size=60))
-def test_yolo_text_of_any_kind_is_read_or_refused_in_one_line(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+@settings(deadline=None, max_examples=300)
+@given(
+    st.lists(
+        st.tuples(classes, st.lists(shares, min_size=3, max_size=3) | st.lists(shares, max_size=8), words, st.integers(0, 3)), max_size=2
+    )
+)
+def test_yolo_text_of_any_kind_is_read_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, list[str], str, int]]
+) -> None:
+    text = "\n".join(" ".join([first, *others[:place], word, *others[place:]]) for first, others, word, place in lines)
     message = ""
     try:
         labels = parse_yolo(tmp_path_factory.mktemp("labels"), text)
