@@ -8,6 +8,8 @@ import os
 import re
 from typing import TYPE_CHECKING, Any
 
+from raypar.quiet import quiet_ray
+
 if TYPE_CHECKING:
     from raypar.config import RunConfig
 
@@ -21,7 +23,8 @@ def connect() -> None:
 
     if ray.is_initialized():
         return
-    _be_quiet()
+    _set_variables()
+    quiet_ray()
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
         return
@@ -125,8 +128,8 @@ def _package_path() -> str:
     return os.pathsep.join(filter(None, [here, os.environ.get("PYTHONPATH")]))
 
 
-def _be_quiet() -> None:
-    """Ray's own reports of progress give way to raypar's."""
+def _set_variables() -> None:
+    """What Ray reads from the environment: its own reports of progress give way to raypar's."""
     os.environ.setdefault("RAY_DATA_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")  # it prints every line twice

@@ -13,11 +13,9 @@ numbers do not depend on who saw which image.
 from __future__ import annotations
 
 import hashlib
-import os
 import pickle
 import tempfile
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,11 +25,11 @@ import pyarrow.parquet as pq
 
 from raypar.config import RunConfig
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
+from raypar.pool import DetectorPool, read_facts
 from raypar.storage import Folder
 from raypar.weights import Weights, find
 
 RESULT = "metrics.json"
-MAX_BLOCKS = 1000
 NUM_SAMPLES = 8  # images in detections.png
 SAMPLE_CONF = 0.25
 
@@ -41,13 +39,9 @@ class Job:
     """What every actor must know."""
 
     dataset: Folder
-    weights: Weights
-    weights_sha256: str
-    detector: dict[str, Any]  # arguments of Detector.load
     class_names: list[str]
     is_single_class: bool
     batch: int
-    num_actors: int
     sampled_shard: str  # its first images are in detections.png
 
 
@@ -90,39 +84,37 @@ def run(config: RunConfig) -> dict[str, Any]:
     out.delete(RESULT)
     weights = weights.staged(out)
     items = [{"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))]
-    job = Job(dataset, weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
-              "max_det": section.max_det, "pad": 0.5}, class_names, is_single_class, section.batch,
-              min(section.num_workers, len(items)), split.shards[0].path)  # fmt: skip
+    pool = DetectorPool(weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
+                        "max_det": section.max_det, "pad": 0.5}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
+    job = Job(dataset, class_names, is_single_class, section.batch, split.shards[0].path)
     print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
-          f"{job.num_actors} worker(s)", flush=True)  # fmt: skip
-    return _evaluate(job, items, split, settings, out, section.use_gpu)
+          f"{pool.num_actors} worker(s)", flush=True)  # fmt: skip
+    return _evaluate(pool, job, items, split, settings, out)
 
 
 def _known(weights: Weights, imgsz: int | None, class_names: list[str], is_single_class: bool) -> tuple[list[str], int, str]:
     """Class names of the model, its image size in px, and the checksum of its file: read once by the driver, which fails at once."""
-    from raypar.detector import Detector
-
-    with weights.local() as path:
-        detector = Detector.load(path, imgsz=imgsz)
+    known, imgsz, sha256 = read_facts(weights, imgsz)
     expected = 1 if is_single_class else len(class_names)
-    if len(detector.class_names) != expected:
-        raise ValueError(f"{weights.uri} knows {len(detector.class_names)} classes, the dataset has {expected}: "
+    if len(known) != expected:
+        raise ValueError(f"{weights.uri} knows {len(known)} classes, the dataset has {expected}: "
                          f"evaluate weights that were trained on it")  # fmt: skip
-    if not is_single_class and detector.class_names != class_names:
-        print(f"evaluate: the weights name the classes {detector.class_names}, the dataset {class_names}; "
+    if not is_single_class and known != class_names:
+        print(f"evaluate: the weights name the classes {known}, the dataset {class_names}; "
               f"they are compared by number", flush=True)  # fmt: skip
-    return (detector.class_names if is_single_class else class_names), detector.imgsz, detector.sha256
+    return (known if is_single_class else class_names), imgsz, sha256
 
 
-def _evaluate(job: Job, items: list[dict[str, Any]], split: Split, settings: dict[str, Any], out: Folder,
-              use_gpu: bool | str) -> dict[str, Any]:  # fmt: skip
+def _evaluate(pool: DetectorPool, job: Job, items: list[dict[str, Any]], split: Split, settings: dict[str, Any],
+              out: Folder) -> dict[str, Any]:  # fmt: skip
     from raypar.metrics import Scorer
     from raypar.progress import Progress
 
     scorer, tiles, unreadable, model_s = Scorer(job.class_names), [], [], 0.0
     began = time.monotonic()
     progress = Progress(split.num_images, "images", "evaluate")
-    for part in _parts(job, items, use_gpu):
+    for row in pool.map(items, Worker, job):
+        part = pickle.loads(row["part"])
         scorer.merge(part["scores"])
         progress.update(len(part["scores"]["images"]) + len(part["unreadable"]))
         tiles.extend(part["tiles"])
@@ -137,44 +129,18 @@ def _evaluate(job: Job, items: list[dict[str, Any]], split: Split, settings: dic
         for picture in sorted(Path(folder).glob("*.png")):
             out.upload(picture, picture.name)
     _write_samples(tiles, out)
-    result = {**metrics, **settings, "weights": job.weights.uri, "num_workers": job.num_actors, "images_per_s": split.num_images / seconds,
+    result = {**metrics, **settings, "weights": pool.weights.uri, "num_workers": pool.num_actors, "images_per_s": split.num_images / seconds,
               "num_unreadable": len(unreadable), "unreadable": sorted(unreadable, key=lambda x: x["image_id"]), "seconds": seconds, "model_ms_per_image": 1000 * model_s / split.num_images}  # fmt: skip
     out.write_json(RESULT, result)
     _print(result, out)
     return result
 
 
-def _parts(job: Job, items: list[dict[str, Any]], use_gpu: bool | str) -> Iterator[dict[str, Any]]:
-    """What the actors found, a row group at a time, as they finish."""
-    import ray
-    import ray.data
-
-    has_gpus = ray.cluster_resources().get("GPU", 0) >= job.num_actors  # type: ignore[no-untyped-call]
-    num_gpus = 1 if use_gpu is True or (use_gpu == "auto" and has_gpus) else 0
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
-    dataset = dataset.map_batches(
-        Worker, batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=job.num_actors),
-        fn_constructor_args=(job, bool(num_gpus)), num_cpus=1, num_gpus=num_gpus)  # fmt: skip
-    dataset.context.enable_progress_bars = False
-    for row in dataset.iter_rows():
-        yield pickle.loads(row["part"])
-
-
 class Worker:
     """An actor of the pool: a detector and the row groups that come to it."""
 
-    def __init__(self, job: Job, use_gpu: bool):
-        import torch
-
-        from raypar.detector import Detector
-        from raypar.precision import pick_device
-
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_actors))
-        self.job = job
-        with job.weights.local() as path:
-            self.detector = Detector.load(path, device=pick_device(use_gpu), **job.detector)
-        if self.detector.sha256 != job.weights_sha256:
-            raise RuntimeError(f"{job.weights.uri} changed while it was evaluated: start again")
+    def __init__(self, pool: DetectorPool, job: Job):
+        self.job, self.detector = job, pool.load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         shard, group = str(batch["shard"][0]), int(batch["group"][0])

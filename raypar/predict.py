@@ -14,7 +14,6 @@ done: a run that was killed redoes only the pieces that are missing. Files of th
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import time
 from collections.abc import Iterator
@@ -26,13 +25,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypar.config import RunConfig
+from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
 from raypar.storage import Folder
-from raypar.weights import Weights, find
+from raypar.weights import find
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
 FACTS = b"raypar"  # in the metadata of a piece: its counts, and the images set aside
-MAX_BLOCKS = 1000
 NUM_SAMPLES = 12  # images in samples.png
 SCHEMA = pa.schema([
     pa.field("image_id", pa.string(), nullable=False),
@@ -49,11 +48,7 @@ class Job:
     """What every actor must know."""
 
     out: Folder
-    weights: Weights
-    weights_sha256: str
-    detector: dict[str, Any]  # arguments of Detector.load
     batch: int
-    num_actors: int
 
 
 def check(config: RunConfig) -> None:
@@ -75,7 +70,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     section, out = config.predict, config.folder / "predict"
     weights = find(section.weights, config.folder, "predict")
     source = list_source(section.source, config.folder)
-    class_names, imgsz, sha256 = _known(weights, section.imgsz)
+    class_names, imgsz, sha256 = read_facts(weights, section.imgsz)
     settings = {
         "source": section.source or "val", "source_sha256": source.sha256, "weights_sha256": sha256, "imgsz": imgsz, "conf": section.conf,
         "iou": section.iou, "max_det": section.max_det, "precision": section.precision, "class_names": class_names,
@@ -91,21 +86,14 @@ def run(config: RunConfig) -> dict[str, Any]:
     out.write_json(SETTINGS, settings)
     done = {name for name in out.list() if name.endswith(".parquet")}
     due = [i for i in range(len(source.pieces)) if _name(i) not in done]
-    job = Job(out, weights.staged(out), sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
-              "max_det": section.max_det}, section.batch, max(1, min(section.num_workers, len(due))))  # fmt: skip
+    pool = DetectorPool(weights.staged(out), sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf,
+                        "iou": section.iou, "max_det": section.max_det}, max(1, min(section.num_workers, len(due))), section.use_gpu)  # fmt: skip
     resumed = f", {len(done)} of {len(source.pieces)} pieces are done already" if done else ""
-    print(f"predict: {source.num_images} images, weights {job.weights.uri}, imgsz {imgsz}, {job.num_actors} worker(s){resumed}", flush=True)
-    seconds = _predict(job, source, due, section.use_gpu) if due else 0.0
-    return _finish(job, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds)
-
-
-def _known(weights: Weights, imgsz: int | None) -> tuple[list[str], int, str]:
-    """Class names, image size in px and checksum: read once by the driver, which fails at once."""
-    from raypar.detector import Detector
-
-    with weights.local() as path:
-        detector = Detector.load(path, imgsz=imgsz)
-    return detector.class_names, detector.imgsz, detector.sha256
+    print(
+        f"predict: {source.num_images} images, weights {pool.weights.uri}, imgsz {imgsz}, {pool.num_actors} worker(s){resumed}", flush=True
+    )
+    seconds = _predict(pool, Job(out, section.batch), source, due) if due else 0.0
+    return _finish(pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds)
 
 
 def _refuse_other(before: dict[str, Any], settings: dict[str, Any], out: Folder) -> None:
@@ -119,36 +107,22 @@ def _name(piece: int) -> str:
     return f"{piece:05d}.parquet"
 
 
-def _predict(job: Job, source: Source, due: list[int], use_gpu: bool | str) -> float:
+def _predict(pool: DetectorPool, job: Job, source: Source, due: list[int]) -> float:
     """Has the pieces that are due made, and returns the seconds it took."""
+    import ray
+
     from raypar.progress import Progress
 
     began = time.monotonic()
     progress = Progress(sum(e.num_images for i in due for e in source.pieces[i]), "images", "predict")
-    for num_images in _parts(job, source, due, use_gpu):
-        progress.update(num_images)
+    items = [{"piece": i, "entries": pickle.dumps(source.pieces[i])} for i in due]
+    before = None
+    if source.is_local and len(ray.nodes()) > 1:  # type: ignore[no-untyped-call]
+        before = _fetch, {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+    for row in pool.map(items, Worker, job, before=before):
+        progress.update(int(row["num_images"]))
     progress.close()
     return time.monotonic() - began
-
-
-def _parts(job: Job, source: Source, due: list[int], use_gpu: bool | str) -> Iterator[int]:
-    """Images of each piece, as the pieces are written."""
-    import ray
-    import ray.data
-
-    has_gpus = ray.cluster_resources().get("GPU", 0) >= job.num_actors  # type: ignore[no-untyped-call]
-    num_gpus = 1 if use_gpu is True or (use_gpu == "auto" and has_gpus) else 0
-    items = [{"piece": i, "entries": pickle.dumps(source.pieces[i])} for i in due]
-    dataset = ray.data.from_items(items, override_num_blocks=min(len(items), MAX_BLOCKS))
-    if source.is_local and len(ray.nodes()) > 1:  # type: ignore[no-untyped-call]
-        here = {"ray.io/node-id": ray.get_runtime_context().get_node_id()}
-        dataset = dataset.map_batches(_fetch, batch_size=1, batch_format="numpy", num_cpus=0, label_selector=here)
-    dataset = dataset.map_batches(
-        Worker, batch_size=1, batch_format="numpy", compute=ray.data.ActorPoolStrategy(size=job.num_actors),
-        fn_constructor_args=(job, bool(num_gpus)), num_cpus=1, num_gpus=num_gpus)  # fmt: skip
-    dataset.context.enable_progress_bars = False
-    for row in dataset.iter_rows():
-        yield int(row["num_images"])
 
 
 def _fetch(batch: dict[str, Any]) -> dict[str, Any]:
@@ -164,18 +138,8 @@ def _read(entries: list[Entry]) -> list[tuple[str, bytes | Exception]]:
 class Worker:
     """An actor of the pool: a detector and the pieces that come to it."""
 
-    def __init__(self, job: Job, use_gpu: bool):
-        import torch
-
-        from raypar.detector import Detector
-        from raypar.precision import pick_device
-
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // job.num_actors))
-        self.job = job
-        with job.weights.local() as path:
-            self.detector = Detector.load(path, device=pick_device(use_gpu), **job.detector)
-        if self.detector.sha256 != job.weights_sha256:
-            raise RuntimeError(f"{job.weights.uri} changed during the prediction: start again")
+    def __init__(self, pool: DetectorPool, job: Job):
+        self.job, self.detector = job, pool.load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         images = pickle.loads(batch["images"][0]) if "images" in batch else _read(pickle.loads(batch["entries"][0]))
@@ -224,26 +188,26 @@ class Worker:
         self.job.out.write("samples.png", encode_png(contact_sheet(drawn, titles=[image_id for image_id, _, _ in tiles])))
 
 
-def _finish(job: Job, source: Source, settings: dict[str, Any], num_now: int, seconds: float) -> dict[str, Any]:
+def _finish(pool: DetectorPool, out: Folder, source: Source, settings: dict[str, Any], num_now: int, seconds: float) -> dict[str, Any]:
     """Adds up what the pieces say of themselves, and writes the summary."""
     facts = []
     for i in range(len(source.pieces)):
-        with job.out.open(_name(i)) as file:
+        with out.open(_name(i)) as file:
             facts.append(json.loads(pq.read_schema(file).metadata[FACTS]))
     rejected = [line for piece in facts for line in piece["rejected"]]
     num_images = sum(piece["num_images"] for piece in facts)
     if num_images + len(rejected) != source.num_images:
         raise RuntimeError(f"{num_images} images and {len(rejected)} rejected ones are not the {source.num_images} of the source")
-    job.out.write("rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected))
+    out.write("rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected))
     per_class = np.sum([piece["per_class"] for piece in facts], axis=0).tolist()
     summary = {
-        **settings, "weights": job.weights.uri, "num_images": num_images, "num_rejected": len(rejected),
+        **settings, "weights": pool.weights.uri, "num_images": num_images, "num_rejected": len(rejected),
         "num_boxes": sum(piece["num_boxes"] for piece in facts), "num_pieces": len(facts),
         "boxes_per_class": dict(zip(settings["class_names"], per_class, strict=True)),
         "seconds": seconds, "images_per_s": num_now / seconds if seconds else None,
     }  # fmt: skip
-    job.out.write_json(SUMMARY, summary)
+    out.write_json(SUMMARY, summary)
     boxes = ", ".join(f"{name} {count}" for name, count in summary["boxes_per_class"].items())
     print(f"predict: {num_images} images, {summary['num_boxes']} boxes ({boxes}), {len(rejected)} images could not be read\n"
-          f"predict: detections are in {job.out.uri}/*.parquet, the first images in samples.png", flush=True)  # fmt: skip
+          f"predict: detections are in {out.uri}/*.parquet, the first images in samples.png", flush=True)  # fmt: skip
     return summary

@@ -27,6 +27,7 @@ import raypar
 from raypar.config import PrepareConfig, RunConfig
 from raypar.dataset.formats import SPLITS, Listing, Record, coco, shapes, voc, yolo
 from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
+from raypar.progress import Progress
 from raypar.storage import Folder
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 REJECTED = "rejected.jsonl"
 SMALL_SPLIT = 200  # images; larger splits get several shards however small the images are,
 MIN_SHARDS = 4  # so that several tasks can read them
-PROGRESS_EVERY_S = 5.0
 
 
 def check(config: RunConfig) -> None:
@@ -175,18 +175,12 @@ def _run_jobs(jobs: list[ShardJob], section: PrepareConfig, dataset: Folder) -> 
     """One Ray Data task a shard; reports in the jobs' order, progress as they come."""
     num_images = sum(len(job.records) for job in jobs)
     print(f"prepare: {num_images} images in {len(jobs)} shards -> {dataset.uri}", flush=True)
-    started_s = last_s = time.monotonic()
+    progress = Progress(num_images, "images", "prepare")
     reports: dict[int, ShardReport] = {}
-    num_done = 0
     for number, report in _stream(jobs, section, dataset):
         reports[number] = report
-        num_done += len(jobs[number].records)
-        now_s = time.monotonic()
-        if now_s - last_s >= PROGRESS_EVERY_S or len(reports) == len(jobs):
-            last_s = now_s
-            images_per_s = num_done / (now_s - started_s)
-            left_s = (num_images - num_done) / images_per_s
-            print(f"prepare: {num_done}/{num_images} images, {images_per_s:.0f} images/s, {left_s:.0f} s left", flush=True)
+        progress.update(len(jobs[number].records))
+    progress.close()
     return [reports[number] for number in range(len(jobs))]
 
 
@@ -195,7 +189,7 @@ def _stream(jobs: list[ShardJob], section: PrepareConfig, dataset: Folder) -> It
     import ray.data
 
     context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = False
+    context.enable_progress_bars = context.print_on_execution_start = False
     items = [{"job": pickle.dumps((number, job))} for number, job in enumerate(jobs)]
     listed = ray.data.from_items(items, override_num_blocks=len(items))
     written = listed.map_batches(_write_shards, batch_size=1, **_placement(section, dataset))  # type: ignore[arg-type]

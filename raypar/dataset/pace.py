@@ -11,9 +11,14 @@ import time
 from ray.data._internal.execution.execution_callback import ExecutionCallback
 from ray.data._internal.execution.streaming_executor import StreamingExecutor
 
+from raypar.quiet import quiet_ray
+
 TURN_S = 0.02
 
 
 class Pace(ExecutionCallback):
+    def before_execution_starts(self, executor: StreamingExecutor) -> None:
+        quiet_ray()
+
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         time.sleep(TURN_S)

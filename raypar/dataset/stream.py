@@ -174,7 +174,7 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
     dataset.context.custom_execution_callback_classes = [Pace]
-    dataset.context.enable_progress_bars = False
+    dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
     dataset.context.execution_no_progress_timeout_s = -1  # a long validation is not a hang; collectives have their own limit
     return list(dataset.streaming_split(spec.world_size, equal=False))
 

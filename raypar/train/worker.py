@@ -23,6 +23,7 @@ from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, batches
 from raypar.precision import pick_precision
+from raypar.quiet import quiet_ray
 from raypar.storage import Folder
 from raypar.train import checkpoint, pictures
 from raypar.train.loop import Loop, to_tensors
@@ -46,6 +47,7 @@ class Worker:
     """One rank."""
 
     def __init__(self, config: dict[str, Any]):
+        quiet_ray()
         context = ray.train.get_context()
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         cached = ultralytics.utils.RANK
