@@ -16,8 +16,9 @@ from ultralytics.data import augment as theirs
 from ultralytics.utils.instance import Instances
 
 from raypar.augment import albu
-from raypar.augment.cpu import Renderer, Source, shift_colours
+from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator
+from raypar.augment.paint import shift_colours
 
 SIZE = 160
 GEOMETRIES = {

@@ -18,8 +18,9 @@ from ultralytics.data import augment as theirs
 from ultralytics.utils.instance import Instances
 
 from raypar.augment import albu
-from raypar.augment.cpu import Renderer, Source, colour_tables, shift_colours
+from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator, resized_hw
+from raypar.augment.paint import colour_tables, shift_colours
 from raypar.images import decode, shrink
 
 SIZE = 256
