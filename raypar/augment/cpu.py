@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.augment.geometry import Floats, Layer, Recipe, Sample, choose_cut, draw, layout, move_boxes
-from raypar.augment.paint import OVERHANG_PX, Image, Tables, colour_tables, look_up, paint_canvas, paint_tiles
+from raypar.augment.paint import Image, canvas, develop, paint_canvas, paint_tiles
 
 
 @dataclass
@@ -59,7 +59,7 @@ class Renderer:
 
     def __init__(self, recipe: Recipe):
         self.recipe = recipe
-        self.scratch = np.empty((recipe.imgsz + 2 * OVERHANG_PX, recipe.imgsz + 2 * OVERHANG_PX, 3), np.uint8)
+        self.room = canvas(recipe.imgsz)
 
     def __call__(self, sources: Sequence[Source], indices: Sequence[int], rngs: Sequence[np.random.Generator], *,
                  mosaic_on: bool, out: Image) -> Labels:  # fmt: skip
@@ -75,52 +75,43 @@ class Renderer:
         class_ids, boxes = [], []
         for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
             sample = draw(self.recipe, rng, index, len(sources), mosaic_on=mosaic_on)
-            image, found, moved = self.render(sample, sources)
-            cv2.split(image, list(out[i][::-1] if sample.swap else out[i]))
+            found, moved = self.render(sample, sources, out[i])
             class_ids.append(found)
             boxes.append(moved)
         counts = [len(x) for x in class_ids]
         return Labels(np.concatenate(class_ids), np.concatenate(boxes), np.repeat(np.arange(len(counts), dtype=np.int32), counts))
 
-    def render(self, sample: Sample, sources: Sequence[Source]) -> tuple[Image, NDArray[np.int32], NDArray[np.float32]]:
-        """One image: uint8 (S, S, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4)."""
+    def render(self, sample: Sample, sources: Sequence[Source], out: Image) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Writes one image into uint8 (3, S, S), RGB; returns its class_ids int32 (N,) and boxes_xywhn float32 (N, 4)."""
         size = self.recipe.imgsz
-        tables = colour_tables(sample.gains) if self.recipe.hsv_h or self.recipe.hsv_s or self.recipe.hsv_v else None
-        is_alone = sample.mixed is None and sample.cut is None
-        image, class_ids, boxes = self._layer(sample.layer, sources, tables if is_alone else None)
+        image, class_ids, boxes = self._layer(sample.layer, sources, self.room)
         if sample.mixed is not None:
             other, share = sample.mixed
-            image2, class_ids2, boxes2 = self._layer(other, sources, None)
+            image2, class_ids2, boxes2 = self._layer(other, sources, canvas(size))
             image = cv2.addWeighted(image, share, image2, 1 - share, -0.5)  # Ultralytics truncates, OpenCV rounds
             class_ids, boxes = np.concatenate([class_ids, class_ids2]), np.concatenate([boxes, boxes2])
         if sample.cut is not None:
             other, areas, pick = sample.cut
-            image2, class_ids2, boxes2 = self._layer(other, sources, None)
+            image2, class_ids2, boxes2 = self._layer(other, sources, canvas(size))
             if (chosen := choose_cut(areas, pick, boxes, boxes2)) is not None:
                 area, come = chosen
                 x0, y0, x1, y1 = area.astype(int)
                 image[y0:y1, x0:x1] = image2[y0:y1, x0:x1]
                 along = np.concatenate([boxes2[come, :2].clip(area[:2], area[2:]), boxes2[come, 2:].clip(area[:2], area[2:])], 1)
                 class_ids, boxes = np.concatenate([class_ids, class_ids2[come]]), np.concatenate([boxes, along])
-        if tables is not None and not is_alone:
-            look_up(image, tables)
-        if any(sample.flip):
-            cv2.flip(image, {(True, False): 1, (False, True): 0, (True, True): -1}[sample.flip], dst=image)
+        develop(image, sample.gains, sample.flip, sample.swap, out)
         boxes = _flipped(boxes, sample.flip, size) / size
-        return image, class_ids, np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float32)
+        return class_ids, np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float32)
 
-    def _layer(self, layer: Layer, sources: Sequence[Source], tables: Tables | None) -> tuple[Image, NDArray[np.int32], Floats]:
-        """A layer's pixels, with shifted colours if there are tables, and its boxes_xyxy in px; not flipped."""
+    def _layer(self, layer: Layer, sources: Sequence[Source], room: Image) -> tuple[Image, NDArray[np.int32], Floats]:
+        """A layer's pixels and its boxes_xyxy in px; not flipped."""
         size, shown = self.recipe.imgsz, [sources[i] for i in layer.indices]
         tiles, canvas_hw = layout(layer, [s.hw for s in shown], size)
         class_ids, boxes = move_boxes(layer, tiles, canvas_hw, [(s.class_ids, s.boxes_xywhn) for s in shown], size)
         matrix, images = layer.matrix(canvas_hw, size), [s.image for s in shown]
         if self.recipe.is_axis_aligned:
-            return paint_tiles(images, tiles, matrix, size, tables, self.scratch), class_ids, boxes
-        image = paint_canvas(images, tiles, canvas_hw, matrix, size)
-        if tables is not None:
-            look_up(image, tables)
-        return image, class_ids, boxes
+            return paint_tiles(images, tiles, matrix, size, room), class_ids, boxes
+        return paint_canvas(images, tiles, canvas_hw, matrix, size), class_ids, boxes
 
 
 def _flipped(boxes_xyxy: Floats, flip: tuple[bool, bool], size: int) -> Floats:

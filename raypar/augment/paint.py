@@ -1,4 +1,4 @@
-"""Pixels of one image: its tiles painted into the output, colours shifted on the way. OpenCV.
+"""Pixels of one image: its tiles painted, then developed: channels apart, flipped, recoloured.
 
 Runs in: Ray Data tasks. No mosaic canvas is painted when maps are only scale and shift (the default recipe): the visible part of
 each tile is resized to its place in the output, which takes a fifth of the time of a warp. A resize goes from whole pixels to
@@ -18,45 +18,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.augment.geometry import Floats, Tile
+from raypar.augment.kernels import shift_hsv
 
 GREY = 114
 OVERHANG_PX, CLOSE_ENOUGH_PX = 8, 0.05
 MAX_ROUNDING_PX = 0.5
-STRIP_PX = 40_960  # colours change in strips that stay in the processor's cache: half the time of whole images
 Image = NDArray[np.uint8]
-Tables = tuple[Image, Image, Image]
 
 
-def paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, tables: Tables | None, scratch: Image) -> Image:
-    """Paints each tile into its own rectangle of the output, colours shifted if there are tables.
+def canvas(size: int) -> Image:
+    """Room to paint one layer in: the output, and a margin for tiles that the output's sides cut."""
+    return np.empty((size + 2 * OVERHANG_PX, size + 2 * OVERHANG_PX, 3), np.uint8)
+
+
+def paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, room: Image) -> Image:
+    """Resizes what is seen of each tile into its own rectangle of the output.
 
     Args:
         images: of the tiles.
         tiles: of :func:`layout`.
         matrix: canvas -> output, scale and shift only.
         size: S.
-        tables: of :func:`colour_tables`.
-        scratch: uint8, at least (S + 2 * OVERHANG_PX, S + 2 * OVERHANG_PX, 3).
+        room: of :func:`canvas`; painted in.
+
+    Returns:
+        uint8 (S, S, 3), a view of the room.
     """
-    grey = GREY if tables is None else int(tables[2][GREY])
-    out = np.full((size, size, 3), grey, np.uint8)
+    room[...] = GREY
     for image, tile in zip(images, tiles, strict=True):
         x, y = (_span(float(matrix[a, a]), float(matrix[a, 2]), tile, a, image.shape[1 - a], size) for a in (0, 1))
         if x is None or y is None:
             continue
-        region = out[max(y.to, 0) : y.to_end, max(x.to, 0) : x.to_end]  # slices end with the output
         width, height = x.to_end - x.to, y.to_end - y.to
-        resized = scratch[:height, :width]
+        region = room[y.to + OVERHANG_PX : y.to_end + OVERHANG_PX, x.to + OVERHANG_PX : x.to_end + OVERHANG_PX]
         if max(x.rounding_px, y.rounding_px) <= MAX_ROUNDING_PX:
-            cv2.resize(image[y.begin : y.end, x.begin : x.end], (width, height), dst=resized, interpolation=cv2.INTER_LINEAR)
+            cv2.resize(image[y.begin : y.end, x.begin : x.end], (width, height), dst=region, interpolation=cv2.INTER_LINEAR)
         else:
             placed = np.array([[x.scale, 0, x.shift - x.to], [0, y.scale, y.shift - y.to]])
-            cv2.warpAffine(image, placed, (width, height), dst=resized, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-        above, left = max(-y.to, 0), max(-x.to, 0)
-        region[...] = resized[above : above + region.shape[0], left : left + region.shape[1]]
-        if tables is not None:
-            look_up(region, tables)
-    return out
+            cv2.warpAffine(image, placed, (width, height), dst=region, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    return room[OVERHANG_PX : OVERHANG_PX + size, OVERHANG_PX : OVERHANG_PX + size]
 
 
 @dataclass(frozen=True)
@@ -122,28 +122,21 @@ def paint_canvas(images: Sequence[Image], tiles: Sequence[Tile], canvas_hw: tupl
     return cv2.warpPerspective(canvas, matrix, (size, size), borderValue=(GREY,) * 3)
 
 
-def shift_colours(image: Image, gains: Floats) -> None:
-    """Changes hue, saturation and value of an RGB image in place, by Ultralytics' look-up tables (RandomHSV)."""
-    look_up(image, colour_tables(gains))
+def develop(image: Image, gains: Floats, flip: tuple[bool, bool], swap: bool, out: Image) -> None:
+    """Writes a painted image into its place in the batch: channels apart, flipped, recoloured.
 
-
-def look_up(image: Image, tables: Tables) -> None:
-    height, width = image.shape[:2]
-    rows = min(max(STRIP_PX // width, 1), height)
-    hsv, planes = np.empty((rows, width, 3), np.uint8), np.empty((3, rows, width), np.uint8)
-    for row in range(0, height, rows):
-        strip = image[row : row + rows]
-        of_strip = list(planes[:, : len(strip)])
-        cv2.split(cv2.cvtColor(strip, cv2.COLOR_RGB2HSV, dst=hsv[: len(strip)]), of_strip)
-        for plane, table in zip(of_strip, tables, strict=True):  # faster than one table for all channels
-            cv2.LUT(plane, table, dst=plane)
-        cv2.cvtColor(cv2.merge(of_strip, dst=hsv[: len(strip)]), cv2.COLOR_HSV2RGB, dst=strip)
-
-
-def colour_tables(gains: Floats) -> Tables:
-    """Look-up tables uint8 (256,) of hue, saturation and value."""
-    levels = np.arange(256)
-    hue = ((levels + gains[0] * 180) % 180).astype(np.uint8)
-    saturation, value = (np.clip(levels * (g + 1), 0, 255).astype(np.uint8) for g in gains[1:])
-    saturation[0] = 0  # pure white stays white
-    return hue, saturation, value
+    Args:
+        image: uint8 (S, S, 3) RGB.
+        gains: float64 (3,), of hue (in turns of 180 degrees), saturation and value (RandomHSV).
+        flip: (left-right, up-down).
+        swap: whether red and blue change places.
+        out: uint8 (3, S, S), contiguous; written.
+    """
+    planes = list(out[::-1] if swap else out)
+    cv2.split(image, planes)
+    if any(flip):
+        for plane in planes:
+            cv2.flip(plane, {(True, False): 1, (False, True): 0, (True, True): -1}[flip], dst=plane)
+    if gains.any():
+        hue = np.float32((gains[0] * 180 + 90) % 180)
+        shift_hsv(*(plane.reshape(-1) for plane in planes), hue, np.float32(gains[1] + 1), np.float32(gains[2] + 1))

