@@ -16,7 +16,7 @@ import pytest
 
 import raypar.predict
 from raypar.config import RunConfig
-from raypar.detector import Detector
+from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
 from raypar.sources import list_source, read
 
@@ -48,8 +48,16 @@ def table(config: RunConfig) -> pa.Table:
     return pa.concat_tables([pq.read_table(path) for path in sorted((Path(config.folder.uri) / "predict").glob("*.parquet"))])
 
 
+def share_found(ours: tuple[np.ndarray, np.ndarray, np.ndarray], others: Detections) -> float:
+    """How many of our boxes the others have too. Not all: an untrained model gives neighbours equal confidences, and where a
+    convolution's last bit depends on the batch, NMS keeps another one of them."""
+    boxes, class_ids, confidences = ours
+    is_near = (np.abs(boxes[:, None] - others.boxes_xyxy[None]) < 0.05).all(2) & (np.abs(confidences[:, None] - others.confidences) < 1e-4)
+    return float((is_near & (class_ids[:, None] == others.class_ids)).any(1).mean())
+
+
 def test_a_folder(images: Path, tiny_weights: Path, tmp_path: Path) -> None:
-    config = config_for(tmp_path, tiny_weights, images, num_workers=2, batch=7, precision="fp32")
+    config = config_for(tmp_path, tiny_weights, images, num_workers=2, batch=7)
     summary = raypar.predict.run(config)
     rows = {row["image_id"]: row for row in table(config).to_pylist()}
     files = {path.relative_to(images).as_posix(): path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".png")}
@@ -59,14 +67,14 @@ def test_a_folder(images: Path, tiny_weights: Path, tmp_path: Path) -> None:
     (rejected,) = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
     assert rejected["image_id"] == "broken.jpg"
     assert decode((folder / "samples.png").read_bytes()).std() > 10
-    detector = Detector.load(tiny_weights, precision="fp32")  # bf16 rounds by batch size, and NMS decides by the last bit
+    detector = Detector.load(tiny_weights)
     for name in ("01.jpg", "deep/er/00.PNG", "39.jpg"):
         (alone,) = detector([files[name].read_bytes()])
         row = rows[name]
         assert (row["height"], row["width"]) == alone.image_hw
-        assert row["class_ids"] == alone.class_ids.tolist()
-        np.testing.assert_allclose(np.reshape(row["boxes_xyxy"], (-1, 4)), alone.boxes_xyxy, atol=0.05)
-        np.testing.assert_allclose(row["confidences"], alone.confidences, atol=1e-4)
+        boxes, class_ids = np.reshape(row["boxes_xyxy"], (-1, 4)), np.array(row["class_ids"])
+        assert share_found((boxes, class_ids, np.array(row["confidences"])), alone) > 0.95
+        assert abs(len(boxes) - len(alone.boxes_xyxy)) <= 0.05 * len(boxes)
     assert summary["num_boxes"] == sum(len(row["class_ids"]) for row in rows.values()) == sum(summary["boxes_per_class"].values()) > 0
 
 
