@@ -22,8 +22,9 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment import albu
-from raypar.augment.cpu import Labels, Renderer, Source
+from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
+from raypar.augment.labels import Labels
 from raypar.dataset.batch import Batch
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import Item, Plan

@@ -126,7 +126,8 @@ def compare(recipe: Recipe, sources: list[Source], seed: int) -> float:
 def render(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image uint8 (S, S, 3) RGB, class_ids and boxes_xywhn of a sample."""
     out = np.empty((3, SIZE, SIZE), np.uint8)
-    return out.transpose(1, 2, 0), *Renderer(recipe).render(sample, sources, out)
+    moved = Renderer(recipe).render(sample, sources, out)
+    return out.transpose(1, 2, 0), moved.class_ids, moved.boxes_xywhn
 
 
 def recolour(image: np.ndarray, gains: np.ndarray) -> np.ndarray:
