@@ -24,6 +24,7 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from raypar.config import RunConfig
+from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
 from raypar.pool import DetectorPool, read_facts
 from raypar.storage import Folder
@@ -54,7 +55,7 @@ def check(config: RunConfig) -> None:
     manifest = Manifest.load(config.folder / "dataset")
     if manifest.task != "detect":
         raise ValueError(f"the dataset's task is '{manifest.task}': this version evaluates detect")
-    manifest.split(config.evaluate.split)
+    verify.check_sizes(config.folder / "dataset", manifest, (config.evaluate.split,))
     find(config.evaluate.weights, config.folder, "evaluate")
 
 
@@ -81,6 +82,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         if all(before.get(key) == value for key, value in settings.items()):
             print(f"evaluate: {out.uri} is complete for these weights and settings; evaluate.overwrite=true evaluates anew", flush=True)
             return before
+    verify.check_sums(dataset, manifest, (section.split,))
     out.delete(RESULT)
     weights = weights.staged(out)
     items = [{"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))]

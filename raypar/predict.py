@@ -25,6 +25,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from raypar.config import RunConfig
+from raypar.dataset import verify
+from raypar.dataset.manifest import Manifest
 from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
 from raypar.storage import Folder
@@ -59,6 +61,9 @@ def check(config: RunConfig) -> None:
     """
     find(config.predict.weights, config.folder, "predict")
     list_source(config.predict.source, config.folder)
+    if config.predict.source is None:
+        dataset = config.folder / "dataset"
+        verify.check_sizes(dataset, Manifest.load(dataset), ("val",))
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -83,6 +88,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"predict: {out.uri} is complete; predict.overwrite=true predicts anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
+    if section.source is None:
+        dataset = config.folder / "dataset"
+        verify.check_sums(dataset, Manifest.load(dataset), ("val",))
     out.write_json(SETTINGS, settings)
     done = {name for name in out.list() if name.endswith(".parquet")}
     due = [i for i in range(len(source.pieces)) if _name(i) not in done]

@@ -13,12 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from raypar.config import RunConfig
+from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
 from raypar.storage import Folder
 
 SUMMARY = "summary.json"  # written last: where it is, the training is complete
 SETTINGS = "settings.json"  # what a run must keep to be resumed
 START_ATTEMPTS = 3
+SPLITS = ("train", "val")  # that training reads
 
 
 def check(config: RunConfig) -> None:
@@ -30,8 +32,7 @@ def check(config: RunConfig) -> None:
     manifest = Manifest.load(config.folder / "dataset")  # first: what follows imports torch and Ultralytics, which takes seconds
     if manifest.task != "detect":
         raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
-    for split in ("train", "val"):
-        manifest.split(split)
+    verify.check_sizes(config.folder / "dataset", manifest, SPLITS)
     from raypar.augment import albu
     from raypar.train.recipe import settings
 
@@ -74,9 +75,10 @@ def run(config: RunConfig) -> dict[str, Any]:
         print(f"train: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
+    manifest = Manifest.load(config.folder / "dataset")
+    verify.check_sums(config.folder / "dataset", manifest, SPLITS)
     model = _stage(_model(train.model), out)
     out.write_json(SETTINGS, settings)
-    manifest = Manifest.load(config.folder / "dataset")
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / START_ATTEMPTS)

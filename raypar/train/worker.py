@@ -175,6 +175,9 @@ class Worker:
         scores = f"mAP50 {line['map50']:.3f} mAP50-95 {line['map50_95']:.3f}" if "map50" in line else "not validated"
         print(f"train: epoch {line['epoch']}/{self.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
               f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
+        if line["images_replaced"]:
+            print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; others were shown in their place",
+                  flush=True)  # fmt: skip
 
 
 class _Epoch:
