@@ -80,6 +80,7 @@ def _run(options: argparse.Namespace) -> int:
 
     from raypar import cluster
 
+    cluster.check_without_starting(options.verb, config)
     cluster.connect()
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
     config.folder.write("run.yaml", runfile.dump(config) + _versions())

@@ -27,7 +27,10 @@ def read_facts(weights: Weights, imgsz: int | None) -> tuple[list[str], int, str
     from raypar.detector import Detector
 
     with weights.local() as path:
-        detector = Detector.load(path, imgsz=imgsz)
+        try:
+            detector = Detector.load(path, imgsz=imgsz)
+        except ValueError as error:
+            raise ValueError(str(error).replace(str(path), weights.uri)) from error
     return detector.class_names, detector.imgsz, detector.sha256
 
 

@@ -15,6 +15,9 @@ import pyarrow.fs as pafs
 
 from raypar.storage import Folder
 
+# what Ultralytics' AutoBackend tells apart by name, where raypar can load it
+SUFFIXES = (".pt", ".onnx", ".torchscript", ".engine", "_openvino_model")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -77,4 +80,18 @@ def find(weights: str | None, run: Folder, verb: str) -> Weights:
         mend = f"name a .pt file or an exported model with {verb}.weights=..."
     if not found.folder.exists(found.name):
         raise ValueError(f"there are no weights at {found.uri}: {mend}")
+    if (wrong := _wrong_kind(found)) is not None:
+        raise ValueError(f"weights {found.uri} cannot be read: {wrong}; {mend}")
     return found
+
+
+def _wrong_kind(weights: Weights) -> str | None:
+    """Why these cannot be weights, as far as a name and the first bytes tell: before PyTorch is imported."""
+    if not weights.name.endswith(SUFFIXES):
+        return f"the name ends with none of {', '.join(SUFFIXES)}"
+    if weights.name.endswith(".pt"):
+        with weights.folder.open(weights.name) as file:
+            begin = file.read(4)
+        if not begin.startswith((b"PK\x03\x04", b"\x80\x02")):  # zip, or the pickle of before PyTorch 1.6
+            return "it is not a file that PyTorch wrote"
+    return None
