@@ -75,7 +75,10 @@ class TrainConfig(Section):
     batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the chip has it")
     augment: Literal["auto", "cpu"] = Field("auto", description="where to augment; cpu: in Ray Data tasks")
-    cache: Literal["none"] = Field("none", description="keep decoded images between epochs")
+    cache: Literal["none", "ram", "disk"] = Field("none", description="keep decoded images between epochs, once a node")
+    cache_gb: float | None = Field(
+        None, gt=0, description="of a node; nothing: a quarter of its memory, or half of what is free on its disk"
+    )
     albumentations: list[dict[str, Any]] | str | None = Field(
         None, description="transforms as [{Blur: {p: 0.1}}, ...] or an importable function 'pkg.module:make' that returns them; nothing: Ultralytics' four"
     )  # fmt: skip

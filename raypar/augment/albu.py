@@ -67,6 +67,8 @@ def make(spec: Spec) -> Transform:
         for (probability, moves, compose), drawn in zip(steps, draws, strict=True):
             if drawn >= probability:
                 continue
+            if not image.flags.writeable:  # a view of the cache
+                image = image.copy()
             compose.set_random_seed(int(rng.integers(2**31)))
             result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids) if moves else compose(image=image)
             image = np.ascontiguousarray(result["image"])

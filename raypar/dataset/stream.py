@@ -10,7 +10,7 @@ Why one stream and not one Ray Data execution an epoch: see ``docs/decisions/000
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import islice
@@ -26,14 +26,16 @@ from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
 from raypar.dataset.batch import Batch
+from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import Item, Plan
-from raypar.images import decode, shrink
+from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
-COLUMNS = ["image_id", "image", "class_ids", "boxes_xywhn"]
+LABELS = ["class_ids", "boxes_xywhn"]
+COLUMNS = ["image", *LABELS]
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
 
@@ -48,12 +50,14 @@ class StreamSpec:
     mosaic_epochs: int  # epochs before mosaic is closed
     albumentations: list[dict[str, Any]] | str | None
     world_size: int
+    cache: CacheSpec | None = None
 
     @classmethod
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe, *, mosaic_epochs: int,
-           albumentations: list[dict[str, Any]] | str | None, world_size: int) -> StreamSpec:  # fmt: skip
+           albumentations: list[dict[str, Any]] | str | None, world_size: int,
+           cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
         groups = tuple((shard.path, i) for shard in split.shards for i in range(len(shard.row_groups)))
-        return cls(dataset, groups, plan, recipe, mosaic_epochs, albumentations, world_size)
+        return cls(dataset, groups, plan, recipe, mosaic_epochs, albumentations, world_size, cache)
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -86,15 +90,15 @@ def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
 
 def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) -> tuple[NDArray[np.int64], list[Source], int]:
     """The window's rows: their numbers within the split, the images with their boxes, and how many had to be replaced."""
-    tables, numbers = [], []
+    tables, images, numbers = [], list[pa.Buffer | Image | None](), []
     for group in groups:
-        path, index = spec.groups[group]
-        with spec.dataset.open(path) as file:
-            tables.append(pq.ParquetFile(file).read_row_group(index, columns=COLUMNS))
-        numbers.append(spec.first_rows[group] + np.arange(tables[-1].num_rows))
+        table, in_group = _read_group(spec, int(group))
+        tables.append(table)
+        images += in_group
+        numbers.append(spec.first_rows[group] + np.arange(table.num_rows))
     table, number = pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start), np.concatenate(numbers)[rows]
     transform = _transform(spec)
-    found = [_source(spec, item, transform, int(n), table, i) for i, n in enumerate(number)]
+    found = [_source(spec, item, transform, int(n), table, i, image) for i, (n, image) in enumerate(zip(number, images[rows], strict=True))]
     good = [i for i, source in enumerate(found) if source is not None]
     if not good:
         raise ValueError(f"no image of the {len(found)} in a window of {spec.dataset.uri} can be decoded: prepare the dataset again")
@@ -103,10 +107,35 @@ def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) 
     return number, sources, len(found) - len(good)
 
 
-def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int, table: pa.Table, i: int) -> Source | None:
+def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buffer | Image | None]]:
+    """A row group's labels, and its images: encoded, or decoded when there is a cache (None: cannot be)."""
+    path, index = spec.groups[group]
+    cache = None if spec.cache is None else node_cache(spec.cache)
+    images = None if cache is None else cache.get(str(group))
+    with spec.dataset.open(path) as file:
+        table = pq.ParquetFile(file).read_row_group(index, columns=COLUMNS if images is None else LABELS)
+    if images is not None:
+        return table, images
+    encoded = [image.as_buffer() for image in table["image"]]
+    if cache is None:
+        return table.select(LABELS), encoded
+    decoded = [_decode(spec, image) for image in encoded]
+    cache.put(str(group), decoded)
+    return table.select(LABELS), decoded
+
+
+def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
     try:
-        image = shrink(decode(table["image"][i].as_buffer()), spec.recipe.imgsz)
+        return shrink(decode(image), spec.recipe.imgsz)
     except ValueError:
+        return None
+
+
+def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int, table: pa.Table, i: int,
+            image: pa.Buffer | Image | None) -> Source | None:  # fmt: skip
+    if isinstance(image, pa.Buffer):
+        image = _decode(spec, image)
+    if image is None:
         return None
     class_ids = table["class_ids"][i].values.to_numpy(zero_copy_only=False)
     boxes = table["boxes_xywhn"][i].values.to_numpy(zero_copy_only=False).reshape(-1, 4)

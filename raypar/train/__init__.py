@@ -6,6 +6,7 @@ Runs in: the driver. The work is in :mod:`raypar.train.worker`, one process a ra
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from typing import Any
 
 from raypar.config import RunConfig
 from raypar.dataset import verify
+from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.storage import Folder
 
@@ -81,6 +83,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     out.write_json(SETTINGS, settings)
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
+    cache = _cache(config, manifest)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / START_ATTEMPTS)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     trainer = ray.train.torch.TorchTrainer(
@@ -91,6 +94,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             "model": model,
             "train": train.model_dump(mode="json"),
             "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
+            "cache": None if cache is None else dataclasses.asdict(cache),
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
@@ -112,7 +116,20 @@ def run(config: RunConfig) -> dict[str, Any]:
         raise RuntimeError(
             f"training failed: {_cause(error)}; what was saved is in {out.uri}, and the same command goes on from there"
         ) from error
+    finally:
+        if cache is not None:
+            drop_everywhere(cache)
     return _finish(out)
+
+
+def _cache(config: RunConfig, manifest: Manifest) -> CacheSpec | None:
+    """The cache of decoded images that the run asks for: another dataset or image size is another cache."""
+    train = config.train
+    if train.cache == "none":
+        return None
+    sums = "".join(shard.sha256 for shard in manifest.split("train").shards)
+    key = hashlib.sha256(f"{config.folder.uri} {train.yolo.get('imgsz')} {sums}".encode()).hexdigest()[:16]
+    return CacheSpec(train.cache, key, None if train.cache_gb is None else int(train.cache_gb * 1e9))
 
 
 def _train_loop(config: dict[str, Any]) -> Any:

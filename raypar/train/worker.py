@@ -19,6 +19,7 @@ from torch import Tensor
 
 from raypar.augment.geometry import Recipe
 from raypar.dataset.batch import Batch
+from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, batches
@@ -69,9 +70,11 @@ class Worker:
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision)  # fmt: skip
         recipe = Recipe.from_yolo(vars(self.args))
+        cache = CacheSpec(**config["cache"]) if config["cache"] else None
+        self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
         self.spec = StreamSpec.of(
             dataset, manifest.split("train"), self.plan, recipe, mosaic_epochs=self.args.epochs - self.args.close_mosaic,
-            albumentations=train["albumentations"], world_size=self.world_size)  # fmt: skip
+            albumentations=train["albumentations"], world_size=self.world_size, cache=cache)  # fmt: skip
         self.validator = Validator(
             dataset, manifest.split("val"), self.class_names, rank=self.rank, world_size=self.world_size, imgsz=self.args.imgsz,
             batch=max(1, 2 * train["batch"] // self.world_size), max_det=self.args.max_det, iou=self.args.iou,
