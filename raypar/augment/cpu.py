@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, layout
-from raypar.augment.labels import Labels, Moved, batch_labels, move_labels
+from raypar.augment.labels import Labels, Moved, Polygons, batch_labels, move_labels
 from raypar.augment.paint import Image, canvas, develop, paint_canvas, paint_tiles
 
 
@@ -25,11 +25,15 @@ class Source:
         image: uint8 (H, W, 3) RGB; its longer side should not exceed the recipe's imgsz by much (``images.shrink``).
         class_ids: int32 (N,).
         boxes_xywhn: float32 (N, 4), centre x, centre y, width, height over W, H.
+        polygons: float32 (N, P, 2) over W, H: for segment, with many points (``outlines.densify``); the four corners for obb.
+        keypoints: float32 (N, K, 3), x, y over W, H, visibility: for pose.
     """
 
     image: Image
     class_ids: NDArray[np.int32]
     boxes_xywhn: NDArray[np.float32]
+    polygons: NDArray[np.float32] | None = None
+    keypoints: NDArray[np.float32] | None = None
 
     @property
     def hw(self) -> tuple[int, int]:
@@ -72,21 +76,22 @@ class Renderer:
     def paint(self, sample: Sample, sources: Sequence[Source], moved: Moved, out: Image) -> None:
         """The pixels of one image: uint8 (3, S, S), RGB; written."""
         size = self.recipe.imgsz
-        image = self._layer(sample.layer, sources, self.room)
+        image = self._layer(sample.layer, sources, self.room, moved.pasted[0])
         if sample.mixed is not None:
             other, share = sample.mixed
-            image = cv2.addWeighted(image, share, self._layer(other, sources, canvas(size)), 1 - share, -0.5)  # Ultralytics truncates
+            image2 = self._layer(other, sources, canvas(size), moved.pasted[1])
+            image = cv2.addWeighted(image, share, image2, 1 - share, -0.5)  # Ultralytics truncates, OpenCV rounds
         if moved.cut is not None:
             assert sample.cut is not None
             x0, y0, x1, y1 = moved.cut
-            image[y0:y1, x0:x1] = self._layer(sample.cut[0], sources, canvas(size))[y0:y1, x0:x1]
+            image[y0:y1, x0:x1] = self._layer(sample.cut[0], sources, canvas(size), moved.pasted[2])[y0:y1, x0:x1]
         develop(image, sample.gains, sample.flip, sample.swap, out)
 
-    def _layer(self, layer: Layer, sources: Sequence[Source], room: Image) -> Image:
+    def _layer(self, layer: Layer, sources: Sequence[Source], room: Image, pasted: Polygons) -> Image:
         """A layer's pixels; not flipped."""
         size, shown = self.recipe.imgsz, [sources[i] for i in layer.indices]
         tiles, canvas_hw = layout(layer, [s.hw for s in shown], size)
         matrix, images = layer.matrix(canvas_hw, size), [s.image for s in shown]
-        if self.recipe.is_axis_aligned:
+        if self.recipe.is_axis_aligned and not len(pasted):
             return paint_tiles(images, tiles, matrix, size, room)
-        return paint_canvas(images, tiles, canvas_hw, matrix, size)
+        return paint_canvas(images, tiles, canvas_hw, matrix, size, pasted)

@@ -43,13 +43,30 @@ class Recipe:
     fliplr: float = 0.0
     flipud: float = 0.0
     bgr: float = 0.0
+    copy_paste: float = 0.0
+    mask_ratio: int = 4
+    task: str = "detect"
+    flip_idx: tuple[int, ...] = ()  # pose: where each keypoint of a mirrored image comes from
 
     @classmethod
-    def from_yolo(cls, args: Mapping[str, Any]) -> Recipe:
-        """The recipe in Ultralytics' whole settings."""
-        values = {f.name: args[f.name] for f in fields(cls)}
+    def from_yolo(cls, args: Mapping[str, Any], task: str = "detect", flip_idx: Sequence[int] = ()) -> Recipe:
+        """The recipe in Ultralytics' whole settings; as there, keypoints are not flipped without a ``flip_idx``.
+
+        Raises:
+            ValueError: a setting that raypar cannot honour.
+        """
+        values = {f.name: args[f.name] for f in fields(cls) if f.name not in ("task", "flip_idx")}
+        if task == "segment" and not args["overlap_mask"]:
+            raise ValueError("train.yolo.overlap_mask=False is not supported: masks are joined in one, as by default")
+        if task == "segment" and args["copy_paste"] and args["copy_paste_mode"] != "flip":
+            raise ValueError(f"train.yolo.copy_paste_mode={args['copy_paste_mode']!r} is not supported: write flip")
+        if task != "segment":
+            values["copy_paste"] = 0.0  # it needs polygons
+        if task == "pose" and not flip_idx:
+            values["fliplr"] = values["flipud"] = 0.0
         scale = values["scale"]
-        return cls(**values | {"scale": tuple(scale) if isinstance(scale, list | tuple) else float(scale)})
+        scale = tuple(scale) if isinstance(scale, list | tuple) else float(scale)
+        return cls(**values | {"scale": scale, "task": task, "flip_idx": tuple(flip_idx)})
 
     @property
     def is_axis_aligned(self) -> bool:
@@ -69,6 +86,7 @@ class Layer:
         scale: factor.
         shear: (2,) degrees, in x and y.
         shift: (2,) where the canvas' centre lands, as a share of S.
+        copy_paste: share of the eligible instances to paste mirrored.
     """
 
     indices: tuple[int, ...]
@@ -78,6 +96,7 @@ class Layer:
     scale: float
     shear: tuple[float, float]
     shift: tuple[float, float]
+    copy_paste: float = 0.0
 
     def matrix(self, canvas_hw: tuple[int, int], size: int) -> Floats:
         """Canvas -> output, before flips: translation * shear * rotation and scale * perspective * centring."""
@@ -182,6 +201,7 @@ def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -
         scale,
         (within(u[7], -recipe.shear, recipe.shear), within(u[8], -recipe.shear, recipe.shear)),
         (shift[0], shift[1]),
+        recipe.copy_paste if mosaic_on and recipe.task == "segment" else 0.0,
     )
 
 
@@ -219,60 +239,59 @@ def layout(layer: Layer, image_hws: Sequence[tuple[int, int]], size: int) -> tup
     return tiles, (2 * size, 2 * size)
 
 
-def move_boxes(layer: Layer, tiles: Sequence[Tile], canvas_hw: tuple[int, int], labels: Sequence[tuple[NDArray[np.int32], NDArray[np.float32]]],
-               size: int) -> tuple[NDArray[np.int32], Floats]:  # fmt: skip
-    """The layer's boxes in the output, before flips; those that are cut off too far are dropped, as in Ultralytics.
+def to_canvas(tiles: Sequence[Tile], counts: Sequence[int]) -> tuple[Floats, Floats]:
+    """How normalised points of a layer's instances become canvas px: times (N, 2), plus (N, 2).
 
     Args:
-        layer: whose map to apply.
         tiles: of :func:`layout`.
-        canvas_hw: of :func:`layout`.
-        labels: for each tile class_ids int32 (N,) and boxes_xywhn float32 (N, 4), over the source's width and height.
-        size: S.
-
-    Returns:
-        class_ids int32 (M,), and boxes_xyxy float64 (M, 4), px of the output.
+        counts: instances of each tile.
     """
-    class_ids = np.concatenate([c for c, _ in labels]).astype(np.int32)
-    if not len(class_ids):
-        return class_ids, np.empty((0, 4))
-    boxes = np.concatenate([b for _, b in labels])
     places = np.array([(*tile.hw[::-1], *tile.origin) for tile in tiles], np.float64)
-    wh, origin = np.hsplit(np.repeat(places, [len(c) for c, _ in labels], axis=0), 2)
-    centres, half = boxes[:, :2] * wh + origin, boxes[:, 2:] * wh / 2
-    before = np.concatenate([centres - half, centres + half], 1)
-    if layer.centre is not None:
-        before = np.clip(before, 0, np.tile(canvas_hw[::-1], 2))
-        keep = (before[:, 2:] > before[:, :2]).all(1)
-        class_ids, before = class_ids[keep], before[keep]
-    after = _hull(before, layer.matrix(canvas_hw, size)).clip(0, size)
-    wh_before, wh = (before[:, 2:] - before[:, :2]) * layer.scale, after[:, 2:] - after[:, :2]
+    wh, origin = np.hsplit(np.repeat(places, counts, axis=0), 2)
+    return wh, origin
+
+
+def is_seen(before: Floats, after: Floats, scale: float, min_area: float = MIN_AREA_LEFT) -> NDArray[np.bool_]:
+    """Which instances are left after a map and a cut; those cut off too far are dropped, as in Ultralytics.
+
+    Args:
+        before, after: boxes_xyxy float64 (N, 4), px of the canvas and of the output.
+        scale: of the map.
+        min_area: share of the area that must be left.
+    """
+    wh_before, wh = (before[:, 2:] - before[:, :2]) * scale, after[:, 2:] - after[:, :2]
     aspect = np.maximum(wh[:, 0] / (wh[:, 1] + 1e-16), wh[:, 1] / (wh[:, 0] + 1e-16))
-    keep = (wh > MIN_SIDE_PX).all(1) & (wh.prod(1) / (wh_before.prod(1) + 1e-16) > MIN_AREA_LEFT) & (aspect < MAX_ASPECT)
-    return class_ids[keep], after[keep]
+    seen: NDArray[np.bool_] = (wh > MIN_SIDE_PX).all(1) & (wh.prod(1) / (wh_before.prod(1) + 1e-16) > min_area) & (aspect < MAX_ASPECT)
+    return seen
 
 
-def _hull(boxes_xyxy: Floats, matrix: Floats) -> Floats:
+def hull(boxes_xyxy: Floats, matrix: Floats) -> Floats:
     """The upright boxes around mapped ones: float64 (N, 4)."""
-    corners = boxes_xyxy[:, [[0, 1], [2, 3], [0, 3], [2, 1]]]  # (N, 4, 2)
-    xy = corners @ matrix[:2, :2].T + matrix[:2, 2]
-    if matrix[2, :2].any():
-        xy /= corners @ matrix[2, :2, None] + matrix[2, 2]
+    xy = mapped(boxes_xyxy[:, [[0, 1], [2, 3], [0, 3], [2, 1]]], matrix)
     return np.concatenate([xy.min(1), xy.max(1)], 1)
 
 
-def choose_cut(areas: Floats, pick: float, boxes: Floats, other_boxes: Floats) -> tuple[Floats, NDArray[np.intp]] | None:
+def mapped(points: Floats, matrix: Floats) -> Floats:
+    """Points (..., 2) through a 3x3 map."""
+    xy = points @ matrix[:2, :2].T + matrix[:2, 2]
+    if matrix[2, :2].any():
+        xy /= points @ matrix[2, :2, None] + matrix[2, 2]
+    return xy
+
+
+def choose_cut(areas: Floats, pick: float, boxes: Floats, other_boxes: Floats,
+               min_area: float = MIN_AREA_IN_CUT) -> tuple[Floats, NDArray[np.intp]] | None:  # fmt: skip
     """CutMix's rectangle and the other layer's boxes that come with it.
 
     Returns:
-        The rectangle float64 (4,) in px and the indices of the boxes that lie in it by a tenth or more; None when no rectangle
+        The rectangle float64 (4,) in px and the indices of the boxes that lie in it by ``min_area`` or more; None when no rectangle
         is free of the image's own boxes, or none of the other's boxes would come along.
     """
     free = np.flatnonzero(_share_inside(areas, boxes).sum(1) <= 0)
     if not len(free):
         return None
     area = areas[free[int(pick * len(free))]]
-    inside = np.flatnonzero(_share_inside(area[None], other_boxes)[0] >= MIN_AREA_IN_CUT)
+    inside = np.flatnonzero(_share_inside(area[None], other_boxes)[0] >= min_area)
     return (area, inside) if len(inside) else None
 
 

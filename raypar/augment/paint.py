@@ -111,14 +111,23 @@ def _edge(scale: float, shift: float, choices: Iterable[int]) -> tuple[int, int,
     return best
 
 
-def paint_canvas(images: Sequence[Image], tiles: Sequence[Tile], canvas_hw: tuple[int, int], matrix: Floats, size: int) -> Image:
-    """Paints the canvas and warps it whole: for maps that turn, shear or tilt, as Ultralytics does for all."""
+def paint_canvas(images: Sequence[Image], tiles: Sequence[Tile], canvas_hw: tuple[int, int], matrix: Floats, size: int,
+                 pasted: Sequence[NDArray[np.int32]] = ()) -> Image:  # fmt: skip
+    """Paints the canvas and warps it whole: for maps that turn, shear or tilt, as Ultralytics does for all.
+
+    Within the polygons ``pasted``, int32 (P, 2) px of the canvas, it shows its mirror image (CopyPaste).
+    """
     canvas = np.full((*canvas_hw, 3), GREY, np.uint8)
     for image, tile in zip(images, tiles, strict=True):
         if (image.shape[0], image.shape[1]) != tile.hw:
             image = cv2.resize(image, tile.hw[::-1], interpolation=cv2.INTER_LINEAR)
         (x0, y0, x1, y1), (left, top) = tile.rect, tile.origin
         canvas[y0:y1, x0:x1] = image[y0 - top : y1 - top, x0 - left : x1 - left]
+    if len(pasted):
+        mask = np.zeros(canvas_hw, np.uint8)
+        for polygon in pasted:
+            cv2.drawContours(mask, [polygon], -1, 1, cv2.FILLED)
+        cv2.copyTo(cv2.flip(canvas, 1), mask, canvas)
     return cv2.warpPerspective(canvas, matrix, (size, size), borderValue=(GREY,) * 3)
 
 

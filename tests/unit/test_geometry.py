@@ -15,7 +15,8 @@ from ultralytics.data import augment as theirs
 from ultralytics.data.dataset import YOLODataset
 from ultralytics.utils.instance import Instances
 
-from raypar.augment.geometry import Layer, Recipe, choose_cut, draw, generator, layout, move_boxes, resized_hw
+from raypar.augment.geometry import Layer, Recipe, choose_cut, draw, generator, layout, resized_hw
+from raypar.augment.labels import move_layer
 
 SIZE = 160
 DEFAULT = Recipe(SIZE, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
@@ -73,6 +74,19 @@ def random_labels(rng: np.random.Generator, count: int) -> tuple[np.ndarray, np.
     return rng.integers(0, 5, count).astype(np.int32), np.concatenate([centres, wh], 1).astype(np.float32)
 
 
+def moved(
+    recipe: Recipe, layer: Layer, hws: list[tuple[int, int]], labels: list[tuple[np.ndarray, np.ndarray]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Class ids and boxes_xyxy px of a layer whose tiles are the sources 0, 1 ..."""
+    sources = [
+        SimpleNamespace(hw=hw, class_ids=ids, boxes_xywhn=boxes, polygons=None, keypoints=None)
+        for hw, (ids, boxes) in zip(hws, labels, strict=True)
+    ]
+    instances, pasted = move_layer(recipe, layer, sources)
+    assert len(pasted) == 0
+    return instances.class_ids, instances.boxes
+
+
 @given(SEEDS, st.lists(st.tuples(SIDES, SIDES), min_size=4, max_size=4), st.booleans(), st.sampled_from([DEFAULT, ALL]))
 @settings(max_examples=150, deadline=None)
 def test_tiles_map_and_boxes_are_ultralytics(seed: int, hws: list[tuple[int, int]], mosaic_on: bool, recipe: Recipe) -> None:
@@ -82,7 +96,7 @@ def test_tiles_map_and_boxes_are_ultralytics(seed: int, hws: list[tuple[int, int
     hws = hws[: len(layer.indices)]
     labels = [random_labels(rng, int(rng.integers(0, 9))) for _ in hws]
     tiles, canvas_hw = layout(layer, hws, SIZE)
-    class_ids, boxes = move_boxes(layer, tiles, canvas_hw, labels, SIZE)
+    class_ids, boxes = moved(recipe, layer, hws, labels)
     matrix, places, expected_ids, expected = ultralytics_boxes(layer, recipe, hws, labels)
 
     np.testing.assert_allclose(layer.matrix(canvas_hw, SIZE), matrix, rtol=1e-5, atol=1e-4)
@@ -101,7 +115,7 @@ def test_the_same_boxes_are_dropped() -> None:
         layer = Layer((0, 1, 2, 3), *(getattr(layer, n) for n in ("centre", "perspective", "angle", "scale", "shear", "shift")))
         rng = np.random.default_rng(seed)
         hws, labels = [(SIZE, SIZE * 3 // 4)] * 4, [random_labels(rng, 8) for _ in range(4)]
-        class_ids, _ = move_boxes(layer, *layout(layer, hws, SIZE), labels, SIZE)
+        class_ids, _ = moved(DEFAULT, layer, hws, labels)
         expected = ultralytics_boxes(layer, DEFAULT, hws, labels)[2]
         kept, dropped = kept + len(expected), dropped + 32 - len(expected)
         different += class_ids.tolist() != expected.tolist()

@@ -1,0 +1,174 @@
+"""Polygons, corners of rotated boxes and keypoints: cut at the edges and drawn, as Ultralytics does it (8.4.190). Pure NumPy and OpenCV.
+
+Letters: N instances of an image, P points of a polygon, K keypoints, S the output's side in px. Points are (x, y).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+Floats = NDArray[np.float64]
+Points = NDArray[np.float32]
+NUM_POINTS = 1000  # of a polygon: YOLODataset.update_labels_info
+MAX_PASTED_OVERLAP = 0.3  # CopyPaste
+_CORNERS = np.array([[0, 0], [1, 0], [0, 1], [1, 1]], np.float32)
+
+
+def densify(polygons: Sequence[NDArray[np.float32]]) -> Points:
+    """Polygons (P, 2) of any number of points, all with 1000 (or one more than the longest), none of their own lost.
+
+    Only points are cut at an edge, so polygons need many (ultralytics.utils.ops.resample_segments).
+    """
+    longest = max((len(polygon) for polygon in polygons), default=0)
+    num_points = longest + 1 if longest > NUM_POINTS else NUM_POINTS
+    return np.stack([_resampled(p, num_points) for p in polygons]) if len(polygons) else np.zeros((0, num_points, 2), np.float32)
+
+
+def _resampled(polygon: Points, num_points: int) -> Points:
+    if len(polygon) == num_points:
+        return polygon
+    closed = np.concatenate([polygon, polygon[:1]])
+    own = np.arange(len(closed))
+    at = np.linspace(0, len(closed) - 1, num_points - len(closed) if len(closed) < num_points else num_points)
+    at = np.insert(at, np.searchsorted(at, own), own) if len(closed) < num_points else at
+    return np.stack([np.interp(at, own, closed[:, axis]) for axis in (0, 1)], 1).astype(np.float32)
+
+
+def join(polygons: Sequence[Points]) -> Points:
+    """Arrays (N, P, 2) one after the other; where P differs, all get the largest."""
+    num_points = max(p.shape[1] for p in polygons)
+    return np.concatenate([p if p.shape[1] == num_points else np.stack([_resampled(q, num_points) for q in p])
+                           for p in polygons if len(p)] or [np.zeros((0, num_points, 2), np.float32)])  # fmt: skip
+
+
+def visible_boxes(polygons: Points, size: int) -> Floats:
+    """Boxes_xyxy float64 (N, 4), px, of what of each polygon lies within [0, S] x [0, S]; zeros for nothing."""
+    low, high = polygons.min(1), polygons.max(1)
+    boxes = np.concatenate([low, high], 1).astype(np.float64)
+    is_inside, is_outside = ((low >= 0) & (high <= size)).all(1), ((high < 0) | (low > size)).any(1)
+    boxes[is_outside] = 0
+    for i in np.flatnonzero(~is_inside & ~is_outside):
+        boxes[i] = _visible_box(polygons[i], size)
+    return boxes
+
+
+def _visible_box(polygon: Points, size: int) -> Floats:
+    """The hull of the points inside, of where edges cross the sides, and of the corners that lie inside (ops.segment2box)."""
+    step, axes = np.roll(polygon, -1, axis=0) - polygon, np.array([0, 0, 1, 1])
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        at = (np.array([0, size, 0, size], np.float32) - polygon[:, axes]) / step[:, axes]
+        crossing = polygon[:, None] + at[:, :, None] * step[:, None]
+    along = crossing[:, np.arange(4), 1 - axes]
+    corners = _CORNERS * size
+    points = np.concatenate([
+        polygon[((polygon >= 0) & (polygon <= size)).all(1)],
+        crossing[(at >= 0) & (at <= 1) & (along >= 0) & (along <= size)],
+        corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]],
+    ])  # fmt: skip
+    return np.concatenate([points.min(0), points.max(0)]).astype(np.float64) if len(points) else np.zeros(4)
+
+
+def cut_corners(corners: Points, boxes_xyxy: Floats, width: float, height: float) -> tuple[Points, Floats]:
+    """Rotated boxes cut at an image's edges keep their direction (Instances.clip, preserve_obb).
+
+    Args:
+        corners: float32 (N, 4, 2) px.
+        boxes_xyxy: float64 (N, 4) px, upright, around them.
+        width, height: of the image, px.
+
+    Returns:
+        Both, new; for what is wholly outside zeros.
+    """
+    corners, boxes_xyxy = corners.copy(), boxes_xyxy.copy()
+    room = _CORNERS[[0, 1, 3, 2]] * np.array([width, height], np.float32)
+    for i in np.flatnonzero(((corners < 0) | (corners > [width, height])).any((1, 2))):
+        area, visible = cv2.intersectConvexConvex(cv2.convexHull(corners[i]), room)
+        if visible is None or area <= 0:
+            corners[i], boxes_xyxy[i] = 0, 0
+            continue
+        visible = visible.reshape(-1, 2)
+        boxes_xyxy[i] = [*visible.min(0), *visible.max(0)]
+        _, (long, short), angle = cv2.minAreaRect(corners[i])
+        turn = np.deg2rad(angle + 90 if long < short else angle)
+        basis = np.array([[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]], np.float32)
+        (u1, v1), (u2, v2) = (visible @ basis).min(0), (visible @ basis).max(0)
+        corners[i] = np.array([[u2, v2], [u2, v1], [u1, v1], [u1, v2]], np.float32) @ basis.T
+    return corners, boxes_xyxy
+
+
+def boxes_xywhr(corners: Points) -> Points:
+    """Corners (N, 4, 2) px -> centre x, centre y, longer side, shorter side (px), angle in [-pi/4, 3pi/4): float32 (N, 5).
+
+    As ``ultralytics.utils.ops.xyxyxyxy2xywhr``.
+    """
+    found = np.zeros((len(corners), 5))
+    for i, points in enumerate(corners):
+        centre, (width, height), angle = cv2.minAreaRect(points)
+        turn = np.deg2rad(angle + 90 if width < height else angle)
+        found[i] = *centre, max(width, height), min(width, height), (turn + np.pi / 4) % np.pi - np.pi / 4
+    return found.astype(np.float32)
+
+
+def cut_keypoints(keypoints: Floats, width: float, height: float) -> Floats:
+    """Keypoints float64 (N, K, 3) px: those outside of the image become invisible and are moved to its edge."""
+    xy = keypoints[..., :2]
+    inside = xy.clip(0, [width, height])
+    visibility = np.where((inside != xy).any(-1), 0, keypoints[..., 2])
+    return np.concatenate([inside, visibility[..., None]], -1)
+
+
+def overlap_mask(polygons: Points, size: int, ratio: int) -> tuple[NDArray[np.uint8] | NDArray[np.uint16], NDArray[np.intp]]:
+    """One mask for all polygons: i + 1 where the i-th largest is seen, smaller ones over larger ones (polygons2masks_overlap).
+
+    Args:
+        polygons: float32 (N, P, 2), px of the output.
+        size: S.
+        ratio: how many times smaller the mask is.
+
+    Returns:
+        The mask uint8 (S // ratio, S // ratio), uint16 for more than 255 polygons, and the order of the polygons in it.
+    """
+    side = size // ratio
+    mask: Any = np.zeros((side, side), np.uint8 if len(polygons) <= 255 else np.uint16)
+    drawn = [_drawn(polygon, size, ratio) for polygon in polygons.astype(np.int32)]
+    areas = np.array([small.sum(dtype=np.uint64) for small, _ in drawn], np.uint64)
+    order = np.argsort(np.uint64(0) - areas, kind="stable")  # as in Ultralytics, whose areas are unsigned, those of no pixel come first
+    for place, i in enumerate(order):
+        small, window = drawn[i]
+        np.maximum(mask[window], small.astype(mask.dtype) * mask.dtype.type(place + 1), out=mask[window])
+    return mask, order
+
+
+def _drawn(polygon: NDArray[np.int32], size: int, ratio: int) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
+    """A polygon's small mask, only where it is, and where that is. A small pixel depends on its own ``ratio`` x ``ratio`` px alone."""
+    low, high = (0, 0), (size, size)
+    if size % ratio == 0:
+        low = polygon.min(0).clip(0, size - 1) // ratio * ratio
+        high = (polygon.max(0).clip(0, size - 1) // ratio + 1) * ratio
+    large = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
+    cv2.fillPoly(large, [polygon - np.array(low, np.int32)], 1)
+    small = cv2.resize(large, (large.shape[1] // ratio, large.shape[0] // ratio))
+    top, left = low[1] // ratio, low[0] // ratio
+    return small, (slice(top, top + small.shape[0]), slice(left, left + small.shape[1]))
+
+
+def choose_pasted(boxes_xyxy: Floats, width: int, share: float) -> NDArray[np.intp]:
+    """Which instances to paste mirrored: a share of those whose mirror image covers nobody by much, the freest first (CopyPaste).
+
+    Args:
+        boxes_xyxy: float64 (N, 4) px.
+        width: of the canvas.
+        share: of those eligible.
+    """
+    mirrored = boxes_xyxy.copy()
+    mirrored[:, [0, 2]] = width - boxes_xyxy[:, [2, 0]]
+    low, high = np.maximum(mirrored[:, None, :2], boxes_xyxy[:, :2]), np.minimum(mirrored[:, None, 2:], boxes_xyxy[:, 2:])
+    covered = np.clip(high - low, 0, None).prod(2) / ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1) + 1e-7)
+    eligible = np.flatnonzero((covered < MAX_PASTED_OVERLAP).all(1))
+    eligible = eligible[np.argsort(covered.max(1, initial=0)[eligible], kind="stable")]
+    return eligible[: round(share * len(eligible))]
