@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 from raypar.storage import Folder
 
-VERBS = ("prepare", "train", "evaluate", "predict", "export", "serve")
+VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve")
 # Settings of Ultralytics that raypar decides itself, each with the place to write instead.
 OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
@@ -19,6 +19,12 @@ OWNED_BY_RAYPAR = {
     "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
     "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "nothing: every epoch ends with a checkpoint",
     "split": "evaluate.split", "source": "predict.source", "format": "export.format",
+}  # fmt: skip
+
+
+TASKS_OF_FORMAT = {
+    "yolo": ("detect", "segment", "pose", "obb"), "coco": ("detect", "segment", "pose"), "voc": ("detect",),
+    "folders": ("classify",), "shapes": ("detect", "segment", "pose", "obb", "classify"),
 }  # fmt: skip
 
 
@@ -41,8 +47,13 @@ class ShapesConfig(Section):
 class PrepareConfig(Section):
     """Images and labels -> checked Parquet shards."""
 
-    source: str | None = Field(None, description="data.yaml (yolo), folder or JSON (coco), folder (voc); nothing for shapes")
-    format: Literal["yolo", "coco", "voc", "shapes"] = Field("yolo", description="how the labels are written")
+    source: str | None = Field(None, description="data.yaml (yolo), folder or JSON (coco), folder (voc, folders); nothing for shapes")
+    format: Literal["yolo", "coco", "voc", "folders", "shapes"] = Field(
+        "yolo", description="how the labels are written; folders: a folder of images for each class"
+    )
+    task: Literal["auto", "detect", "segment", "pose", "obb", "classify"] = Field(
+        "auto", description="what to learn; auto: classify for folders, pose where data.yaml has kpt_shape, else detect"
+    )
     shapes: ShapesConfig = Field(ShapesConfig(), description="what to generate when format is shapes")
     max_rejected: float = Field(0.05, ge=0, le=1, description="share of images that may be set aside before it is an error")
     shard_mb: PositiveFloat = Field(64, description="target size of a shard, MB")
@@ -55,6 +66,22 @@ class PrepareConfig(Section):
         if self.format != "shapes" and self.source is None:
             raise ValueError(f"source is missing: format '{self.format}' needs to know where the images are")
         return self
+
+    @model_validator(mode="after")
+    def _format_has_task(self) -> Self:
+        tasks = TASKS_OF_FORMAT[self.format]
+        if self.task not in ("auto", *tasks):
+            raise ValueError(f"task '{self.task}' cannot be read from format '{self.format}', which has labels for {', '.join(tasks)}")
+        return self
+
+
+class InspectConfig(Section):
+    """Shards -> statistics, pictures, and the speed of the input pipeline."""
+
+    split: Literal["train", "val", "test"] = Field("train", description="which images")
+    num_samples: PositiveInt = Field(16, le=256, description="images in samples_raw.png and samples_augmented.png")
+    seconds: float = Field(4.0, ge=0, description="to time the pipeline for, on one core and on all; 0: no speed is measured")
+    overwrite: bool = Field(False, description="inspect again though the report is there")
 
 
 class NumWorkers(Section):
@@ -190,6 +217,7 @@ class RunConfig(Section):
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
+    inspect: InspectConfig = Field(InspectConfig(), description="shards -> statistics, pictures, speed")
     train: TrainConfig = Field(TrainConfig(), description="shards -> weights")
     evaluate: EvaluateConfig = Field(EvaluateConfig(), description="weights -> metrics")
     predict: PredictConfig = Field(PredictConfig(), description="weights + images -> detections")

@@ -25,7 +25,7 @@ import numpy as np
 
 import raypar
 from raypar.config import PrepareConfig, RunConfig
-from raypar.dataset.formats import SPLITS, Listing, Record, coco, shapes, voc, yolo
+from raypar.dataset.formats import SPLITS, Listing, Record, coco, folders, shapes, voc, yolo
 from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
 from raypar.progress import Progress
 from raypar.storage import Folder
@@ -70,8 +70,10 @@ def run(config: RunConfig) -> Manifest:
     dataset.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
     _check_rejected(listing, rejected, reports, section, dataset)
     manifest = Manifest(
-        task="detect",
+        task=listing.task,
         class_names=listing.class_names,
+        keypoint_shape=listing.keypoint_shape,
+        flip_idx=listing.flip_idx,
         splits={split: _split(split, reports, len(listing.class_names)) for split in listing.splits},
         source=_source(section),
         num_rejected=len(rejected),
@@ -99,13 +101,17 @@ def _source(section: PrepareConfig) -> str:
 
 def _list(section: PrepareConfig, seed: int) -> Listing:
     if section.format == "shapes":
-        return shapes.scan({split: getattr(section.shapes, split) for split in SPLITS})
+        return shapes.scan(
+            {split: getattr(section.shapes, split) for split in SPLITS}, "detect" if section.task == "auto" else section.task
+        )
     assert section.source is not None
     if "://" in section.source:
         raise ValueError(f"prepare.source {section.source} is remote: prepare reads folders that the driver can open (mount or copy it)")
     if section.format == "voc":
         return voc.scan(section.source, seed)
-    return yolo.scan(section.source) if section.format == "yolo" else coco.scan(section.source)
+    if section.format == "folders":
+        return folders.scan(section.source, seed)
+    return yolo.scan(section.source, section.task) if section.format == "yolo" else coco.scan(section.source, section.task)
 
 
 def _cut(config: RunConfig, listing: Listing, dataset: Folder) -> tuple[list[ShardJob], list[dict[str, str]]]:
@@ -138,6 +144,8 @@ def _cut(config: RunConfig, listing: Listing, dataset: Folder) -> tuple[list[Sha
                     section.max_pixels,
                     config.seed,
                     (section.shapes.height, section.shapes.width),
+                    listing.task,
+                    listing.keypoint_shape,
                 )
             )
     return jobs, duplicates

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+import stat
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,22 +16,21 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from numpy.typing import NDArray
 from PIL import Image, ImageOps
 
-from raypar.dataset.formats import Labels, Record, coco, shapes, voc, yolo
+from raypar.dataset.formats import Labels, Record, coco, folders, shapes, voc, yolo
 from raypar.dataset.manifest import Shard
 from raypar.dataset.schema import row_schema
+from raypar.dataset.tidy import columns, tidy
 from raypar.images import decode
 from raypar.storage import Folder
 
-READ_LABELS = {"yolo": yolo.read_labels, "coco": coco.read_labels, "voc": voc.read_labels}
 MIN_SIDE_PX = 10  # ultralytics.data.utils.check_image
-CLIP_TOLERANCE = 1e-4  # boxes that leave the image by less (rounding in a text file) are clipped, but not worth counting
+MAX_FILE_BYTES = 1 << 30  # of an image; what is larger would be no image, or too much for a row
 JPEG_QUALITY = 95
 LOSSLESS = frozenset({"PNG", "BMP", "TIFF"})  # Pillow's names; when re-encoded they become PNG, others JPEG
-COMPRESSION = {"image_id": "zstd", "image": "none", "height": "zstd", "width": "zstd"} | {
-    f"{name}.list.element": "zstd" for name in ("class_ids", "boxes_xywhn")
+COMPRESSION = {"image_id": "zstd", "image": "none", "height": "zstd", "width": "zstd", "class_id": "zstd"} | {
+    f"{name}.list.element": "zstd" for name in ("class_ids", "boxes_xywhn", "keypoints", "segments_xyn.list.element")
 }
 
 
@@ -48,6 +48,8 @@ class ShardJob:
     max_pixels: int
     seed: int = 0  # for shapes, as the next
     shapes_hw: tuple[int, int] = (0, 0)
+    task: str = "detect"
+    keypoint_shape: tuple[int, int] | None = None
 
 
 @dataclass
@@ -87,11 +89,11 @@ def write_shard(job: ShardJob) -> ShardReport:
     row_groups: list[int] = []
     rows: list[dict[str, object]] = []
     with pq.ParquetWriter(
-        sink, row_schema("detect"), compression=COMPRESSION, use_dictionary=False, write_statistics=["image_id"]
+        sink, row_schema(job.task), compression=COMPRESSION, use_dictionary=False, write_statistics=["image_id"]
     ) as writer:
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(rows, schema=row_schema("detect")), row_group_size=len(rows))
+            writer.write_table(pa.Table.from_pylist(rows, schema=row_schema(job.task)), row_group_size=len(rows))
             row_groups.append(len(rows))
             rows.clear()
 
@@ -113,62 +115,55 @@ def write_shard(job: ShardJob) -> ShardReport:
 def _row_or_reject(job: ShardJob, record: Record, report: ShardReport) -> dict[str, object] | None:
     """A row, counted in the report; None when the record was set aside."""
     try:
+        if not record.image_id.isascii():
+            _check_name(record.image_id)
         picture, labels = _read(job, record)
-        class_ids, boxes, repairs = tidy(labels)
+        labels, repairs = tidy(labels, job.task)
     except ValueError as error:
         report.rejected.append({"split": job.split, "image_id": record.image_id, "file": record.image_path, "reason": str(error)})
         return None
     repairs.update(picture.repairs)
     report.num_images += 1
-    report.num_boxes += len(class_ids)
-    report.num_backgrounds += not len(class_ids)
+    report.num_boxes += len(labels.class_ids)
+    report.num_backgrounds += not len(labels.class_ids)
     report.num_repaired += bool(repairs)
     report.repairs += repairs
-    report.boxes_per_class.update(class_ids.tolist())
+    report.boxes_per_class.update(labels.class_ids.tolist())
     return {
         "image_id": record.image_id,
         "image": picture.data,
         "height": picture.image_hw[0],
         "width": picture.image_hw[1],
-        "class_ids": class_ids.astype(np.int32),
-        "boxes_xywhn": boxes.astype(np.float32).ravel(),
+        **columns(labels, job.task),
     }
+
+
+def _check_name(image_id: str) -> None:
+    try:
+        image_id.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("its name is not text in UTF-8") from error
 
 
 def _read(job: ShardJob, record: Record) -> tuple[Picture, Labels]:
     if job.format == "shapes":
-        image, class_ids, boxes_xyxy = shapes.render(job.seed, job.split, record.labels, *job.shapes_hw)
-        return Picture(shapes.encode(image), job.shapes_hw), shapes.labels(class_ids, boxes_xyxy, job.shapes_hw)
+        image, labels = shapes.draw(job.seed, job.split, record.labels, *job.shapes_hw, task=job.task)
+        return Picture(shapes.encode(image), job.shapes_hw), labels
     picture = read_picture(record.image_path, job.max_pixels)
     try:
-        return picture, READ_LABELS[job.format](record, job.num_classes, picture.image_hw)
+        return picture, read_labels(job, record, picture.image_hw)
     except OSError as error:
         raise ValueError(f"labels cannot be read ({error.strerror or error})") from error
 
 
-def tidy(labels: Labels) -> tuple[NDArray[np.int64], NDArray[np.float64], Counter[str]]:
-    """Clips boxes to the image and drops those of no area.
-
-    Returns:
-        class_ids int64 (N,), boxes_xywhn float64 (N, 4) in [0, 1], and how many boxes were mended, by kind.
-    """
-    boxes = labels.boxes_xywhn.copy()
-    has_area = (boxes[:, 2:] > 0).all(axis=1)
-    corners = np.concatenate([boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2], axis=1)
-    inside = corners.clip(0, 1)
-    is_outside = (corners != inside).any(axis=1)
-    clipped = np.concatenate([(inside[:, :2] + inside[:, 2:]) / 2, inside[:, 2:] - inside[:, :2]], axis=1)
-    boxes[is_outside] = clipped[is_outside]
-    is_kept = has_area & (boxes[:, 2:] > 0).all(axis=1)
-    num_clipped = int((is_kept & (np.abs(corners - inside).max(axis=1, initial=0) > CLIP_TOLERANCE)).sum())
-    repairs = Counter(
-        {
-            "boxes clipped to the image": num_clipped,
-            "boxes without area dropped": int((~is_kept).sum()),
-            "duplicate labels dropped": labels.num_duplicates,
-        }
-    )
-    return labels.class_ids[is_kept], boxes[is_kept], +repairs
+def read_labels(job: ShardJob, record: Record, image_hw: tuple[int, int]) -> Labels:
+    """An image's labels, as its format writes them."""
+    if job.format == "voc":
+        return voc.read_labels(record, job.num_classes, image_hw)
+    if job.format == "folders":
+        return folders.read_labels(record)
+    read = {"yolo": yolo.read_labels, "coco": coco.read_labels}[job.format]
+    return read(record, job.num_classes, image_hw, job.task, job.keypoint_shape)
 
 
 def read_picture(path: str, max_pixels: int) -> Picture:
@@ -177,12 +172,7 @@ def read_picture(path: str, max_pixels: int) -> Picture:
     Raises:
         ValueError: it is missing, no image, truncated, too small or too large, with the reason.
     """
-    try:
-        data = Path(path).read_bytes()
-    except FileNotFoundError as error:
-        raise ValueError("file is missing") from error
-    except OSError as error:
-        raise ValueError(f"file cannot be read ({error.strerror or error})") from error
+    data = _read_file(path)
     if not data:
         raise ValueError("file is empty")
     kind, (width, height) = _header(data)
@@ -196,13 +186,27 @@ def read_picture(path: str, max_pixels: int) -> Picture:
     orientation = _orientation(data)
     image_hw = (height, width)
     if orientation != 1:
-        image_hw = image_hw[::-1] if orientation >= 5 else image_hw
-        return Picture(_encode(data, kind, JPEG_QUALITY), image_hw, ("EXIF rotations baked in",))
+        return _encode(data, kind, JPEG_QUALITY, "EXIF rotations baked in")
     if has_tail:
-        return Picture(_encode(data, "JPEG", 100), image_hw, ("JPEGs with bytes after their end saved anew",))
+        return _encode(data, "JPEG", 100, "JPEGs with bytes after their end saved anew")
     if not _is_decodable(data, image_hw):
-        return Picture(_encode(data, kind, JPEG_QUALITY), image_hw, ("files that OpenCV cannot read re-encoded",))
+        return _encode(data, kind, JPEG_QUALITY, "files that OpenCV cannot read re-encoded")
     return Picture(data, image_hw)
+
+
+def _read_file(path: str) -> bytes:
+    """A file's bytes; what is no plain file (a folder, a pipe, a device) is never opened: reading it might not end."""
+    try:
+        info = Path(path).stat()
+        if not stat.S_ISREG(info.st_mode):
+            raise ValueError("it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or a device, not a file")
+        if info.st_size > MAX_FILE_BYTES:
+            raise ValueError(f"file has {info.st_size >> 20} MB, more than {MAX_FILE_BYTES >> 20}")
+        return Path(path).read_bytes()
+    except FileNotFoundError as error:
+        raise ValueError("file is missing") from error
+    except OSError as error:
+        raise ValueError(f"file cannot be read ({error.strerror or error})") from error
 
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:
@@ -210,9 +214,12 @@ def _header(data: bytes) -> tuple[str, tuple[int, int]]:
     Image.MAX_IMAGE_PIXELS = None  # prepare.max_pixels decides, with a reason in rejected.jsonl
     try:
         with Image.open(io.BytesIO(data)) as image:
-            return str(image.format), image.size
+            kind, size = str(image.format), image.size
     except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise ValueError(f"not an image that can be read ({_one_line(error)})") from error
+    if kind == "EPS":  # a program, which Pillow would hand to Ghostscript
+        raise ValueError("not an image that can be read (PostScript)")
+    return kind, size
 
 
 def _orientation(data: bytes) -> int:
@@ -242,7 +249,7 @@ def _is_decodable(data: bytes, image_hw: tuple[int, int]) -> bool:
         return False
 
 
-def _encode(data: bytes, kind: str, quality: int) -> bytes:
+def _encode(data: bytes, kind: str, quality: int, repair: str) -> Picture:
     """Upright pixels as PNG where the file was lossless, else as JPEG with full chroma."""
     out = io.BytesIO()
     try:
@@ -257,7 +264,7 @@ def _encode(data: bytes, kind: str, quality: int) -> bytes:
         upright.save(out, "PNG")
     else:
         upright.save(out, "JPEG", quality=quality, subsampling=0)
-    return out.getvalue()
+    return Picture(out.getvalue(), (upright.height, upright.width), (repair,))
 
 
 def _one_line(error: Exception) -> str:

@@ -48,6 +48,8 @@ class Manifest(Record):
     class_names: tuple[str, ...]
     splits: dict[str, Split]
     source: str
+    keypoint_shape: tuple[int, int] | None = None  # pose: keypoints of an instance, and numbers of each in the source (2 or 3)
+    flip_idx: tuple[int, ...] = ()  # pose: where each keypoint of a mirrored image comes from; empty: images are not mirrored
     num_rejected: int = 0
     num_repaired: int = 0
     seed: int = 0

@@ -17,8 +17,9 @@ _BOXES = [
     # (4N,) row-major (N, 4): centre x, centre y, width, height over the image's width/height, in [0, 1]
     pa.field("boxes_xywhn", pa.list_(pa.float32()), nullable=False),
 ]
-_POLYGONS = [pa.field("segments_xyn", pa.list_(pa.list_(pa.float32())), nullable=False)]  # N flat polygons x, y, x, y ... in [0, 1]
-_KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]  # (N*K*D,): x, y (, visibility), normalised
+# N flat polygons x, y, x, y ... over width/height: in [0, 1] for segment; the four corners for obb, which may lie outside
+_POLYGONS = [pa.field("segments_xyn", pa.list_(pa.list_(pa.float32())), nullable=False)]
+_KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]  # (N*K*3,): x, y over width/height, visibility (0: none)
 
 
 def row_schema(task: str) -> pa.Schema:

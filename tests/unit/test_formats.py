@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raypar.dataset.formats import Labels, Listing, Record, coco, labels_from_xyxy, voc, yolo
-from raypar.dataset.ingest import tidy
+from raypar.dataset.tidy import tidy
 
 HW = (60, 100)  # of every image here
 BOX_XYXY = (10.0, 30.0, 30.0, 54.0)  # px
@@ -47,6 +47,13 @@ numbers = st.floats(-2, 3, width=32)
 classes = st.sampled_from(["0", "1", "2", "2.0", "3", "-1", "0.5", "nan"])
 shares = st.sampled_from(["0", "0.1", "0.5", "0.9", "1", "1e-3", "1.009"])
 words = st.sampled_from(["0.2", "nan", "inf", "1e999", "1.02", "7", "-0.005", "-0.3", "x", ""])
+
+
+def tidied(labels: Labels) -> tuple[np.ndarray, np.ndarray, Any]:
+    found, repairs = tidy(labels)
+    return found.class_ids, found.boxes_xywhn, repairs
+
+
 rows_of_any_box = st.lists(st.tuples(st.integers(0, 2), numbers, numbers, numbers, numbers), max_size=8)
 
 
@@ -55,7 +62,7 @@ rows_of_any_box = st.lists(st.tuples(st.integers(0, 2), numbers, numbers, number
 def test_tidy_leaves_boxes_of_some_area_inside_the_image(rows: list[tuple[float, ...]]) -> None:
     table = np.reshape(np.asarray(rows, np.float64), (-1, 5))
     before = table[:, 1:].copy()
-    class_ids, boxes, repairs = tidy(Labels(table[:, 0].astype(np.int64), table[:, 1:]))
+    class_ids, boxes, repairs = tidied(Labels(table[:, 0].astype(np.int64), table[:, 1:]))
     np.testing.assert_array_equal(table[:, 1:], before)  # the argument is not changed
     assert len(class_ids) == len(boxes) == len(rows) - repairs["boxes without area dropped"]
     assert (boxes[:, 2:] > 0).all()
@@ -198,7 +205,7 @@ def test_yolo_resolution_equals_ultralytics(tmp_path: Path, monkeypatch: pytest.
     listing = yolo.scan(source)
     for split in ("train", "val"):
         theirs = YOLODataset(img_path=data[split], data=data, task="detect", augment=False, cache=False)
-        ours = {record.image_path: tidy(yolo.read_labels(record, 2, HW)) for record in listing.splits[split]}
+        ours = {record.image_path: tidied(yolo.read_labels(record, 2, HW)) for record in listing.splits[split]}
         assert sorted(ours) == sorted(label["im_file"] for label in theirs.labels)
         for label in theirs.labels:
             class_ids, boxes, _ = ours[label["im_file"]]
@@ -236,7 +243,7 @@ def test_yolo_corrupt_labels(tmp_path: Path, text: str, reason: str) -> None:
 
 
 def test_yolo_small_excess_is_tolerated_and_clipped(tmp_path: Path) -> None:
-    class_ids, boxes, repairs = tidy(parse_yolo(tmp_path, "0 1.005 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n1 0.1 0.5 0.1 0.1\n"))
+    class_ids, boxes, repairs = tidied(parse_yolo(tmp_path, "0 1.005 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n1 0.1 0.5 0.1 0.1\n"))
     assert class_ids.tolist() == [0, 1]
     np.testing.assert_allclose(boxes, [[0.9775, 0.5, 0.045, 0.1], [0.1, 0.5, 0.1, 0.1]], atol=1e-6)
     assert repairs == {"boxes clipped to the image": 1, "boxes without area dropped": 1}
@@ -249,7 +256,9 @@ def test_yolo_small_excess_is_tolerated_and_clipped(tmp_path: Path) -> None:
         ({"names": []}, "no classes"),
         ({"names": {0: "cat", 2: "dog"}}, "without a gap"),
         ({"nc": 3}, "2 entries"),
-        ({"kpt_shape": [4, 2]}, "keypoints"),
+        ({"kpt_shape": [4, 5]}, "kpt_shape"),
+        ({"kpt_shape": 4}, "kpt_shape"),
+        ({"kpt_shape": [3, 2], "flip_idx": [0, 1, 1]}, "flip_idx"),
         ({"train": None}, "no 'train'"),
         ({"val": 5}, "'val' must be"),
         ({"val": "images/nowhere"}, "does not exist"),
@@ -305,7 +314,7 @@ def test_coco_folder(tmp_path: Path, folder: str) -> None:
     first, second = listing.splits["val"]
     assert (first.image_id, second.image_id) == ("a.jpg", "sub/b.jpg")
     assert Path(first.image_path) == tmp_path / folder.format(split="val") / "a.jpg"
-    class_ids, boxes, repairs = tidy(coco.read_labels(first, 2, HW))
+    class_ids, boxes, repairs = tidied(coco.read_labels(first, 2, HW))
     assert class_ids.tolist() == [1, 0]
     np.testing.assert_allclose(boxes, [BOX_XYWHN, (0.9, 0.05, 0.2, 0.1)], atol=1e-6)
     assert repairs == {"boxes clipped to the image": 1}
@@ -346,7 +355,7 @@ def test_coco_corrupt_labels(labels: object, reason: str) -> None:
 
 def test_coco_box_of_negative_size_and_duplicates_are_dropped() -> None:
     rows = [(0, [10, 30, 20, 24]), (0, [10, 30, 20, 24]), (1, [10, 30, 20, 24]), (1, [10, 30, -5, 24]), (1, [200, 30, 5, 5])]
-    class_ids, boxes, repairs = tidy(coco.read_labels(Record("a.jpg", "", (None, rows)), 2, HW))
+    class_ids, boxes, repairs = tidied(coco.read_labels(Record("a.jpg", "", (None, rows)), 2, HW))
     assert class_ids.tolist() == [0, 1]
     np.testing.assert_allclose(boxes, [BOX_XYWHN] * 2, atol=1e-6)
     assert repairs == {"boxes without area dropped": 2, "duplicate labels dropped": 1}
@@ -418,7 +427,7 @@ def test_voc_difficult_is_left_out_and_parts_are_not_objects(tmp_path: Path) -> 
     write(root / "Annotations" / "2.xml", voc_xml(*items))
     listing = voc.scan(str(root), seed=0)
     assert listing.class_names == ("cat", "dog")
-    class_ids, boxes, repairs = tidy(voc.read_labels(listing.splits["val"][0], 2, HW))
+    class_ids, boxes, repairs = tidied(voc.read_labels(listing.splits["val"][0], 2, HW))
     assert class_ids.tolist() == [1]
     np.testing.assert_allclose(boxes, [[0.15, 0.75, 0.3, 0.5]], atol=1e-6)  # 0..30, 30..60
     assert repairs == {"boxes clipped to the image": 1}

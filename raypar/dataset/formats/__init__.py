@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,6 +16,7 @@ SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpeg2000", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 )
+MAX_LABEL_BYTES = 32 << 20  # of a label file: a million boxes
 
 
 @dataclass(frozen=True)
@@ -38,11 +42,17 @@ class Listing:
         class_names: by class id.
         splits: records of each split, in any order.
         notes: sentences for the user, about choices made for them.
+        task: of ``raypar.dataset.schema.TASKS``.
+        keypoint_shape: pose: (K, D), keypoints of an instance and numbers of each (x, y and perhaps visibility).
+        flip_idx: pose: where each keypoint of a mirrored image comes from; empty where the source does not say.
     """
 
     class_names: tuple[str, ...]
     splits: dict[str, list[Record]]
     notes: tuple[str, ...] = ()
+    task: str = "detect"
+    keypoint_shape: tuple[int, int] | None = None
+    flip_idx: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -53,32 +63,122 @@ class Labels:
         class_ids: int64 (N,).
         boxes_xywhn: float64 (N, 4) centre x, centre y, width, height over the image's width/height.
         num_duplicates: labels that were equal to another and left out.
+        segments_xyn: segment and obb: N polygons float64 (P, 2), x, y over the image's width/height; P is 4 for obb.
+        keypoints: pose: float64 (N, K, 3), x, y over the image's width/height, visibility (0: not labelled).
     """
 
     class_ids: NDArray[np.int64]
     boxes_xywhn: NDArray[np.float64]
     num_duplicates: int = 0
+    segments_xyn: tuple[NDArray[np.float64], ...] | None = None
+    keypoints: NDArray[np.float64] | None = None
+
+    @classmethod
+    def none(cls, task: str = "detect", keypoint_shape: tuple[int, int] | None = None) -> Labels:
+        """An image without labels."""
+        keypoints = np.zeros((0, keypoint_shape[0], 3)) if task == "pose" and keypoint_shape else None
+        return cls(np.zeros(0, np.int64), np.zeros((0, 4)), 0, () if task in ("segment", "obb") else None, keypoints)
+
+
+def names_below(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+    """Paths of all that lies below a folder and has a suffix, in any order; hidden names are left out, links to folders followed.
+
+    A link back to a folder that it lies in is not: following it would never end.
+
+    Raises:
+        ValueError: a folder cannot be read.
+    """
+    try:
+        info = Path(folder).stat()
+        here = (info.st_dev, info.st_ino)
+        if here in above:
+            return
+        folders = []
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.name.startswith("."):
+                    continue
+                if "." in entry.name:
+                    yield entry.path
+                if _is_folder(entry):
+                    folders.append(entry.path)
+    except OSError as error:
+        raise ValueError(f"folder {folder} cannot be read ({error.strerror or error})") from error
+    for path in folders:
+        yield from names_below(path, (*above, here))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link to itself
+        return False
+
+
+def read_label_file(path: str | Path) -> bytes | None:
+    """A label file's bytes; None where there is no file of that name (a folder or a pipe is none).
+
+    Raises:
+        ValueError: it is too large to be labels of one image.
+        OSError: it cannot be read.
+    """
+    file = Path(path)
+    if not file.is_file():
+        return None
+    if (num_bytes := file.stat().st_size) > MAX_LABEL_BYTES:
+        raise ValueError(f"label file has {num_bytes >> 20} MB, more than {MAX_LABEL_BYTES >> 20}")
+    return file.read_bytes()
+
+
+def as_text(data: bytes) -> str:
+    """UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError("labels are not text in UTF-8") from error
 
 
 def without_duplicates(rows: list[tuple[float, ...]]) -> list[tuple[float, ...]]:
     """The rows, each once, in the order of their first appearance; equal means equal as float32, as in Ultralytics."""
-    unique = {np.asarray(row, np.float32).tobytes(): row for row in reversed(rows)}
+    with np.errstate(over="ignore"):  # what is too large for float32 is infinite
+        unique = {np.asarray(row, np.float32).tobytes(): row for row in reversed(rows)}
     return list(reversed(unique.values()))
 
 
-def labels_from_xyxy(rows: list[tuple[float, ...]], num_classes: int, image_hw: tuple[int, int]) -> Labels:
+def labels_from_xyxy(rows: list[tuple[float, ...]], num_classes: int, image_hw: tuple[int, int], *,
+                     keep_duplicates: bool = False) -> Labels:  # fmt: skip
     """Labels from rows of (class id, x1, y1, x2, y2) in px.
 
     Raises:
         ValueError: a class id outside ``range(num_classes)``, or a coordinate that is not a number.
     """
-    unique = without_duplicates(rows)
+    unique = rows if keep_duplicates else without_duplicates(rows)
     table = np.asarray(unique, np.float64).reshape(-1, 5)
     check_table(table, num_classes)
     height, width = image_hw
     x1, y1, x2, y2 = table[:, 1:].T
     boxes = np.stack([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], axis=1)
     return Labels(table[:, 0].astype(np.int64), boxes, len(rows) - len(unique))
+
+
+def boxes_around(polygons: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
+    """Upright boxes around polygons (P, 2), as ``ultralytics.utils.ops.segments2boxes``: float64 (N, 4), centre and size."""
+    low, high = (np.array([f(polygon, axis=0) for polygon in polygons]).reshape(-1, 2) for f in (np.min, np.max))
+    return np.concatenate([(low + high) / 2, high - low], axis=1)
+
+
+def as_corners(polygon: NDArray[np.float64], image_hw: tuple[int, int]) -> NDArray[np.float64]:
+    """The four corners of a rotated box; other polygons become the smallest rotated box around them. Normalised float64 (4, 2)."""
+    if len(polygon) == 4:
+        return polygon
+    import cv2
+
+    wh = np.array(image_hw[::-1], np.float64)
+    return np.asarray(cv2.boxPoints(cv2.minAreaRect((polygon * wh).astype(np.float32))), np.float64) / wh
 
 
 def check_table(table: NDArray[np.float64], num_classes: int) -> None:

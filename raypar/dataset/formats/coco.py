@@ -3,7 +3,7 @@
     annotations/instances_{train,val,test}*.json   images in train2017/, images/train2017/, train/, images/train/ or images/
 
 or the layout that Roboflow exports, ``{train,valid,test}/_annotations.coco.json`` beside the images, or a single JSON (all of it train).
-Boxes are [left, top, width, height] in px; crowds are left out; category ids become 0, 1, 2 ... in the order of the ids.
+For pose the first is called person_keypoints_{train,val,test}*.json, or as above. Boxes are [left, top, width, height] in px; crowds are left out; category ids become 0, 1, 2 ... in the order of the ids.
 """
 
 from __future__ import annotations
@@ -14,12 +14,17 @@ from pathlib import Path
 from typing import Any
 
 from raypar.dataset.formats import SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy
+from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
 
 NUM_PROBES = 20  # images looked for in each folder that may hold a split
 
 
-def scan(source: str) -> Listing:
+def scan(source: str, task: str = "auto") -> Listing:
     """Lists the images of a COCO folder or JSON file.
+
+    Args:
+        source: the folder or file.
+        task: detect (also for auto), segment or pose.
 
     Raises:
         ValueError: a file is missing or wrong, splits disagree about the classes, or the images are not found.
@@ -30,38 +35,55 @@ def scan(source: str) -> Listing:
     notes: list[str] = []
     classes: dict[int, str] = {}
     splits = {}
-    for split, file in ({"train": path} if path.is_file() else _split_files(path)).items():
+    task = "detect" if task == "auto" else task
+    keypoint_shape: tuple[int, int] | None = None
+    flip_idx: tuple[int, ...] = ()
+    for split, file in ({"train": path} if path.is_file() else _split_files(path, task)).items():
         data = _load(file)
         categories = _categories(data, file)
         if classes and categories != classes:
             raise ValueError(f"{file}: its categories are not those of train")
         classes = categories
-        splits[split] = _records(data, file, path if path.is_dir() else file.parent, classes, notes)
-    return Listing(tuple(classes[i] for i in sorted(classes)), splits, tuple(notes))
+        if task == "pose":
+            found = keypoints_of(data["categories"], file)
+            if keypoint_shape and found != (keypoint_shape, flip_idx):
+                raise ValueError(f"{file}: its keypoints are not those of train")
+            keypoint_shape, flip_idx = found
+        splits[split] = _records(data, file, path if path.is_dir() else file.parent, classes, notes, task)
+    if task == "pose" and not flip_idx:
+        notes.append("no keypoint is called left or right: images are not mirrored in training")
+    return Listing(tuple(classes[i] for i in sorted(classes)), splits, tuple(notes), task, keypoint_shape, flip_idx)
 
 
-def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int]) -> Labels:
-    """Boxes of an image, from px.
+def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
+                keypoint_shape: tuple[int, int] | None = None) -> Labels:  # fmt: skip
+    """Labels of an image, from px.
 
     Raises:
-        ValueError: a box is malformed or of no known class, or the JSON describes an image of another size.
+        ValueError: a box, polygon or keypoint is malformed or of no known class, or the JSON describes an image of another size.
     """
     declared_hw, annotations = record.labels
     check_declared_size(declared_hw, image_hw)
     rows: list[tuple[float, ...]] = []
-    for class_id, box in annotations:
+    for class_id, box, *_ in annotations:
         try:
             left, top, width, height = (float(value) for value in box)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"bbox is {box!r}, not four numbers") from error
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"bbox is {repr(box)[:60]}, not four numbers") from error
         rows.append((class_id, left, top, left + width, top + height))
+    if task == "segment":
+        return with_polygons(rows, [annotation[2] for annotation in annotations], num_classes, image_hw)
+    if task == "pose":
+        assert keypoint_shape is not None
+        return with_keypoints(rows, [annotation[2] for annotation in annotations], num_classes, image_hw, keypoint_shape[0])
     return labels_from_xyxy(rows, num_classes, image_hw)
 
 
-def _split_files(root: Path) -> dict[str, Path]:
+def _split_files(root: Path, task: str) -> dict[str, Path]:
     found: dict[str, Path] = {}
     for split in SPLITS:
-        files = sorted((root / "annotations").glob(f"instances_{split}*.json"))
+        files = sorted((root / "annotations").glob(f"person_keypoints_{split}*.json")) if task == "pose" else []
+        files = files or sorted((root / "annotations").glob(f"instances_{split}*.json"))
         for name in (split, "valid") if split == "val" else (split,):
             files += [f for f in [root / name / "_annotations.coco.json"] if f.is_file()]
         if len(files) > 1:
@@ -97,37 +119,43 @@ def _categories(data: dict[str, Any], file: Path) -> dict[int, str]:
     return categories
 
 
-def _records(data: dict[str, Any], file: Path, root: Path, classes: dict[int, str], notes: list[str]) -> list[Record]:
+def _records(data: dict[str, Any], file: Path, root: Path, classes: dict[int, str], notes: list[str], task: str) -> list[Record]:
     class_ids = {category: class_id for class_id, category in enumerate(sorted(classes))}
-    boxes: dict[Any, list[tuple[int, Any]]] = {}
+    boxes: dict[Any, list[tuple[Any, ...]]] = {}
+    points = {"segment": "segmentation", "pose": "keypoints"}.get(task)
     try:
         for image in data["images"]:
             boxes[image["id"]] = []
-        num_unknown = 0
+        num_unknown = num_without = 0
         for annotation in data.get("annotations") or ():
             if annotation.get("iscrowd"):
                 continue
             if annotation["image_id"] not in boxes:
                 num_unknown += 1
                 continue
+            if task == "pose" and not has_keypoints(annotation):
+                num_without += 1
+                continue
             class_id = class_ids.get(annotation["category_id"], -1)  # -1 is refused by read_labels, and the image with it
-            boxes[annotation["image_id"]].append((class_id, annotation.get("bbox")))
+            labels = (class_id, annotation.get("bbox"), *([annotation.get(points)] if points else []))
+            boxes[annotation["image_id"]].append(labels)
         folder = _image_folder([image["file_name"] for image in data["images"][:NUM_PROBES]], file, root)
         records = []
         for image in data["images"]:
             name = posixpath.normpath(str(image["file_name"]).replace("\\", "/"))
             declared_hw = (int(image.get("height") or 0), int(image.get("width") or 0))
-            labels = (declared_hw if all(declared_hw) else None, boxes[image["id"]])
-            records.append(Record(name, str(folder / name), labels))
+            records.append(Record(name, str(folder / name), (declared_hw if all(declared_hw) else None, boxes[image["id"]])))
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} is not a COCO file: an image or annotation lacks or misuses {error}") from error
     if num_unknown:
         notes.append(f"{file.name}: {num_unknown} annotations of images that it does not list were left out")
+    if num_without:
+        notes.append(f"{file.name}: {num_without} annotations without a labelled keypoint were left out, as COCO's evaluation does")
     return records
 
 
 def _image_folder(names: list[str], file: Path, root: Path) -> Path:
-    stem = file.stem.removeprefix("instances_")
+    stem = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
     split = next((s for s in SPLITS if stem.startswith(s)), stem)
     places = [root / stem, root / "images" / stem, root / split, root / "images" / split, root / "images", file.parent, root]
     if root.name == "annotations":

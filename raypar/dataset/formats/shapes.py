@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raypar.dataset.formats import SPLITS, Labels, Listing, Record
+from raypar.dataset.formats import SPLITS, Labels, Listing, Record, boxes_around
 
 CLASS_NAMES = ("circle", "square", "triangle", "star")
 JPEG_QUALITY = 90
@@ -20,12 +20,16 @@ MAX_SHAPES = 8
 SIDES = (0.12, 0.45)  # of the image's height
 MAX_COVERED = 0.6  # a shape hidden more than this is not drawn
 HUE_SPREAD = 25  # degrees to both sides of a class's hue
+KEYPOINT_SHAPE, FLIP_IDX = (5, 3), (0, 1, 3, 2, 4)  # a shape's centre, top, left, right and bottom
+Shape = tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]  # class id, colour, mask (H, W), outline (P, 2) px
 
 
-def scan(num_images: dict[str, int]) -> Listing:
+def scan(num_images: dict[str, int], task: str = "detect") -> Listing:
     """Records of images that are still to be drawn; ``num_images`` by split."""
     splits = {split: [Record(f"{i:06d}.jpg", "", i) for i in range(n)] for split, n in num_images.items() if n}
-    return Listing(CLASS_NAMES, splits)
+    if task == "pose":
+        return Listing(CLASS_NAMES, splits, task=task, keypoint_shape=KEYPOINT_SHAPE, flip_idx=FLIP_IDX)
+    return Listing(CLASS_NAMES, splits, task=task)
 
 
 def render(seed: int, split: str, index: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float64]]:
@@ -35,18 +39,74 @@ def render(seed: int, split: str, index: int, height: int, width: int) -> tuple[
         image uint8 (height, width, 3) RGB, class_ids int64 (N,), boxes_xyxy float64 (N, 4) px: the exact hull of each shape's pixels
         inside the image, its covered ones included.
     """
+    image, shapes = _scene(seed, split, index, height, width)
+    boxes = [_hull(mask) for _, _, mask, _ in shapes]
+    return image, np.asarray([shape[0] for shape in shapes], np.int64), np.asarray(boxes, np.float64).reshape(-1, 4)
+
+
+def draw(seed: int, split: str, index: int, height: int, width: int, task: str = "detect") -> tuple[NDArray[np.uint8], Labels]:
+    """An image uint8 (height, width, 3) RGB and its labels; the images of classify show one shape each."""
+    hw = (height, width)
+    if task == "detect":
+        image, class_ids, boxes_xyxy = render(seed, split, index, height, width)
+        return image, labels(class_ids, boxes_xyxy, hw)
+    image, shapes = _scene(seed, split, index, height, width, is_single=task == "classify")
+    class_ids = np.asarray([shape[0] for shape in shapes], np.int64)
+    if task == "classify":
+        return image, Labels(class_ids, np.array([[0.5, 0.5, 1.0, 1.0]]))
+    if task == "segment":
+        segments = tuple(_clipped(outline, width, height) / [width, height] for *_, outline in shapes)
+        return image, Labels(class_ids, boxes_around(segments), segments_xyn=segments)
+    if task == "obb":
+        corners = tuple(cv2.boxPoints(cv2.minAreaRect(outline.astype(np.float32))) / [width, height] for *_, outline in shapes)
+        return image, Labels(class_ids, boxes_around(corners), segments_xyn=corners)
+    found = labels(class_ids, np.asarray([_hull(mask) for _, _, mask, _ in shapes], np.float64).reshape(-1, 4), hw)
+    keypoints = np.stack([_keypoints(shapes, i, hw) for i in range(len(shapes))]) if shapes else np.zeros((0, *KEYPOINT_SHAPE))
+    return image, Labels(found.class_ids, found.boxes_xywhn, keypoints=keypoints)
+
+
+def _scene(seed: int, split: str, index: int, height: int, width: int, *, is_single: bool = False) -> tuple[NDArray[np.uint8], list[Shape]]:
+    """The image and the shapes that can be seen, in drawing order."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     image = _background(rng, height, width)
     num_shapes = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_SHAPES + 1))
-    shapes = [_shape(rng, height, width) for _ in range(num_shapes)]
-    class_ids: list[int] = []
-    boxes: list[tuple[int, int, int, int]] = []
-    for class_id, colour, mask in _visible(shapes):
+    shapes = _visible([_shape(rng, height, width) for _ in range(1 if is_single else num_shapes)])
+    for _, colour, mask, _ in shapes:
         image[mask] = np.clip(colour + rng.normal(0, 4, (int(mask.sum()), 3)), 0, 255)
-        columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
-        class_ids.append(class_id)
-        boxes.append((columns[0], rows[0], columns[-1] + 1, rows[-1] + 1))
-    return image.astype(np.uint8), np.asarray(class_ids, np.int64), np.asarray(boxes, np.float64).reshape(-1, 4)
+    return image.astype(np.uint8), shapes
+
+
+def _hull(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
+    columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
+    return int(columns[0]), int(rows[0]), int(columns[-1] + 1), int(rows[-1] + 1)
+
+
+def _clipped(outline: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
+    """The part of a polygon (P, 2) px inside the image: cut by one side after the other (Sutherland and Hodgman, 1974)."""
+    for axis, side, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        depth = (outline[:, axis] - side) * sign  # not negative: inside
+        kept: list[NDArray[np.float64]] = []
+        for i, point in enumerate(outline):
+            before, there = depth[i - 1], depth[i]
+            if (before < 0) != (there < 0):
+                kept.append(outline[i - 1] + (point - outline[i - 1]) * before / (before - there))
+            if there >= 0:
+                kept.append(point)
+        outline = np.array(kept).reshape(-1, 2)
+    return outline
+
+
+def _keypoints(shapes: list[Shape], i: int, image_hw: tuple[int, int]) -> NDArray[np.float64]:
+    """Centre, top, left, right and bottom of a shape, normalised, with visibility: 0 outside the image, 1 covered, 2 seen: (5, 3)."""
+    outline = shapes[i][3]
+    (left, top), (right, bottom) = outline.argmin(0), outline.argmax(0)
+    points = np.stack([outline.mean(0), *outline[[top, left, right, bottom]]])
+    found = np.zeros(KEYPOINT_SHAPE)
+    for k, (x, y) in enumerate(points):
+        if 0 <= x < image_hw[1] and 0 <= y < image_hw[0]:
+            is_covered = any(shape[2][int(y), int(x)] for shape in shapes[i + 1 :])
+            found[k] = x / image_hw[1], y / image_hw[0], 1 if is_covered else 2
+    return found
 
 
 def encode(image: NDArray[np.uint8]) -> bytes:
@@ -73,8 +133,8 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
     return np.clip(image, 0, 255)
 
 
-def _shape(rng: np.random.Generator, height: int, width: int) -> tuple[int, NDArray[np.float64], NDArray[np.bool_]]:
-    """Class id, colour (3,) RGB, mask bool (H, W) of one shape; its centre lies inside the image."""
+def _shape(rng: np.random.Generator, height: int, width: int) -> Shape:
+    """One shape; its centre lies inside the image."""
     class_id = int(rng.integers(len(CLASS_NAMES)))
     side = height * float(np.exp(rng.uniform(*np.log(SIDES))))
     margin = min(0.25 * side, 0.5 * width)
@@ -82,7 +142,7 @@ def _shape(rng: np.random.Generator, height: int, width: int) -> tuple[int, NDAr
     points = centre + _outline(class_id, rng.uniform(0, 2 * np.pi)) * side / 2
     mask = np.zeros((height, width), np.uint8)
     cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], 1, shift=4)
-    return class_id, _colour(rng, class_id), mask.astype(bool)
+    return class_id, _colour(rng, class_id), mask.astype(bool), points
 
 
 def _outline(class_id: int, turn: float) -> NDArray[np.float64]:
@@ -103,9 +163,7 @@ def _colour(rng: np.random.Generator, class_id: int) -> NDArray[np.float64]:
     return np.asarray(cv2.cvtColor(hsv, cv2.COLOR_HSV2RGB)[0, 0] * 255, np.float64)
 
 
-def _visible(
-    shapes: list[tuple[int, NDArray[np.float64], NDArray[np.bool_]]],
-) -> list[tuple[int, NDArray[np.float64], NDArray[np.bool_]]]:
+def _visible(shapes: list[Shape]) -> list[Shape]:
     """Shapes in drawing order, without those that later ones would hide and those of no pixel."""
     if not shapes:
         return []

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy
+from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy, read_label_file
 
 VAL_SHARE = 0.2  # of the images, where ImageSets/ is missing
 
@@ -45,11 +45,12 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int]) -> 
         ValueError: it is not XML, an object is incomplete or of no known class, or it describes another image.
     """
     path, class_names = record.labels
-    if not Path(path).is_file():
+    data = read_label_file(path)
+    if data is None:
         return Labels(np.zeros(0, np.int64), np.zeros((0, 4)))
     try:
-        annotation = ElementTree.parse(path).getroot()
-    except ElementTree.ParseError as error:
+        annotation = ElementTree.fromstring(data)
+    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding that Python does not know
         raise ValueError(f"labels are not XML ({error})") from error
     size = (_int(annotation.findtext("size/height")), _int(annotation.findtext("size/width")))
     check_declared_size(size if all(size) else None, image_hw)

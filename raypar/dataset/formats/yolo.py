@@ -1,7 +1,8 @@
 """Ultralytics ``data.yaml`` with a ``.txt`` of labels for each image. ``scan`` runs in the driver, ``read_labels`` in a Ray task.
 
     data.yaml               path: .   train: images/train   val: images/val   names: [cat, dog]
-    images/train/a.jpg      labels/train/a.txt   lines "class cx cy w h" or "class x1 y1 x2 y2 x3 y3 ..." over width/height
+    images/train/a.jpg      labels/train/a.txt   lines "class cx cy w h" or "class x1 y1 x2 y2 x3 y3 ..." over width/height,
+                            or with "kpt_shape: [17, 3]" in data.yaml "class cx cy w h x1 y1 v1 x2 y2 v2 ..."
 
 Paths are resolved as Ultralytics does (``check_det_dataset``, ``BaseDataset.get_img_files``, ``img2label_paths`` of 8.4).
 """
@@ -15,14 +16,32 @@ from typing import Any
 
 import numpy as np
 import yaml
+from numpy.typing import NDArray
 
-from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record, check_table, without_duplicates
+from raypar.dataset.formats import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Labels,
+    Listing,
+    Record,
+    as_corners,
+    as_text,
+    boxes_around,
+    check_table,
+    names_below,
+    read_label_file,
+    without_duplicates,
+)
 
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
 
-def scan(source: str) -> Listing:
+def scan(source: str, task: str = "auto") -> Listing:
     """Lists the images of a ``data.yaml``.
+
+    Args:
+        source: the file, or its folder.
+        task: of ``raypar.dataset.schema.TASKS``; auto: pose where the file has ``kpt_shape``, else detect.
 
     Raises:
         ValueError: the file is missing or wrong, a split's path is missing or has no images, or no label file is found.
@@ -30,43 +49,85 @@ def scan(source: str) -> Listing:
     file = _yaml_file(Path(source).expanduser().absolute())
     data = _load(file)
     class_names = _class_names(data, file)
+    keypoint_shape, flip_idx = _keypoints(data, file)
+    if task == "auto":
+        task = "pose" if keypoint_shape else "detect"
+    if task == "pose" and not keypoint_shape:
+        raise ValueError(f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'")
     root = _root(data.get("path"), file)
     splits = {split: _records(data[split], root, split, file) for split in SPLITS if data.get(split)}
     records = [record for split in splits.values() for record in split]
     if not any(Path(record.labels).is_file() for record in records):
         raise ValueError(f"{file}: no image has labels; the first image's were looked for in {records[0].labels}")
-    return Listing(class_names, splits)
+    notes = (f"{file.name} has no 'flip_idx': images are not mirrored in training",) if task == "pose" and not flip_idx else ()
+    return Listing(class_names, splits, notes, task, keypoint_shape, flip_idx)
 
 
-def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int]) -> Labels:
-    """Parses a label file; no file means no labels. Polygons become their bounding boxes.
+def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
+                keypoint_shape: tuple[int, int] | None = None) -> Labels:  # fmt: skip
+    """Parses a label file; no file means no labels. For detect, polygons become their bounding boxes and keypoints are left out.
 
     Raises:
-        ValueError: what Ultralytics calls a corrupt label file, with the reason.
+        ValueError: what Ultralytics calls a corrupt label file, with the reason; or boxes where the task needs polygons.
     """
-    file = Path(record.labels)
-    if not file.is_file():
-        return Labels(np.zeros(0, np.int64), np.zeros((0, 4)))
-    lines = [line.split() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
-    is_polygons = any(len(line) > 6 for line in lines)
-    for line in lines:
-        if is_polygons and len(line) == 5:
-            raise ValueError("labels mix lines of boxes and of polygons")
-        if len(line) < 5 or len(line) % 2 == 0:
-            raise ValueError(f"a label line has {len(line)} columns: {' '.join(line)[:60]!r}")
+    data = read_label_file(record.labels)
+    if data is None:
+        return Labels.none(task, keypoint_shape)
+    lines = [line.split() for line in as_text(data).splitlines() if line.strip()]
+    num_columns = 5 + keypoint_shape[0] * keypoint_shape[1] if keypoint_shape else 0
+    if keypoint_shape and task != "pose":
+        lines = [line[:5] if len(line) == num_columns else line for line in lines]
+    is_polygons = task != "pose" and any(len(line) > 6 for line in lines)
+    _check_columns(lines, is_polygons, num_columns if task == "pose" else None)
+    if lines and not is_polygons and task in ("segment", "obb"):
+        raise ValueError(f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}")
     try:
         rows = [tuple(float(value) for value in line) for line in lines]
     except ValueError as error:
         raise ValueError(f"a label line holds something that is not a number ({error})") from error
     unique = without_duplicates(rows)
-    table = np.asarray([_box(row) if is_polygons else row for row in unique], np.float64).reshape(-1, 5)
+    polygons = [np.asarray(row[1:], np.float64).reshape(-1, 2) for row in unique] if is_polygons else []
+    boxes = boxes_around(polygons) if is_polygons else np.asarray([row[1:5] for row in unique], np.float64).reshape(-1, 4)
+    table = np.concatenate([np.asarray([row[0] for row in unique], np.float64)[:, None], boxes], axis=1)
     check_table(table, num_classes)
-    boxes = table[:, 1:]
-    if len(boxes) and boxes.max() > 1 + TOLERANCE:
-        raise ValueError(f"coordinate {boxes.max():g} is above 1: labels must be divided by the image's width and height")
-    if len(boxes) and (boxes.min() < -TOLERANCE or boxes[:, 2:].min() < 0):
-        raise ValueError(f"coordinate {boxes.min():g} is negative")
-    return Labels(table[:, 0].astype(np.int64), boxes, len(rows) - len(unique))
+    _check_range(boxes)
+    keypoints = None
+    if task == "pose" and keypoint_shape:
+        keypoints = _with_visibility(np.asarray([row[5:] for row in unique], np.float64).reshape(-1, *keypoint_shape))
+    segments = None
+    if task in ("segment", "obb"):
+        segments = tuple(as_corners(polygon, image_hw) if task == "obb" else polygon for polygon in polygons)
+    return Labels(table[:, 0].astype(np.int64), boxes, len(rows) - len(unique), segments, keypoints)
+
+
+def _check_columns(lines: list[list[str]], is_polygons: bool, num_columns: int | None) -> None:
+    for line in lines:
+        if num_columns is not None and len(line) != num_columns:
+            raise ValueError(f"a label line has {len(line)} columns, 'kpt_shape' asks for {num_columns}: {' '.join(line)[:60]!r}")
+        if is_polygons and len(line) == 5:
+            raise ValueError("labels mix lines of boxes and of polygons")
+        if num_columns is None and (len(line) < 5 or len(line) % 2 == 0):
+            raise ValueError(f"a label line has {len(line)} columns: {' '.join(line)[:60]!r}")
+
+
+def _check_range(boxes: NDArray[np.float64], what: str = "coordinate") -> None:
+    """Boxes (N, 4) or points (N, 2), which must lie in [0, 1] but for a hundredth."""
+    if boxes.size and boxes.max() > 1 + TOLERANCE:
+        raise ValueError(f"{what} {boxes.max():g} is above 1: labels must be divided by the image's width and height")
+    if boxes.size and (boxes.min() < -TOLERANCE or (boxes.shape[1] == 4 and boxes[:, 2:].min() < 0)):
+        raise ValueError(f"{what} {boxes.min():g} is negative")
+
+
+def _with_visibility(keypoints: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Checked keypoints (N, K, D) as (N, K, 3); without a visibility those with a negative coordinate are invisible."""
+    if not np.isfinite(keypoints).all():
+        raise ValueError("labels hold a value that is not a finite number")
+    _check_range(keypoints[..., :2].reshape(-1, 2), "keypoint")
+    if keypoints.shape[2] == 3:
+        if keypoints.size and keypoints[..., 2].min() < 0:
+            raise ValueError(f"visibility {keypoints[..., 2].min():g} is negative")
+        return keypoints
+    return np.concatenate([keypoints, (keypoints >= 0).all(-1, keepdims=True)], axis=-1)
 
 
 def label_path(image_path: str) -> str:
@@ -76,12 +137,6 @@ def label_path(image_path: str) -> str:
     if "images" in folders:
         folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
     return str(Path(*folders, path.stem + ".txt"))
-
-
-def _box(row: tuple[float, ...]) -> tuple[float, ...]:
-    """(class, x, y, x, y, ...) -> (class, cx, cy, w, h), as ``ultralytics.utils.ops.segments2boxes``."""
-    x, y = row[1::2], row[2::2]
-    return row[0], (min(x) + max(x)) / 2, (min(y) + max(y)) / 2, max(x) - min(x), max(y) - min(y)
 
 
 def _yaml_file(source: Path) -> Path:
@@ -103,8 +158,6 @@ def _load(file: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold keys and values (path, train, val, names), not {type(data).__name__}")
-    if data.get("kpt_shape"):  # their lines would pass for polygons
-        raise ValueError(f"{file}: 'kpt_shape' says that the labels are keypoints; prepare reads boxes and polygons only")
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     for key in ("train", "val"):
@@ -136,6 +189,17 @@ def _class_names(data: dict[str, Any], file: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
+def _keypoints(data: dict[str, Any], file: Path) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+    shape, flip_idx = data.get("kpt_shape"), data.get("flip_idx") or []
+    if not shape:
+        return None, ()
+    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape) or shape[0] < 1 or shape[1] not in (2, 3):
+        raise ValueError(f"{file}: 'kpt_shape' must be [number of keypoints, 2 or 3], not {shape!r}")
+    if flip_idx and (not isinstance(flip_idx, list) or sorted(flip_idx, key=str) != sorted(range(shape[0]), key=str)):
+        raise ValueError(f"{file}: 'flip_idx' must hold each of 0 to {shape[0] - 1} once, not {flip_idx!r}")
+    return (shape[0], shape[1]), tuple(flip_idx)
+
+
 def _root(path: object, file: Path) -> Path:
     """The dataset's folder: ``path`` from the yaml's folder, then the working directory, then Ultralytics' datasets folder."""
     if not path:
@@ -159,7 +223,7 @@ def _records(value: str | list[str], root: Path, split: str, file: Path) -> list
     for entry in [value] if isinstance(value, str) else value:
         for place in _places(entry, root, split, file):
             if place.is_dir():
-                found = glob.glob(str(Path(glob.escape(str(place))) / "**" / "*.*"), recursive=True)  # noqa: PTH207 (as Ultralytics)
+                found = list(names_below(str(place)))
                 roots.append(place)
             elif place.suffix.lower() in IMAGE_SUFFIXES:
                 found = [str(place)]

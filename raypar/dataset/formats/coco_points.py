@@ -1,0 +1,129 @@
+"""Polygons and keypoints of COCO annotations, as ``ultralytics.data.converter.convert_coco`` turns them into labels. Pure."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from raypar.dataset.formats import Labels, boxes_around, labels_from_xyxy, without_duplicates
+
+Floats = NDArray[np.float64]
+
+
+def keypoints_of(categories: list[dict[str, Any]], file: object) -> tuple[tuple[int, int], tuple[int, ...]]:
+    """Keypoint shape and flip_idx by the names of ``categories[].keypoints``: what is left becomes what is right.
+
+    Raises:
+        ValueError: there are no keypoints, or classes differ in them.
+    """
+    found = {tuple(map(str, category.get("keypoints") or ())) for category in categories}
+    if len(found) != 1 or () in found:
+        raise ValueError(f"{file}: for pose each category needs 'keypoints', the same list of names")
+    names = found.pop()
+    mirrored = [_mirrored(name) for name in names]
+    has_sides = any(a != b for a, b in zip(names, mirrored, strict=True)) and all(name in names for name in mirrored)
+    return (len(names), 3), tuple(names.index(name) for name in mirrored) if has_sides else ()
+
+
+def _mirrored(name: str) -> str:
+    for this, other in (("left", "right"), ("right", "left"), ("Left", "Right"), ("Right", "Left")):
+        if this in name:
+            return name.replace(this, other)
+    return name
+
+
+def has_keypoints(annotation: dict[str, Any]) -> bool:
+    """Whether any is labelled; annotations without are no part of COCO's evaluation."""
+    values = annotation.get("keypoints")
+    return isinstance(values, list) and any(values[2::3])
+
+
+def with_polygons(rows: list[tuple[float, ...]], segmentations: list[Any], num_classes: int, image_hw: tuple[int, int]) -> Labels:
+    """Labels for segment.
+
+    Args:
+        rows: (class id, x1, y1, x2, y2) px of each annotation.
+        segmentations: of each annotation: a list of polygons [x, y, x, y ...], which are joined in one; without any the box is one.
+        num_classes: that there are.
+        image_hw: px.
+
+    Raises:
+        ValueError: a segmentation is a run-length encoded mask, or a value or class is wrong.
+    """
+    labels_from_xyxy(rows, num_classes, image_hw)  # checks
+    wh = np.array(image_hw[::-1], np.float64)
+    lines = without_duplicates([(*row, *_polygon(row, s).ravel()) for row, s in zip(rows, segmentations, strict=True)])
+    segments = tuple(np.reshape(line[5:], (-1, 2)) / wh for line in lines)
+    if not all(np.isfinite(segment).all() for segment in segments):
+        raise ValueError("labels hold a value that is not a finite number")
+    boxes = boxes_around(segments)
+    boxes[[line[3] <= line[1] or line[4] <= line[2] for line in lines], 2:] = 0  # tidied away, as boxes of no area are elsewhere
+    return Labels(np.array([line[0] for line in lines], np.int64), boxes, len(rows) - len(lines), segments)
+
+
+def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_classes: int, image_hw: tuple[int, int],
+                   num_keypoints: int) -> Labels:  # fmt: skip
+    """Labels for pose; arguments as of :func:`with_polygons`, ``keypoints`` [x, y, visibility, x ...] px of each annotation.
+
+    Raises:
+        ValueError: an annotation has another number of keypoints, or a value or class is wrong.
+    """
+    lines = []
+    for row, values in zip(rows, keypoints, strict=True):
+        try:
+            points = [float(value) for value in values]
+        except (TypeError, ValueError, OverflowError) as error:
+            raise ValueError(f"keypoints are {repr(values)[:60]}, not a list of numbers") from error
+        if len(points) != 3 * num_keypoints:
+            raise ValueError(f"an annotation has {len(points)} keypoint values, {num_keypoints} keypoints need {3 * num_keypoints}")
+        lines.append((*row, *points))
+    unique = without_duplicates(lines)
+    labels = labels_from_xyxy([line[:5] for line in unique], num_classes, image_hw, keep_duplicates=True)
+    points_px = np.reshape([line[5:] for line in unique], (-1, num_keypoints, 3))
+    if not np.isfinite(points_px).all():
+        raise ValueError("labels hold a value that is not a finite number")
+    normalised = points_px / [image_hw[1], image_hw[0], 1]
+    return Labels(labels.class_ids, labels.boxes_xywhn, len(rows) - len(unique), keypoints=normalised)
+
+
+def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
+    """The annotation's polygon float64 (P, 2) px."""
+    if isinstance(segmentation, dict):
+        raise ValueError("a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)")
+    parts = [np.reshape(part, (-1, 2)) for part in segmentation if _is_polygon(part)] if isinstance(segmentation, list) else []
+    if not parts:
+        _, x1, y1, x2, y2 = row
+        return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
+    return np.asarray(parts[0] if len(parts) == 1 else merged(parts), np.float64)
+
+
+def _is_polygon(part: Any) -> bool:
+    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(type(value) in (int, float) for value in part)
+
+
+def merged(parts: list[Floats]) -> Floats:
+    """Polygons joined in one by lines of no width where neighbours are closest: there along one side of each, back along the other.
+
+    As ``ultralytics.data.converter.merge_multi_segment``.
+    """
+    parts = list(parts)
+    joints: list[list[int]] = [[] for _ in parts]
+    for i in range(1, len(parts)):
+        apart = ((parts[i - 1][:, None] - parts[i][None]) ** 2).sum(-1)
+        here, there = np.unravel_index(np.argmin(apart), apart.shape)
+        joints[i - 1].append(int(here))
+        joints[i].append(int(there))
+    path = []
+    last = len(parts) - 1
+    for i, joint in enumerate(joints):
+        if len(joint) == 2 and joint[0] > joint[1]:
+            joint = [len(parts[i]) - 1 - at for at in joint]
+            parts[i] = parts[i][::-1]
+        joints[i] = joint
+        rolled = np.roll(parts[i], -joint[0], axis=0)
+        parts[i] = np.concatenate([rolled, rolled[:1]])
+        path.append(parts[i] if i in (0, last) else parts[i][: joint[1] - joint[0] + 1])
+    path += [parts[i][abs(joints[i][1] - joints[i][0]) :] for i in range(last - 1, 0, -1)]
+    return np.concatenate(path)
