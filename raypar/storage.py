@@ -19,6 +19,12 @@ import pyarrow.fs as pafs
 COPY_CHUNK_BYTES = 8 << 20
 
 
+def _options(uri: str) -> tuple[str, str]:
+    """A URI without its options, and these: ``?endpoint_override=host:9000&scheme=http``. A local path has none."""
+    place, mark, options = uri.partition("?") if "://" in uri else (uri, "", "")
+    return place, mark + options
+
+
 @dataclass(frozen=True)
 class Folder:
     """A folder in storage. It need not exist: it is made by the first write.
@@ -36,7 +42,15 @@ class Folder:
         return cls(text.rstrip("/") if "://" in text else str(Path(text).expanduser().absolute()))
 
     def __truediv__(self, name: str) -> Folder:
-        return Folder(f"{self.uri}/{name}")
+        place, options = _options(self.uri)
+        return Folder(f"{place.rstrip('/')}/{name}{options}")
+
+    @classmethod
+    def holding(cls, uri: str) -> tuple[Folder, str]:
+        """The folder that a file lies in, and the file's name there."""
+        place, options = _options(uri)
+        parent, _, name = place.rstrip("/").rpartition("/")
+        return cls.at((parent if parent or not uri.startswith("/") else "/") + options), name
 
     def __getstate__(self) -> dict[str, str]:
         return {"uri": self.uri}  # a cached file system does not travel
@@ -120,6 +134,24 @@ class Folder:
             self.fs.delete_dir(info.path)
         elif info.type == pafs.FileType.File:
             self.fs.delete_file(info.path)
+
+    def check_reachable(self) -> None:
+        """Asks the store for the folder and its bucket.
+
+        Raises:
+            OSError: the store does not answer, or refuses.
+            ValueError: there is no such bucket, or no such kind of store.
+        """
+        self.exists()
+        bucket = self.path.split("/")[0]
+        if self.fs.type_name in ("s3", "gcs") and not self._may_be_there(bucket):
+            raise ValueError(f"there is no bucket '{bucket}'")
+
+    def _may_be_there(self, bucket: str) -> bool:
+        try:
+            return bool(self.fs.get_file_info(bucket).type != pafs.FileType.NotFound)
+        except OSError:  # a key may open a folder of the bucket, and yet not the bucket
+            return True
 
     def check_writable(self) -> None:
         """Writes and removes a small file.

@@ -75,8 +75,7 @@ def find(weights: str | None, run: Folder, verb: str) -> Weights:
         found = Weights(run / "train", "best.pt")
         mend = f"run `raypar train` with the same run file first, or name weights with {verb}.weights=..."
     else:
-        parent, _, name = weights.rstrip("/").rpartition("/")
-        found = Weights(Folder.at(parent if parent or not weights.startswith("/") else "/"), name)
+        found = Weights(*Folder.holding(weights))
         mend = f"name a .pt file or an exported model with {verb}.weights=..."
     if not found.folder.exists(found.name):
         raise ValueError(f"there are no weights at {found.uri}: {mend}")

@@ -29,8 +29,7 @@ def check(config: RunConfig) -> None:
         ValueError: with what is wrong and how to mend it.
     """
     weights = _weights(config)
-    parent, _, name = weights.rpartition("/")
-    folder = Folder.at(parent)
+    folder, name = Folder.holding(weights)
     if not folder.exists(name):
         raise ValueError(f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH")
     if folder.fs.get_file_info(f"{folder.path}/{name}").is_file:  # else it is the folder of an export

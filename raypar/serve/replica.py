@@ -219,8 +219,7 @@ def download(weights: str, into: Path) -> tuple[Path, str]:
     Raises:
         ValueError: nothing is there.
     """
-    parent, _, name = weights.rstrip("/").rpartition("/")
-    source = Folder.at(parent)
+    source, name = Folder.holding(weights)
     is_export = _is_folder(source, name)
     names = source.list(name, recursive=True) if is_export else [name]
     if not names or not source.exists(name):

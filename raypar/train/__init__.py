@@ -104,7 +104,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         ),
         run_config=ray.train.RunConfig(
             name="train",
-            storage_path=config.folder.uri,
+            storage_path=config.folder.path,
+            storage_filesystem=None if config.folder.is_local else config.folder.fs,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=START_ATTEMPTS - 1),
             checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
@@ -170,8 +171,8 @@ def _model(name: str) -> str | dict[str, Any]:
             content: dict[str, Any] = yaml_model_load(name)
             task = guess_model_task(content)
         elif "://" in name:
-            parent, _, base = name.rpartition("/")
-            name = str(Folder(parent).download(base, Path("/tmp") / f"raypar-{hashlib.sha256(name.encode()).hexdigest()[:12]}.pt"))
+            folder, base = Folder.holding(name)
+            name = str(folder.download(base, Path("/tmp") / f"raypar-{hashlib.sha256(name.encode()).hexdigest()[:12]}.pt"))
         if not name.endswith((".yaml", ".yml")):
             name = str(Path(attempt_download_asset(name)).absolute())
             task = load_checkpoint(name)[0].task

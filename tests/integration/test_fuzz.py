@@ -25,7 +25,6 @@ from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, render
 from raypar.dataset.tidy import tidy
-from raypar.dataset.tidy import tidy
 from raypar.images import decode
 from raypar.storage import Folder
 

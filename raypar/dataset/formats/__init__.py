@@ -16,6 +16,7 @@ SPLITS = ("train", "val", "test")
 IMAGE_SUFFIXES = frozenset(
     {".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpeg2000", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
 )
+MAX_VALUE = 1e9  # of a coordinate or class id
 MAX_LABEL_BYTES = 32 << 20  # of a label file: a million boxes
 
 
@@ -187,8 +188,8 @@ def check_table(table: NDArray[np.float64], num_classes: int) -> None:
     Raises:
         ValueError: a value that is not finite, or a class id that is no class.
     """
-    if not np.isfinite(table).all():
-        raise ValueError("labels hold a value that is not a finite number")
+    if not (np.abs(table) < MAX_VALUE).all():  # nor NaN
+        raise ValueError("labels hold a value that is not a finite number, or is beyond all measure")
     ids = table[:, 0]
     wrong = ids[(ids < 0) | (ids >= num_classes) | (ids % 1 != 0)]
     if len(wrong):

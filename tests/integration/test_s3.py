@@ -1,0 +1,197 @@
+"""Everything in a bucket: prepare, train, evaluate and predict against a server that speaks S3; errors of a store are one line, soon."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import boto3
+import numpy as np
+import pytest
+from moto.server import ThreadedMotoServer
+
+import raypar.evaluate
+import raypar.predict
+import raypar.prepare
+import raypar.train
+from raypar import cli
+from raypar.config import RunConfig
+from raypar.dataset import verify
+from raypar.dataset.manifest import Manifest
+from raypar.storage import Folder
+from tests.conftest import start_ray
+
+KEYS = {
+    "AWS_ACCESS_KEY_ID": "test",
+    "AWS_SECRET_ACCESS_KEY": "test",
+    "AWS_DEFAULT_REGION": "us-east-1",
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """host:port of an S3 server with an empty bucket ``runs``; the environment names it, and Ray's workers inherit that."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    boto3.client("s3").create_bucket(Bucket="runs")
+    yield f"{host}:{port}"
+    server.stop()
+    for name, value in before.items():
+        os.environ.pop(name)
+        if value is not None:
+            os.environ[name] = value
+
+
+@pytest.fixture(scope="module")
+def ray_with_s3(endpoint: str) -> Iterator[None]:
+    import ray
+
+    start_ray()
+    yield
+    ray.shutdown()
+
+
+def run_of(storage: str, **train: Any) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "name": "bucket",
+            "storage": storage,
+            "prepare": {"format": "shapes", "shapes": {"train": 24, "val": 8, "height": 64, "width": 80}, "rows_per_group": 8},
+            "train": {"model": "yolov8n.yaml", "use_gpu": False, "batch": 8, "yolo": {"epochs": 1, "imgsz": 64}, **train},
+            "evaluate": {"use_gpu": False},
+            "predict": {"use_gpu": False},
+        }
+    )
+
+
+def test_a_folder_is_a_folder_in_a_bucket_too(endpoint: str, tmp_path: Path) -> None:
+    for uri in ("s3://runs/folder", f"s3://runs/folder?endpoint_override={endpoint}&scheme=http"):
+        folder = Folder.at(uri) / "a"
+        assert not folder.is_local
+        assert not folder.exists()
+        assert folder.list() == []
+        folder.check_reachable()
+        folder.check_writable()
+        folder.write("b/one.txt", "one")
+        folder.write("b/one.txt", "two")
+        folder.write_json("c.json", {"x": 1})
+        assert folder.list("b") == ["b/one.txt"]
+        assert folder.list(recursive=True) == ["b/one.txt", "c.json"]
+        assert (folder / "b").read("one.txt") == b"two"
+        assert folder.read_json("c.json") == {"x": 1}
+        (tmp_path / "big").write_bytes(os.urandom(12_000_000))  # several parts
+        folder.upload(tmp_path / "big", "big")
+        assert folder.download("big", tmp_path / "again").read_bytes() == (tmp_path / "big").read_bytes()
+        with folder.open("big") as file:
+            file.seek(11_000_000)
+            assert file.read(10) == (tmp_path / "big").read_bytes()[11_000_000:11_000_010]
+        holding, name = Folder.holding(folder.uri)
+        assert (holding / name).read("c.json") == folder.read("c.json")
+        folder.delete("b")
+        assert folder.list(recursive=True) == ["big", "c.json"]
+        folder.delete()
+        folder.delete()
+        assert not folder.exists()
+
+
+@pytest.mark.usefixtures("ray_with_s3")
+def test_prepare_train_evaluate_and_predict_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
+    config, local = run_of("s3://runs/all"), run_of(str(tmp_path))
+    manifest = raypar.prepare.run(config)
+    assert manifest == raypar.prepare.run(local)  # the same shards to the byte, by their checksums
+    summary = raypar.train.run(config)
+    assert summary["num_epochs"] == 1
+    assert (config.folder / "train").exists("best.pt")
+    assert raypar.train.run(config) == summary  # complete: nothing to do
+    metrics = raypar.evaluate.run(config)
+    assert metrics["num_images"] == 8
+    assert np.isfinite(metrics["map50_95"])
+    assert raypar.predict.run(config)["num_images"] == 8
+    names = (config.folder).list(recursive=True)
+    assert {"dataset/manifest.json", "train/metrics.jsonl", "train/results.png", "evaluate/metrics.json", "predict/00000.parquet"} <= {
+        *names
+    }
+    assert not list(tmp_path.parent.glob("s3*"))
+
+    dataset = config.folder / "dataset"
+    shard = manifest.splits["train"].shards[0].path
+    data = bytearray(dataset.read(shard))
+    data[len(data) // 2] ^= 1
+    dataset.write(shard, bytes(data))
+    with pytest.raises(ValueError, match=f"shard {shard} is altered"):
+        raypar.train.run(run_of("s3://runs/all", overwrite=True))
+    dataset.write(shard, bytes(data[:-1]))
+    with pytest.raises(ValueError, match=f"shard {shard} has {len(data) - 1} bytes"):
+        raypar.train.check(config)
+
+
+@pytest.mark.usefixtures("ray_with_s3")
+def test_the_uri_may_name_the_server(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the driver's: the workers' names the server
+    config = run_of(f"s3://runs/named?endpoint_override={endpoint}&scheme=http")
+    manifest = raypar.prepare.run(config)
+    dataset = config.folder / "dataset"
+    assert Manifest.load(dataset) == manifest
+    verify.check_sums(dataset, manifest, ("train", "val"))
+    assert json.loads(dataset.read(verify.VERIFIED)).keys() == {s.path for split in manifest.splits.values() for s in split.shards}
+
+
+def error_of(storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says to a storage that does not work; within seconds, and on one line."""
+    (tmp_path / "run.yaml").write_text(f"name: x\nstorage: {storage!r}\nprepare: {{format: shapes}}\n")
+    began = time.monotonic()
+    assert cli.main(["prepare", str(tmp_path / "run.yaml")]) == 2
+    assert time.monotonic() - began < 30
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(f"error: storage {storage} cannot be reached: ")
+    assert "\n" not in said
+    return said
+
+
+def test_a_missing_bucket_is_named(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "there is no bucket 'nowhere'" in error_of("s3://nowhere/runs", tmp_path, capsys)
+
+
+def test_a_server_that_is_not_there_is_said(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        uri = f"s3://runs/x?endpoint_override=127.0.0.1:{unused.getsockname()[1]}&scheme=http"
+        assert "connect" in error_of(uri, tmp_path, capsys)
+
+
+class Refusal(BaseHTTPRequestHandler):
+    """What S3 answers to a key that it does not know."""
+
+    def answer(self) -> None:
+        body = b"<Error><Code>InvalidAccessKeyId</Code><Message>The AWS Access Key Id you provided does not exist.</Message></Error>"
+        self.send_response(403)
+        self.send_header("Content-Length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer  # noqa: N815
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+def test_a_wrong_key_is_said(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        said = error_of(f"s3://runs/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys)
+    finally:
+        server.shutdown()
+    assert "ACCESS_DENIED" in said or "INVALID_ACCESS_KEY" in said.upper()
