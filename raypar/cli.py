@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
 VERBS = {
     "prepare": "images and labels (YOLO, COCO, VOC, built-in shapes) -> checked Parquet shards",
+    "inspect": "shards -> statistics, pictures of raw and augmented samples, the pipeline's speed",
     "train": "shards and a model -> trained weights, on any number of workers",
     "evaluate": "weights and a split -> mAP, curves, pictures",
     "predict": "weights and images -> detections in Parquet",
@@ -132,7 +133,7 @@ def _check_storage(config: RunConfig) -> str:
             if not there.is_dir() or not os.access(there, os.W_OK):
                 raise ValueError(f"storage {config.storage}: {there} is no folder that can be written")
         else:
-            folder.exists()
+            folder.check_reachable()
     except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
         raise ValueError(f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}") from error
     return folder.uri

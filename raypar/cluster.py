@@ -58,6 +58,8 @@ def needs(verb: str, config: RunConfig, gpus: float) -> tuple[float, float]:
         train: Any = importlib.import_module("raypar.train")
         cpus_and_gpus: tuple[float, float] = train.needs(config, use_gpu=train.uses_gpu(config, gpus))
         return cpus_and_gpus
+    if verb == "inspect":
+        return 1.0, 0.0
     if verb in ("evaluate", "predict"):
         section = config.evaluate if verb == "evaluate" else config.predict
         return float(section.num_workers), float(section.num_workers if section.use_gpu is True else 0)

@@ -12,7 +12,7 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[2]
 PACKAGE = REPOSITORY / "raypar"
 FILES = sorted(PACKAGE.rglob("*.py"))
-VERBS = ("prepare", "train", "evaluate", "predict", "export", "serve")
+VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve")
 FORBIDDEN_NAMES = {"utils", "helpers", "common", "core", "base", "misc", "manager", "handler", "engine"}
 MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 
