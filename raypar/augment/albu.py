@@ -25,36 +25,43 @@ ULTRALYTICS = [{"Blur": {"p": 0.01}}, {"MedianBlur": {"p": 0.01}}, {"ToGray": {"
 Spec = Sequence[dict[str, Any]] | str | None
 
 
-def check(spec: Spec) -> None:
+def check(spec: Spec, task: str = "detect") -> None:
     """Builds the transforms and forgets them.
 
     Raises:
         ValueError: one is unknown or refuses its arguments.
     """
-    make(spec)
+    make(spec, task)
 
 
-def make(spec: Spec) -> Transform:
+def make(spec: Spec, task: str = "detect") -> Transform:
     """Builds the transforms.
 
     Args:
         spec: ``[{"Blur": {"p": 0.1}}, ...]``; ``"pkg.module:function"``, which returns albumentations objects; nothing for the four
-            that Ultralytics applies; an empty list for none.
+            that Ultralytics applies (none for classify); an empty list for none.
+        task: of the dataset; only boxes can be moved.
 
     Returns:
         (image uint8 (H, W, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4), generator) -> the same three. Boxes that a
         transform moves out of the image are gone from the result; transforms of the pixels alone never touch boxes.
 
     Raises:
-        ValueError: a transform is unknown or refuses its arguments.
+        ValueError: a transform is unknown, refuses its arguments, or moves pixels and the task's labels cannot be moved with it.
     """
     import albumentations as A
 
+    if spec is None and task == "classify":
+        spec = []
     made = _from_function(A, spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
     steps = []
     for transform in made:
         probability, transform.p = float(transform.p), 1.0
         moves = not isinstance(transform, A.ImageOnlyTransform)
+        if moves and task in ("segment", "pose", "obb"):
+            name = type(transform).__name__
+            raise ValueError(f"train.albumentations: {name} moves pixels, which only detect and classify can follow; '{task}' cannot")
+        moves = moves and task == "detect"  # an image's class stays
         boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone

@@ -47,15 +47,16 @@ class Recipe:
     mask_ratio: int = 4
     task: str = "detect"
     flip_idx: tuple[int, ...] = ()  # pose: where each keypoint of a mirrored image comes from
+    num_keypoints: int = 0  # pose
 
     @classmethod
-    def from_yolo(cls, args: Mapping[str, Any], task: str = "detect", flip_idx: Sequence[int] = ()) -> Recipe:
+    def from_yolo(cls, args: Mapping[str, Any], task: str = "detect", flip_idx: Sequence[int] = (), num_keypoints: int = 0) -> Recipe:
         """The recipe in Ultralytics' whole settings; as there, keypoints are not flipped without a ``flip_idx``.
 
         Raises:
             ValueError: a setting that raypar cannot honour.
         """
-        values = {f.name: args[f.name] for f in fields(cls) if f.name not in ("task", "flip_idx")}
+        values = {f.name: args[f.name] for f in fields(cls) if f.name not in ("task", "flip_idx", "num_keypoints")}
         if task == "segment" and not args["overlap_mask"]:
             raise ValueError("train.yolo.overlap_mask=False is not supported: masks are joined in one, as by default")
         if task == "segment" and args["copy_paste"] and args["copy_paste_mode"] != "flip":
@@ -66,7 +67,7 @@ class Recipe:
             values["fliplr"] = values["flipud"] = 0.0
         scale = values["scale"]
         scale = tuple(scale) if isinstance(scale, list | tuple) else float(scale)
-        return cls(**values | {"scale": scale, "task": task, "flip_idx": tuple(flip_idx)})
+        return cls(**values | {"scale": scale, "task": task, "flip_idx": tuple(flip_idx), "num_keypoints": num_keypoints})
 
     @property
     def is_axis_aligned(self) -> bool:

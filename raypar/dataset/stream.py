@@ -10,7 +10,7 @@ Why one stream and not one Ray Data execution an epoch: see ``docs/decisions/000
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import islice
@@ -22,20 +22,21 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment import albu
+from raypar.augment.classify import ClassifyRecipe, ClassifyRenderer
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
-from raypar.dataset.manifest import Split
+from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Item, Plan
+from raypar.dataset.rows import row_labels
+from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
-LABELS = ["class_ids", "boxes_xywhn"]
-COLUMNS = ["image", *LABELS]
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
 
@@ -46,14 +47,14 @@ class StreamSpec:
     dataset: Folder
     groups: tuple[tuple[str, int], ...]  # for each row group of the plan: its shard's path and its number there
     plan: Plan
-    recipe: Recipe
+    recipe: Recipe | ClassifyRecipe
     mosaic_epochs: int  # epochs before mosaic is closed
     albumentations: list[dict[str, Any]] | str | None
     world_size: int
     cache: CacheSpec | None = None
 
     @classmethod
-    def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe, *, mosaic_epochs: int,
+    def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
            cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
         groups = tuple((shard.path, i) for shard in split.shards for i in range(len(shard.row_groups)))
@@ -64,16 +65,32 @@ class StreamSpec:
         """The number within the split of the first row of each row group."""
         return np.concatenate([[0], np.cumsum(self.plan.row_groups)])[:-1]
 
+    @cached_property
+    def label_columns(self) -> list[str]:
+        """What is read of a row beside its image."""
+        return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", "height", "width")]
+
     @property
     def images_per_block(self) -> int:
         return self.plan.global_batch // self.world_size
+
+
+def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyRecipe:
+    """How to augment a dataset, by Ultralytics' whole settings.
+
+    Raises:
+        ValueError: a setting that raypar cannot honour for the dataset's task.
+    """
+    if manifest.task == "classify":
+        return ClassifyRecipe.from_yolo(args)
+    return Recipe.from_yolo(args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0)
 
 
 def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
     """All batches of a window: for each step, for each rank. The whole stream is this function, mapped over the plan's items."""
     window = spec.plan.window(item.epoch, item.window)
     rows, sources, num_replaced = _read(spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows))
-    renderer = Renderer(spec.recipe)
+    renderer = ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
     size, per_block, global_batch = spec.recipe.imgsz, spec.images_per_block, spec.plan.global_batch
     for step in range(item.skip_steps, len(window.order) // global_batch):
         for rank in range(spec.world_size):
@@ -84,7 +101,7 @@ def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
             images = np.empty((per_block, 3, size, size), np.uint8)
             labels: Labels = renderer(sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images)
             yield Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn,
-                        labels.image_index, rows[shown], num_replaced)  # fmt: skip
+                        labels.image_index, rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
             num_replaced = 0  # counted once, by the window's first batch
 
 
@@ -113,20 +130,21 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
     cache = None if spec.cache is None else node_cache(spec.cache)
     images = None if cache is None else cache.get(str(group))
     with spec.dataset.open(path) as file:
-        table = pq.ParquetFile(file).read_row_group(index, columns=COLUMNS if images is None else LABELS)
+        table = pq.ParquetFile(file).read_row_group(index, columns=["image"] * (images is None) + spec.label_columns)
     if images is not None:
         return table, images
     encoded = [image.as_buffer() for image in table["image"]]
     if cache is None:
-        return table.select(LABELS), encoded
+        return table.select(spec.label_columns), encoded
     decoded = [_decode(spec, image) for image in encoded]
     cache.put(str(group), decoded)
-    return table.select(LABELS), decoded
+    return table.select(spec.label_columns), decoded
 
 
 def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
     try:
-        return shrink(decode(image), spec.recipe.imgsz)
+        decoded = decode(image)
+        return decoded if spec.recipe.task == "classify" else shrink(decoded, spec.recipe.imgsz)  # classify takes crops of it
     except ValueError:
         return None
 
@@ -137,23 +155,22 @@ def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int
         image = _decode(spec, image)
     if image is None:
         return None
-    class_ids = table["class_ids"][i].values.to_numpy(zero_copy_only=False)
-    boxes = table["boxes_xywhn"][i].values.to_numpy(zero_copy_only=False).reshape(-1, 4)
+    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
     rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
-    return Source(*transform(image, class_ids, boxes, rng))
+    return Source(*transform(image, class_ids, boxes, rng), polygons, keypoints)
 
 
 @lru_cache(maxsize=1)
-def _made(albumentations: str) -> albu.Transform:
+def _made(albumentations: str, task: str) -> albu.Transform:
     import json
 
-    return albu.make(json.loads(albumentations))
+    return albu.make(json.loads(albumentations), task)
 
 
 def _transform(spec: StreamSpec) -> albu.Transform:
     import json
 
-    return _made(json.dumps(spec.albumentations))  # made once a process: it costs milliseconds
+    return _made(json.dumps(spec.albumentations), spec.recipe.task)  # made once a process: it costs milliseconds
 
 
 def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:

@@ -44,7 +44,7 @@ def tidy(labels: Labels, task: str = "detect") -> tuple[Labels, Counter[str]]:
         labels,
         class_ids=labels.class_ids[is_kept],
         boxes_xywhn=boxes[is_kept],
-        segments_xyn=None if segments is None else tuple(segment for segment, keep in zip(segments, is_kept.tolist(), strict=True) if keep),
+        segments_xyn=None if segments is None else tuple(segments[i] for i in np.flatnonzero(is_kept)),
         keypoints=None if labels.keypoints is None else labels.keypoints[is_kept],
     )
     return kept, +repairs

@@ -1,0 +1,44 @@
+"""Label columns of a row -> what the renderer wants. Runs in: Ray Data tasks. Pure."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from raypar.augment.outlines import densify
+
+Floats = NDArray[np.float32]
+WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
+
+
+def row_labels(
+    table: pa.Table, i: int, task: str, num_keypoints: int = 0
+) -> tuple[NDArray[np.int32], Floats, Floats | None, Floats | None]:
+    """Labels of a row: class_ids (N,), boxes_xywhn (N, 4), polygons (N, P, 2), keypoints (N, K, 3), as ``augment.cpu.Source`` has them.
+
+    Args:
+        table: with the task's columns of :func:`raypar.dataset.schema.row_schema`.
+        i: the row.
+        task: what its labels are.
+        num_keypoints: K, for pose.
+    """
+    if task == "classify":
+        return np.array([table["class_id"][i].as_py()], np.int32), WHOLE, None, None
+
+    def flat(name: str) -> NDArray[Any]:
+        found: NDArray[Any] = table[name][i].values.to_numpy(zero_copy_only=False)
+        return found
+
+    class_ids, boxes = flat("class_ids"), flat("boxes_xywhn").reshape(-1, 4)
+    if task == "pose":
+        return class_ids, boxes, None, flat("keypoints").reshape(-1, num_keypoints, 3)
+    if task in ("segment", "obb"):
+        lists = table["segments_xyn"][i].values
+        points, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy(zero_copy_only=False)
+        polygons = [points[a:b].reshape(-1, 2) for a, b in pairwise(ends)]
+        return class_ids, boxes, densify(polygons) if task == "segment" else np.reshape(polygons, (-1, 4, 2)).astype(np.float32), None
+    return class_ids, boxes, None, None
