@@ -1,8 +1,8 @@
 """The program of :mod:`raypar.augment.gpu` as one Triton kernel: every pixel of a batch is made in registers and written once.
 
 Runs in: training workers with CUDA and Triton. A program instance makes part of a row of one output image: gather from the ring, blend,
-mix-up, cut-mix, colours, store. It follows the torch program line for line; where a compiler contracts multiplication and addition a
-value may round to the next grey level. Under ``TRITON_INTERPRET=1`` it runs on CPU tensors, which is how it is tested without a GPU.
+mix-up, cut-mix, colours, store. It follows the torch program line for line, and no multiplication is joined with an addition, so both give
+the same bits (maps with a perspective but for a last bit of their division). Under ``TRITON_INTERPRET=1`` it runs on CPU tensors, which is how it is tested without a GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def render(words: Tensor, rows: Tensor, layers: Tensor, out: Tensor, *, is_axis_
     size = out.shape[-1]
     grid = (size * triton.cdiv(size, BLOCK), out.shape[0])
     _kernel[grid](words, rows, layers, out, *out.stride(), size=size, block=BLOCK, spans=is_axis_aligned,
-                  is_byte=out.dtype == torch.uint8)  # fmt: skip
+                  is_byte=out.dtype == torch.uint8, enable_fp_fusion=False)  # fmt: skip
 
 
 @jit
@@ -186,9 +186,9 @@ def _shift_hsv(r, g, b, hue, saturation, value):  # type: ignore[no-untyped-def]
     """Step by step :func:`raypar.augment.gpu.shift_hsv`."""
     v = tl.maximum(tl.maximum(r, g), b)
     chroma = v - tl.minimum(tl.minimum(r, g), b)
-    s = tl.floor(chroma * tl.floor(1044480.0 / tl.maximum(v, 1.0) + 0.5) * 0.000244140625 + 0.5)
+    s = tl.floor(chroma * tl.floor(tl.div_rn(1044480.0, tl.maximum(v, 1.0)) + 0.5) * 0.000244140625 + 0.5)
     apart = tl.where(v == r, g - b, tl.where(v == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    h = tl.floor(apart * tl.floor(122880.0 / tl.maximum(chroma, 1.0) + 0.5) * 0.000244140625 + 90.5) + hue
+    h = tl.floor(apart * tl.floor(tl.div_rn(122880.0, tl.maximum(chroma, 1.0)) + 0.5) * 0.000244140625 + 90.5) + hue
     h = tl.where(h >= 180, h - 180, h)
     h = tl.floor(tl.where(h >= 180, h - 180, h)) * (6 / 180)
     v = tl.floor(tl.minimum(v * value, 255.0)) * (1 / 255)

@@ -95,10 +95,10 @@ def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], i
     for i, pixels in zip(left, _pool().map(lambda i: _decode_on_cpu(encoded[i], imgsz), left), strict=True):
         found[i] = pixels
     num_replaced, images = 0, []
-    for image, (height, width) in zip(found, image_hws, strict=True):
+    for made, (height, width) in zip(found, image_hws, strict=True):
         expected = resized_hw((height, width), imgsz) if max(height, width) > imgsz else (height, width)
-        is_sound = image is not None and tuple(image.shape[:2]) == expected
-        images.append(image if image is not None and is_sound else torch.full((*expected, 3), GREY, dtype=torch.uint8))
+        is_sound = made is not None and tuple(made.shape[:2]) == expected
+        images.append(made if made is not None and is_sound else torch.full((*expected, 3), GREY, dtype=torch.uint8))
         num_replaced += not is_sound
     return images, num_replaced
 

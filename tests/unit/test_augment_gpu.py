@@ -17,6 +17,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from raypar.augment import fused
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.gpu import GpuRenderer
@@ -151,6 +152,21 @@ print("equal")
     done = subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent)], capture_output=True, text=True, check=False,
                           env=os.environ | {"TRITON_INTERPRET": "1"})  # fmt: skip
     assert done.stdout.endswith("equal\n"), done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("spans", [True, False])
+def test_the_triton_kernel_compiles_without_a_gpu(spans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a T4 and an H200, and so that it rounds as the torch program does."""
+    triton = pytest.importorskip("triton")
+    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    constants = {"size": 640, "block": fused.BLOCK, "spans": spans, "is_byte": False}
+    types = {"words": "*i32", "rows": "*fp32", "layers": "*fp32", "out": "*bf16"} | {f"stride_{axis}": "i32" for axis in "bcyx"}
+    source = compiler.ASTSource(fn=fused._kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    for architecture in (75, 90):
+        made = triton.compile(source, target=backends.GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False})
+        assert made.asm["cubin"]
+        assert "fma.rn" not in made.asm["ptx"]
 
 
 def test_what_the_renderer_does_not_do_is_refused() -> None:
