@@ -60,6 +60,13 @@ class PrepareConfig(Section):
     rows_per_group: PositiveInt = Field(64, description="images in a Parquet row group")
     max_pixels: PositiveInt = Field(178_956_970, description="images with more pixels than this are set aside, unread")
     overwrite: bool = Field(False, description="replace a finished dataset instead of keeping it")
+    append: bool = Field(False, description="add images that are new in the source to a finished dataset")
+
+    @model_validator(mode="after")
+    def _keeps_or_replaces(self) -> Self:
+        if self.append and self.overwrite:
+            raise ValueError("append keeps what is there and overwrite replaces it: choose one")
+        return self
 
     @model_validator(mode="after")
     def _needs_source(self) -> Self:

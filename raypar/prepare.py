@@ -6,36 +6,34 @@
         rejected.jsonl                                    a line for each image set aside: split, image_id, file, reason
         manifest.json                                     written last: where it is, the dataset is complete
 
-Runs in: the driver, which lists, shuffles and cuts; a Ray Data task a shard reads, checks and writes (``raypar.dataset.ingest``).
+A run that was killed goes on with the shards that are missing. With ``prepare.append`` images that are new in the source become new shards
+of a complete dataset. Runs in: the driver, which lists, shuffles and cuts (``raypar.dataset.shards``); a Ray Data task a shard reads, checks
+and writes (``raypar.dataset.ingest``).
 """
 
 from __future__ import annotations
 
 import json
-import os
-import pickle
 import time
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import numpy as np
+import pyarrow.compute as pc
 
 import raypar
 from raypar.config import PrepareConfig, RunConfig
-from raypar.dataset.formats import SPLITS, Listing, Record, coco, folders, shapes, voc, yolo
+from raypar.dataset import append, shards, verify
+from raypar.dataset.formats import SPLITS, Listing, coco, folders, shapes, voc, yolo
+from raypar.dataset.ingest import ShardJob, ShardReport
 from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
+from raypar.dataset.records import Records
 from raypar.progress import Progress
 from raypar.storage import Folder
 
-if TYPE_CHECKING:
-    from raypar.dataset.ingest import ShardJob, ShardReport
-
 REJECTED = "rejected.jsonl"
-SMALL_SPLIT = 200  # images; larger splits get several shards however small the images are,
-MIN_SHARDS = 4  # so that several tasks can read them
 
 
 def check(config: RunConfig) -> None:
@@ -48,45 +46,103 @@ def check(config: RunConfig) -> None:
 
 
 def run(config: RunConfig) -> Manifest:
-    """Writes the dataset of a run; a complete one is kept unless ``prepare.overwrite``.
+    """Writes the dataset of a run; a complete one is kept, unless ``prepare.overwrite`` or ``prepare.append``.
 
     Raises:
         ValueError: the source is wrong, or too many of its images had to be set aside.
     """
     section = _section(config)
     dataset = config.folder / "dataset"
+    before = None
     if dataset.exists(MANIFEST):
-        if not section.overwrite:
-            print(f"{dataset.uri} is complete: nothing to do (prepare.overwrite=true makes it anew)", flush=True)
+        if section.append:
+            before = Manifest.load(dataset)
+        elif not section.overwrite:
+            print(
+                f"{dataset.uri} is complete: nothing to do (prepare.overwrite=true makes it anew, prepare.append=true adds to it)",
+                flush=True,
+            )
             return Manifest.load(dataset)
-        dataset.delete(MANIFEST)  # first: a half-deleted dataset must not look complete
-        dataset.delete()
+        else:
+            dataset.delete(MANIFEST)  # first: a half-deleted dataset must not look complete
+            dataset.delete()
+    return _prepare(config, section, dataset, before)
+
+
+def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before: Manifest | None) -> Manifest:
+    """Writes the shards that are missing, then the manifest; ``before`` is what the dataset has, when images are added to it."""
     started_s = time.monotonic()
     listing = _list(section, config.seed)
+    if before is not None:
+        append.check(before, listing, dataset)
     dataset.check_writable()
-    jobs, duplicates = _cut(config, listing, dataset)
-    reports = _run_jobs(jobs, section, dataset)
-    rejected = sorted(duplicates + [line for report in reports for line in report.rejected], key=lambda r: (r["split"], r["image_id"]))
+    splits = {split: records if isinstance(records, Records) else Records.of(records) for split, records in listing.splits.items()}
+    listing = replace(listing, splits=splits)  # the lists go, the buffers stay
+    template = ShardJob(
+        dataset, "", "", section.format, len(listing.class_names), (), section.rows_per_group, section.max_pixels, config.seed,
+        (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape)  # fmt: skip
+    taken, first = append.taken(dataset, before, splits) if before is not None else ({}, {})
+    wanted, repeated = shards.portions(splits, template, section, taken=taken, first=first)
+    reports = _write(wanted, splits, template)
+    rejected = _rejected(splits, repeated, reports)
+    if before is not None:
+        rejected = append.merged(dataset, rejected, wanted, splits, REJECTED)
     dataset.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
-    _check_rejected(listing, rejected, reports, section, dataset)
-    manifest = Manifest(
+    _check_rejected(rejected, reports, section, dataset, before)
+    manifest = _manifest(config, listing, reports, len(rejected))
+    if before is not None:
+        if not any(report.num_images for report in reports):
+            dataset.delete(shards.PARTS)
+            print(f"{dataset.uri} has every image of {_source(section)} that can be used: nothing to add", flush=True)
+            return before  # and the manifest stays as it is: a training may be going on
+        manifest = append.added(before, manifest)
+    manifest.save(dataset)
+    kept = {shard.path for split in manifest.splits.values() for shard in split.shards} | {REJECTED, MANIFEST, verify.VERIFIED}
+    for name in set(dataset.list(recursive=True)) - kept:
+        dataset.delete(name)  # of a run that was stopped
+    dataset.delete(shards.PARTS)
+    print(_summary(manifest, listing, reports, rejected, dataset, time.monotonic() - started_s), flush=True)
+    return manifest
+
+
+def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: ShardJob) -> list[ShardReport]:
+    """Has the shards written that an earlier, killed run did not finish; reports in the order of the shards."""
+    reports = shards.finished(template.dataset, wanted)
+    due = [portion for portion in wanted if portion.path not in reports]
+    num_images = sum(len(portion.rows) for portion in due)
+    found = f"; {len(reports)} are done already" if reports else ""
+    print(f"prepare: {num_images} images in {len(due)} shards -> {template.dataset.uri}{found}", flush=True)
+    progress = Progress(num_images, "images", "prepare")
+    for portion, report in shards.write(due, splits, template):
+        reports[portion.path] = report
+        progress.update(len(portion.rows))
+    progress.close()
+    return [reports[portion.path] for portion in wanted]
+
+
+def _rejected(splits: dict[str, Records], repeated: dict[str, Any], reports: list[ShardReport]) -> list[dict[str, str]]:
+    """The lines of ``rejected.jsonl``: images set aside, and those that the source lists again."""
+    lines = [line for report in reports for line in report.rejected]
+    for split, rows in repeated.items():
+        for record in (splits[split][int(row)] for row in rows):
+            reason = "image_id is listed twice: the first was kept"
+            lines.append({"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason})
+    return sorted(lines, key=lambda line: (line["split"], line["image_id"]))
+
+
+def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], num_rejected: int) -> Manifest:
+    return Manifest(
         task=listing.task,
         class_names=listing.class_names,
         keypoint_shape=listing.keypoint_shape,
         flip_idx=listing.flip_idx,
         splits={split: _split(split, reports, len(listing.class_names)) for split in listing.splits},
-        source=_source(section),
-        num_rejected=len(rejected),
+        source=_source(_section(config)),
+        num_rejected=num_rejected,
         num_repaired=sum(report.num_repaired for report in reports),
         seed=config.seed,
         versions={"raypar": raypar.__version__, **{name: version(name) for name in ("ray", "pyarrow", "opencv-python", "pillow")}},
     )
-    kept = {shard.path for split in manifest.splits.values() for shard in split.shards} | {REJECTED}
-    for name in set(dataset.list(recursive=True)) - kept:
-        dataset.delete(name)  # of a run that was stopped
-    manifest.save(dataset)
-    print(_summary(manifest, listing, reports, rejected, dataset, time.monotonic() - started_s), flush=True)
-    return manifest
 
 
 def _section(config: RunConfig) -> PrepareConfig:
@@ -114,134 +170,21 @@ def _list(section: PrepareConfig, seed: int) -> Listing:
     return yolo.scan(section.source, section.task) if section.format == "yolo" else coco.scan(section.source, section.task)
 
 
-def _cut(config: RunConfig, listing: Listing, dataset: Folder) -> tuple[list[ShardJob], list[dict[str, str]]]:
-    """Jobs of about ``prepare.shard_mb`` over the shuffled records of each split, and the records that were listed twice."""
-    from raypar.dataset.ingest import ShardJob
-
-    section = _section(config)
-    jobs, duplicates = [], []
-    for split, listed in listing.splits.items():
-        unique = {record.image_id: record for record in reversed(listed)}
-        seen: set[str] = set()
-        for record in listed:
-            if record.image_id in seen:
-                reason = "image_id is listed twice: the first was kept"
-                duplicates.append({"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason})
-            seen.add(record.image_id)
-        records = [unique[image_id] for image_id in sorted(unique)]
-        order = np.random.default_rng([config.seed, SPLITS.index(split)]).permutation(len(records))
-        shuffled = [records[i] for i in order]
-        for number, portion in enumerate(cut(shuffled, _sizes(shuffled, section), section.shard_mb * 1e6, section.rows_per_group)):
-            jobs.append(
-                ShardJob(
-                    dataset,
-                    f"{split}/{number:05d}.parquet",
-                    split,
-                    section.format,
-                    len(listing.class_names),
-                    tuple(portion),
-                    section.rows_per_group,
-                    section.max_pixels,
-                    config.seed,
-                    (section.shapes.height, section.shapes.width),
-                    listing.task,
-                    listing.keypoint_shape,
-                )
-            )
-    return jobs, duplicates
-
-
-def _sizes(records: list[Record], section: PrepareConfig) -> list[float]:
-    """Bytes of each image; a missing file has none."""
-    if section.format == "shapes":
-        return [shapes.BYTES_PER_PIXEL * section.shapes.height * section.shapes.width] * len(records)
-    sizes = []
-    for record in records:
-        try:
-            sizes.append(float(Path(record.image_path).stat().st_size))
-        except OSError:
-            sizes.append(0.0)
-    return sizes
-
-
-def cut(records: list[Record], sizes: list[float], shard_bytes: float, rows_per_group: int) -> list[list[Record]]:
-    """Cuts records into shards of about equal bytes, between row groups; every record lands in one shard, in order."""
-    starts = range(0, len(records), rows_per_group)
-    groups = [sum(sizes[start : start + rows_per_group]) + 1.0 for start in starts]
-    total = sum(groups)
-    num_shards = max(1, round(total / shard_bytes))
-    if len(records) > SMALL_SPLIT:
-        num_shards = max(num_shards, min(MIN_SHARDS, len(groups)))
-    middles = np.cumsum(groups) - np.asarray(groups) / 2
-    shards: dict[int, list[Record]] = {}
-    for start, middle in zip(starts, middles, strict=True):
-        shards.setdefault(int(middle / total * num_shards), []).extend(records[start : start + rows_per_group])
-    return list(shards.values())
-
-
-def _run_jobs(jobs: list[ShardJob], section: PrepareConfig, dataset: Folder) -> list[ShardReport]:
-    """One Ray Data task a shard; reports in the jobs' order, progress as they come."""
-    num_images = sum(len(job.records) for job in jobs)
-    print(f"prepare: {num_images} images in {len(jobs)} shards -> {dataset.uri}", flush=True)
-    progress = Progress(num_images, "images", "prepare")
-    reports: dict[int, ShardReport] = {}
-    for number, report in _stream(jobs, section, dataset):
-        reports[number] = report
-        progress.update(len(jobs[number].records))
-    progress.close()
-    return [reports[number] for number in range(len(jobs))]
-
-
-def _stream(jobs: list[ShardJob], section: PrepareConfig, dataset: Folder) -> Iterator[tuple[int, ShardReport]]:
-    """(job number, report) in the order in which the tasks end."""
-    import ray.data
-
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    items = [{"job": pickle.dumps((number, job))} for number, job in enumerate(jobs)]
-    listed = ray.data.from_items(items, override_num_blocks=len(items))
-    written = listed.map_batches(_write_shards, batch_size=1, **_placement(section, dataset))  # type: ignore[arg-type]
-    for batch in written.iter_batches(batch_size=None, prefetch_batches=0):
-        for report in batch["report"]:
-            yield pickle.loads(report)
-
-
-def _write_shards(batch: dict[str, Any]) -> dict[str, Any]:
-    """The task: columns of pickles in and out, one row a shard."""
-    from raypar.dataset.ingest import write_shard
-
-    jobs = [pickle.loads(job) for job in batch["job"]]
-    return {"report": np.asarray([pickle.dumps((number, write_shard(job))) for number, job in jobs], object)}
-
-
-def _placement(section: PrepareConfig, dataset: Folder) -> dict[str, Any]:
-    """Local files are read and written on the driver's node, whichever node has room for more tasks."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) == 1 or (section.format == "shapes" and not dataset.is_local):
-        return {"num_cpus": 1}
-    node_id = ray.get_runtime_context().get_node_id()
-    here = next((node for node in nodes if node["NodeID"] == node_id), None)
-    num_cpus = here["Resources"].get("CPU", 0) if here else 0
-    strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
-    if num_cpus >= 1:
-        return {"num_cpus": 1, "scheduling_strategy": strategy}
-    return {"num_cpus": 0, "concurrency": os.cpu_count() or 1, "scheduling_strategy": strategy}  # a head that offers Ray no CPUs
-
-
 def _check_rejected(
-    listing: Listing, rejected: list[dict[str, str]], reports: list[ShardReport], section: PrepareConfig, dataset: Folder
+    rejected: list[dict[str, str]], reports: list[ShardReport], section: PrepareConfig, dataset: Folder, before: Manifest | None
 ) -> None:
-    num_images = sum(len(records) for records in listing.splits.values())
+    num_before = sum(split.num_images for split in before.splits.values()) if before is not None else 0
+    num_rejected = len(rejected)
+    num_images = num_before + sum(report.num_images for report in reports) + num_rejected
     where = f"{dataset.uri}/{REJECTED} names each"
-    if len(rejected) > section.max_rejected * num_images:
+    if num_rejected > section.max_rejected * num_images:
         raise ValueError(
-            f"{len(rejected)} of {num_images} images cannot be used, prepare.max_rejected={section.max_rejected:g} allows "
+            f"{num_rejected} of {num_images} images cannot be used, prepare.max_rejected={section.max_rejected:g} allows "
             f"{int(section.max_rejected * num_images)}: {'; '.join(_top_reasons(rejected))}. {where}"
         )
-    for split in listing.splits:
+    if before is not None:
+        return
+    for split in dict.fromkeys(report.split for report in reports):
         if not any(report.num_images for report in reports if report.split == split):
             raise ValueError(f"no image of split '{split}' can be used: {'; '.join(_top_reasons(rejected))}. {where}")
     if not any(report.num_boxes for report in reports):
@@ -297,7 +240,11 @@ def _summary(
 
 def _shared_images(listing: Listing) -> list[str]:
     """A warning for each pair of splits that hold the same files: metrics on them would flatter."""
-    files = {split: {record.image_path for record in records if record.image_path} for split, records in listing.splits.items()}
-    names = list(files)
-    pairs = [(a, b, len(files[a] & files[b])) for i, a in enumerate(names) for b in names[i + 1 :]]
-    return [f"{count} images are in {a} and in {b}" for a, b, count in pairs if count]
+    files = {split: records.image_paths for split, records in listing.splits.items() if isinstance(records, Records)}
+    lines, names = [], list(files)
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            is_shared = pc.and_(pc.is_in(files[a], value_set=files[b]), pc.greater(pc.binary_length(files[a]), 0))
+            if count := pc.sum(is_shared).as_py():
+                lines.append(f"{count} images are in {a} and in {b}")
+    return lines

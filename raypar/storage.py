@@ -90,6 +90,12 @@ class Folder:
         prefix = len(self.path.rstrip("/")) + 1
         return sorted(i.path[prefix:] for i in infos if i.type == pafs.FileType.File)
 
+    def sizes(self, name: str = "") -> dict[str, int]:
+        """Bytes of each file of a sub-folder, by its name relative to this folder."""
+        infos = self.fs.get_file_info(pafs.FileSelector(self._full(name), allow_not_found=True))
+        prefix = len(self.path.rstrip("/")) + 1
+        return {i.path[prefix:]: int(i.size) for i in infos if i.type == pafs.FileType.File}
+
     def open(self, name: str) -> BinaryIO:
         """A seekable binary file, for reading (also accepted by pyarrow)."""
         return cast(BinaryIO, self.fs.open_input_file(self._full(name)))

@@ -6,6 +6,11 @@ import hashlib
 import io
 import json
 import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +20,10 @@ import pytest
 from PIL import Image
 
 import raypar.prepare
+from raypar import runfile
 from raypar.config import RunConfig
-from raypar.dataset.formats import Record, shapes
+from raypar.dataset import shards, verify
+from raypar.dataset.formats import shapes
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.schema import row_schema
 from raypar.images import decode
@@ -250,7 +257,9 @@ def test_too_many_rejected_is_an_error_without_a_manifest(tmp_path: Path) -> Non
         raypar.prepare.run(config_of(tmp_path, source=source))
     assert "\n" not in str(caught.value)
     config = config_of(tmp_path, source=source, max_rejected=0.2)
-    assert files_under(dataset_folder(config)) == ["rejected.jsonl", "train/00000.parquet", "val/00000.parquet"]
+    assert files_under(dataset_folder(config)) == [
+        "parts/train/00000.json", "parts/val/00000.json", "rejected.jsonl", "train/00000.parquet", "val/00000.parquet",
+    ]  # fmt: skip
     assert raypar.prepare.run(config).num_rejected == 1  # 1 of 5 is just allowed
 
 
@@ -271,16 +280,16 @@ def test_finished_dataset_is_kept_unless_overwritten(tmp_path: Path, capsys: pyt
 
 def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = shapes_config(tmp_path)
-    streamed = raypar.prepare._stream
+    written = shards.write
 
     def stop_half_way(*args: Any) -> Any:
-        for i, report in enumerate(streamed(*args)):
+        for i, report in enumerate(written(*args)):
             if i == 2:
                 raise KeyboardInterrupt
             yield report
 
     with monkeypatch.context() as patch:
-        patch.setattr(raypar.prepare, "_stream", stop_half_way)
+        patch.setattr(shards, "write", stop_half_way)
         with pytest.raises(KeyboardInterrupt):
             raypar.prepare.run(config)
     folder = dataset_folder(config)
@@ -290,9 +299,126 @@ def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(tmp_path: Path, mo
     (folder / "train" / "00077.parquet").write_bytes(b"of an older run, cut otherwise")
     (folder / "train" / ".00000.parquet.abcd.part").write_bytes(b"half")
     manifest = raypar.prepare.run(config)
-    shards = [shard.path for split in manifest.splits.values() for shard in split.shards]
-    assert files_under(folder) == sorted([*shards, "manifest.json", "rejected.jsonl"])
+    paths = [shard.path for split in manifest.splits.values() for shard in split.shards]
+    assert files_under(folder) == sorted([*paths, "manifest.json", "rejected.jsonl"])
     assert manifest == raypar.prepare.run(shapes_config(tmp_path / "fresh"))
+
+
+def prepared_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[Manifest, list[str]]:
+    """The manifest, and the shards that were written for it now."""
+    done: list[str] = []
+    written = shards.write
+
+    def noted(due: list[shards.Portion], *args: Any) -> Any:
+        done.extend(portion.path for portion in due)
+        return written(due, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards, "write", noted)
+        return raypar.prepare.run(config), done
+
+
+def test_what_a_stopped_run_finished_is_kept_unless_it_is_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    files: dict[str, tuple[bytes | None, str | None]] = {f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(60)}
+    source = yolo_tree(tmp_path / "source", files)
+    config = config_of(tmp_path, source=source, rows_per_group=4, shard_mb=0.005)
+    expected, first = prepared_again(config, monkeypatch)
+    assert len(first) >= 8
+    parts = tmp_path / "parts"
+    with monkeypatch.context() as patch:  # stopped when all shards are there, and no manifest
+        patch.setattr(Manifest, "save", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        again = config_of(tmp_path, **config.prepare.model_dump() | {"overwrite": True})  # type: ignore[union-attr]
+        with pytest.raises(KeyboardInterrupt):
+            raypar.prepare.run(again)
+    folder = dataset_folder(config)
+    shutil.copytree(folder, parts)
+
+    def put_back() -> None:
+        shutil.rmtree(folder)
+        shutil.copytree(parts, folder)
+
+    manifest, written = prepared_again(config, monkeypatch)
+    assert (manifest, written) == (expected, [])
+    assert not (folder / "parts").exists()
+    assert (folder / "rejected.jsonl").read_text().count("\n") == 1
+
+    put_back()
+    (folder / first[3]).write_bytes(b"cut")
+    (folder / "parts" / first[5]).with_suffix(".json").write_text("{")
+    assert prepared_again(config, monkeypatch) == (expected, [first[3], first[5]])
+
+    put_back()
+    (tmp_path / "source" / "labels" / "train" / "007.txt").write_text(BOX_LINE + "0 0.5 0.5 0.1 0.1\n")
+    manifest, written = prepared_again(config, monkeypatch)
+    assert len(written) == 1
+    assert manifest.splits["train"].num_boxes == expected.splits["train"].num_boxes + 1
+
+    put_back()
+    other = config_of(tmp_path, **config.prepare.model_dump() | {"max_pixels": 1_000_000})  # type: ignore[union-attr]
+    assert len(prepared_again(other, monkeypatch)[1]) == len(first)
+
+
+def test_a_killed_driver_loses_only_the_shards_that_were_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = config_of(
+        tmp_path, format="shapes", shapes={"train": 1500, "val": 10, "height": 240, "width": 320}, rows_per_group=16, shard_mb=0.6
+    )
+    (tmp_path / "run.yaml").write_text(runfile.dump(config))
+    command = [sys.executable, "-m", "raypar", "prepare", str(tmp_path / "run.yaml")]
+    driver = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    folder, deadline = dataset_folder(config), time.monotonic() + 120
+    while len(list(folder.glob("parts/train/*.json"))) < 3:
+        assert driver.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    driver.kill()
+    assert driver.wait() == -signal.SIGKILL
+    assert not (folder / "manifest.json").exists()
+    time.sleep(2)  # its tasks end with it
+    done = {path.stem for path in folder.glob("parts/train/*.json")}
+    manifest, written = prepared_again(config, monkeypatch)
+    paths = {Path(shard.path).stem for shard in manifest.splits["train"].shards}
+    assert 3 <= len(done) < len(paths)
+    assert {Path(path).stem for path in written if path.startswith("train")} == paths - done
+    verify.check_sums(config.folder / "dataset", manifest, ("train", "val"))
+    assert manifest.splits["train"].num_images == 1500
+    ids = [row["image_id"] for row in rows_of(config, "train")]
+    assert sorted(ids) == [f"{i:06d}.jpg" for i in range(1500)]
+
+
+def test_append_adds_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    files: dict[str, tuple[bytes | None, str | None]] = {f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(30)}
+    root = tmp_path / "source"
+    source = yolo_tree(root, files)
+    options = {"source": source, "rows_per_group": 4, "shard_mb": 0.005, "append": True, "max_rejected": 0.1}
+    config = config_of(tmp_path, **options)
+    before = raypar.prepare.run(config)  # nothing is there yet: as without append
+    rows = rows_of(config, "train")
+    text = (dataset_folder(config) / "manifest.json").read_text()
+    assert raypar.prepare.run(config) == before
+    assert (dataset_folder(config) / "manifest.json").read_text() == text
+    assert "nothing to add" in capsys.readouterr().out
+
+    shutil.rmtree(root)
+    more = {f"{i:03d}.jpg": (picture(size=(100, 60)), BOX_LINE * 1) for i in range(20, 45)}
+    yolo_tree(root, {**more, "bad.jpg": (b"", BOX_LINE)})  # 20 to 29 are there already, though they look otherwise now
+    manifest, written = prepared_again(config, monkeypatch)
+    old = [shard.path for shard in before.splits["train"].shards]
+    assert not set(written) & set(old)
+    assert [shard.path for shard in manifest.splits["train"].shards][: len(old)] == old
+    assert manifest.splits["train"].num_images == 29 + 15
+    assert manifest.splits["train"].boxes_per_class == (29 + 15,)
+    assert manifest.splits["val"] == before.splits["val"]
+    assert rows_of(config, "train")[:29] == rows
+    assert sorted(row["image_id"] for row in rows_of(config, "train")[29:]) == [f"{i:03d}.jpg" for i in range(30, 45)]
+    rejected = [json.loads(line)["image_id"] for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()]
+    assert rejected == ["000.jpg", "bad.jpg"]
+    assert manifest.num_rejected == 2
+    assert Manifest.load(config.folder / "dataset") == manifest
+    verify.check_sums(config.folder / "dataset", manifest, ("train", "val"))
+
+    (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [another]\n")
+    with pytest.raises(ValueError, match=r"class_names \('thing',\), the source \('another',\)"):
+        raypar.prepare.run(config)
 
 
 def test_source_without_a_single_box_is_an_error(tmp_path: Path) -> None:
@@ -319,15 +445,14 @@ def test_check_says_what_is_wrong(prepare: dict[str, Any] | None, message: str) 
 
 
 def test_cut_keeps_order_row_groups_and_size() -> None:
-    records = [Record(str(i), "") for i in range(1000)]
-    rng = np.random.default_rng(0)
-    sizes = rng.uniform(1e5, 3e5, 1000).tolist()
-    shards = raypar.prepare.cut(records, sizes, 20e6, 16)
-    assert [record for shard in shards for record in shard] == records
-    assert all(len(shard) % 16 == 0 for shard in shards[:-1])
-    num_bytes = [sum(sizes[int(record.image_id)] for record in shard) for shard in shards]
+    sizes = np.random.default_rng(0).uniform(1e5, 3e5, 1000)
+    parts = shards.cut(sizes, 20e6, 16)
+    assert [row for part in parts for row in part] == list(range(1000))
+    assert all(len(part) % 16 == 0 for part in parts[:-1])
+    num_bytes = [sizes[part.start : part.stop].sum() for part in parts]
     assert max(num_bytes) < 26e6
-    assert len(shards) == 10
-    assert len(raypar.prepare.cut(records, sizes, 1e12, 64)) == 4  # enough for several tasks
-    assert len(raypar.prepare.cut(records[:200], sizes[:200], 1e12, 64)) == 1
-    assert len(raypar.prepare.cut(records[:9], [0.0] * 9, 1e6, 64)) == 1  # files that are all missing
+    assert len(parts) == 10
+    assert len(shards.cut(sizes, 1e12, 64)) == 4  # enough for several tasks
+    assert len(shards.cut(sizes[:200], 1e12, 64)) == 1
+    assert len(shards.cut(np.zeros(9), 1e6, 64)) == 1  # files that are all missing
+    assert shards.cut(np.zeros(0), 1e6, 64) == []

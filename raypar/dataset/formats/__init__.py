@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ class Listing:
     """
 
     class_names: tuple[str, ...]
-    splits: dict[str, list[Record]]
+    splits: Mapping[str, Sequence[Record]]
     notes: tuple[str, ...] = ()
     task: str = "detect"
     keypoint_shape: tuple[int, int] | None = None

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.dataset.formats import SPLITS, Labels, Listing, Record, boxes_around
+from raypar.dataset.records import Records
 
 CLASS_NAMES = ("circle", "square", "triangle", "star")
 JPEG_QUALITY = 90
@@ -26,7 +27,7 @@ Shape = tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]] 
 
 def scan(num_images: dict[str, int], task: str = "detect") -> Listing:
     """Records of images that are still to be drawn; ``num_images`` by split."""
-    splits = {split: [Record(f"{i:06d}.jpg", "", i) for i in range(n)] for split, n in num_images.items() if n}
+    splits = {split: Records.of(Record(f"{i:06d}.jpg", "", i) for i in range(n)) for split, n in num_images.items() if n}
     if task == "pose":
         return Listing(CLASS_NAMES, splits, task=task, keypoint_shape=KEYPOINT_SHAPE, flip_idx=FLIP_IDX)
     return Listing(CLASS_NAMES, splits, task=task)

@@ -32,6 +32,7 @@ from raypar.dataset.formats import (
     read_label_file,
     without_duplicates,
 )
+from raypar.dataset.records import Records
 
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
@@ -56,9 +57,8 @@ def scan(source: str, task: str = "auto") -> Listing:
         raise ValueError(f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'")
     root = _root(data.get("path"), file)
     splits = {split: _records(data[split], root, split, file) for split in SPLITS if data.get(split)}
-    records = [record for split in splits.values() for record in split]
-    if not any(Path(record.labels).is_file() for record in records):
-        raise ValueError(f"{file}: no image has labels; the first image's were looked for in {records[0].labels}")
+    if not any(Path(record.labels).is_file() for records in splits.values() for record in records):
+        raise ValueError(f"{file}: no image has labels; the first image's were looked for in {next(iter(splits.values()))[0].labels}")
     notes = (f"{file.name} has no 'flip_idx': images are not mirrored in training",) if task == "pose" and not flip_idx else ()
     return Listing(class_names, splits, notes, task, keypoint_shape, flip_idx)
 
@@ -217,7 +217,7 @@ def _root(path: object, file: Path) -> Path:
     raise ValueError(f"{file}: path '{path}' does not exist")
 
 
-def _records(value: str | list[str], root: Path, split: str, file: Path) -> list[Record]:
+def _records(value: str | list[str], root: Path, split: str, file: Path) -> Records:
     roots: list[Path] = []
     images: list[str] = []
     for entry in [value] if isinstance(value, str) else value:
@@ -234,7 +234,8 @@ def _records(value: str | list[str], root: Path, split: str, file: Path) -> list
         raise ValueError(f"{file}: '{split}' ({value}) has no images")
     inside = len(roots) > 0 and all(any(Path(path).is_relative_to(r) for r in roots) for path in images)
     top = os.path.commonpath([str(r) for r in roots] if inside else [str(Path(path).parent) for path in images])
-    return [Record(Path(os.path.relpath(path, top)).as_posix(), path, label_path(path)) for path in sorted(images)]
+    images.sort()
+    return Records.of((Record(Path(os.path.relpath(path, top)).as_posix(), path, label_path(path)) for path in images), label_path)
 
 
 def _places(entry: str, root: Path, split: str, file: Path) -> list[Path]:

@@ -1,0 +1,99 @@
+"""Many records in little memory: a few flat buffers, which Ray's tasks share. About 150 bytes an image, whatever Python would take. Pure."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
+from typing import Any, overload
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from raypar.dataset.formats import Record
+
+CHUNK = 1 << 16  # records turned into buffers at once
+
+
+class Records(Sequence[Record]):
+    """Records of a split, packed.
+
+    Attributes:
+        image_ids: large_binary (N,): UTF-8; bytes that were no text in a file's name are kept.
+    """
+
+    def __init__(
+        self, image_ids: pa.LargeBinaryArray, image_paths: pa.LargeBinaryArray, labels: pa.LargeBinaryArray,
+        label_of: Callable[[str], Any] | None = None,
+    ):  # fmt: skip
+        self.image_ids, self._image_paths, self._labels, self._label_of = image_ids, image_paths, labels, label_of
+
+    @classmethod
+    def of(cls, records: Iterable[Record], label_of: Callable[[str], Any] | None = None) -> Records:
+        """Packs records as they come.
+
+        Args:
+            records: consumed one by one.
+            label_of: what ``labels`` follows from the image's path by, for most records; it is not stored for these.
+        """
+        chunks: list[list[pa.Array]] = [[], [], []]
+        iterator = iter(records)
+        while some := list(islice(iterator, CHUNK)):
+            labels = [None if label_of and label_of(r.image_path) == r.labels else pickle.dumps(r.labels) for r in some]
+            columns = [[_encoded(r.image_id) for r in some], [_encoded(r.image_path) for r in some], labels]
+            for chunk, column in zip(chunks, columns, strict=True):
+                chunk.append(pa.array(column, pa.large_binary()))
+        packed = [pa.concat_arrays(chunk) if chunk else pa.array([], pa.large_binary()) for chunk in chunks]
+        return cls(packed[0], packed[1], packed[2], label_of)
+
+    def __len__(self) -> int:
+        return len(self.image_ids)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Record]: ...
+    def __getitem__(self, index: int | slice) -> Record | list[Record]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index = int(index) % len(self)
+        image_path, labels = self.image_path(index), self._labels[index].as_py()
+        found = pickle.loads(labels) if labels is not None else self._label_of(image_path) if self._label_of else None
+        return Record(_decoded(self.image_ids[index].as_py()), image_path, found)
+
+    def __iter__(self) -> Iterator[Record]:
+        return (self[i] for i in range(len(self)))
+
+    @property
+    def image_paths(self) -> pa.LargeBinaryArray:
+        """large_binary (N,), as ``image_ids``."""
+        return self._image_paths
+
+    def image_path(self, index: int) -> str:
+        return _decoded(self._image_paths[index].as_py())
+
+    def once_each(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices in the order of the image ids, of each id the first; and the indices that are left."""
+        order = pc.array_sort_indices(self.image_ids).to_numpy().astype(np.int64)  # stable
+        if not len(order):
+            return order, order
+        ordered = self.image_ids.take(pa.array(order))
+        is_again = np.concatenate([[False], pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)])
+        return order[~is_again], np.sort(order[is_again])
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the buffers."""
+        return sum(array.nbytes for array in (self.image_ids, self._image_paths, self._labels))
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")  # Python's sign for bytes of a file's name that are no text
+
+
+def _decoded(data: bytes) -> str:
+    return data.decode("utf-8", "surrogatepass")
