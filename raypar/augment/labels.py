@@ -32,6 +32,7 @@ from raypar.augment.outlines import (
     Points,
     boxes_xywhr,
     choose_pasted,
+    clipped,
     cut_corners,
     cut_keypoints,
     join,
@@ -143,7 +144,7 @@ class Instances:
         return Instances(
             self.class_ids,
             self.boxes.clip(0, [width, height, width, height]),
-            None if self.polygons is None else self.polygons.clip(0, np.array([width, height], np.float32)),
+            None if self.polygons is None else clipped(self.polygons, np.zeros((1, 2)), np.array([[width, height]])),
             None if self.keypoints is None else cut_keypoints(self.keypoints, width, height),
         )
 
@@ -247,7 +248,7 @@ def _mapped(task: str, shown: Instances, matrix: Floats, size: int) -> Instances
         polygons = mapped(shown.polygons.astype(np.float64), matrix).astype(np.float32)
         boxes = visible_boxes(polygons, size)
         if task == "segment":
-            polygons = polygons.clip(boxes[:, None, :2], boxes[:, None, 2:]).astype(np.float32)
+            polygons = clipped(polygons, boxes[:, :2], boxes[:, 2:])
         return replace(shown, boxes=boxes, polygons=polygons)
     if shown.keypoints is not None:
         keypoints = np.concatenate([mapped(shown.keypoints[..., :2], matrix), shown.keypoints[..., 2:]], -1)

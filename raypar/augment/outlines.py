@@ -48,7 +48,7 @@ def join(polygons: Sequence[Points]) -> Points:
 
 def visible_boxes(polygons: Points, size: int) -> Floats:
     """Boxes_xyxy float64 (N, 4), px, of what of each polygon lies within [0, S] x [0, S]; zeros for nothing."""
-    low, high = polygons.min(1), polygons.max(1)
+    low, high = _extent(polygons)
     boxes = np.concatenate([low, high], 1).astype(np.float64)
     is_inside, is_outside = ((low >= 0) & (high <= size)).all(1), ((high < 0) | (low > size)).any(1)
     boxes[is_outside] = 0
@@ -57,20 +57,37 @@ def visible_boxes(polygons: Points, size: int) -> Floats:
     return boxes
 
 
+def _extent(polygons: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Least and greatest coordinates (N, 2) of polygons (N, P, 2); over a last axis it takes a tenth of the time."""
+    by_axis = np.ascontiguousarray(polygons.transpose(0, 2, 1))
+    return by_axis.min(-1), by_axis.max(-1)
+
+
+def clipped(polygons: Points, low: NDArray[Any], high: NDArray[Any]) -> Points:
+    """Polygons (N, P, 2), each point brought between ``low`` and ``high`` (N or 1, 2)."""
+    inside = np.empty_like(polygons)
+    for axis in (0, 1):  # one after the other: loops of P
+        np.clip(polygons[..., axis], low[:, None, axis], high[:, None, axis], out=inside[..., axis], casting="same_kind")
+    return inside
+
+
 def _visible_box(polygon: Points, size: int) -> Floats:
     """The hull of the points inside, of where edges cross the sides, and of the corners that lie inside (ops.segment2box)."""
-    step, axes = np.roll(polygon, -1, axis=0) - polygon, np.array([0, 0, 1, 1])
-    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
-        at = (np.array([0, size, 0, size], np.float32) - polygon[:, axes]) / step[:, axes]
-        crossing = polygon[:, None] + at[:, :, None] * step[:, None]
-    along = crossing[:, np.arange(4), 1 - axes]
+    after, (x, y) = np.roll(polygon, -1, axis=0), polygon.T
+    points = [polygon[(x >= 0) & (x <= size) & (y >= 0) & (y <= size)]]
+    for axis, side in ((0, 0), (0, size), (1, 0), (1, size)):
+        this, other = polygon[:, axis], after[:, axis]
+        at = np.flatnonzero(((this < side) != (other < side)) | ((this > side) != (other > side)))
+        share = (side - this[at]) / (other[at] - this[at])
+        along = polygon[at, 1 - axis] + share * (after[at, 1 - axis] - polygon[at, 1 - axis])
+        along = along[(along >= 0) & (along <= size)]
+        crossing = np.full((len(along), 2), side, np.float32)
+        crossing[:, 1 - axis] = along
+        points.append(crossing)
     corners = _CORNERS * size
-    points = np.concatenate([
-        polygon[((polygon >= 0) & (polygon <= size)).all(1)],
-        crossing[(at >= 0) & (at <= 1) & (along >= 0) & (along <= size)],
-        corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]],
-    ])  # fmt: skip
-    return np.concatenate([points.min(0), points.max(0)]).astype(np.float64) if len(points) else np.zeros(4)
+    points.append(corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]])
+    found = np.concatenate(points)
+    return np.concatenate([found.min(0), found.max(0)]).astype(np.float64) if len(found) else np.zeros(4)
 
 
 def cut_corners(corners: Points, boxes_xyxy: Floats, width: float, height: float) -> tuple[Points, Floats]:
@@ -134,8 +151,14 @@ def overlap_mask(polygons: Points, size: int, ratio: int) -> tuple[NDArray[np.ui
         The mask uint8 (S // ratio, S // ratio), uint16 for more than 255 polygons, and the order of the polygons in it.
     """
     side = size // ratio
+    if not len(polygons):
+        return np.zeros((side, side), np.uint8), np.zeros(0, np.intp)
     mask: Any = np.zeros((side, side), np.uint8 if len(polygons) <= 255 else np.uint16)
-    drawn = [_drawn(polygon, size, ratio) for polygon in polygons.astype(np.int32)]
+    whole = polygons.astype(np.int32)
+    low, high = (corner.clip(0, size - 1) // ratio * ratio for corner in _extent(whole))
+    if size % ratio:
+        low, high = np.zeros_like(low), np.full_like(high, size - ratio)
+    drawn = [_drawn(*each, ratio) for each in zip(whole, low, high + ratio, strict=True)]
     areas = np.array([small.sum(dtype=np.uint64) for small, _ in drawn], np.uint64)
     order = np.argsort(np.uint64(0) - areas, kind="stable")  # as in Ultralytics, whose areas are unsigned, those of no pixel come first
     for place, i in enumerate(order):
@@ -144,14 +167,12 @@ def overlap_mask(polygons: Points, size: int, ratio: int) -> tuple[NDArray[np.ui
     return mask, order
 
 
-def _drawn(polygon: NDArray[np.int32], size: int, ratio: int) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
-    """A polygon's small mask, only where it is, and where that is. A small pixel depends on its own ``ratio`` x ``ratio`` px alone."""
-    low, high = (0, 0), (size, size)
-    if size % ratio == 0:
-        low = polygon.min(0).clip(0, size - 1) // ratio * ratio
-        high = (polygon.max(0).clip(0, size - 1) // ratio + 1) * ratio
+def _drawn(
+    polygon: NDArray[np.int32], low: NDArray[np.int32], high: NDArray[np.int32], ratio: int
+) -> tuple[NDArray[np.uint8], tuple[slice, slice]]:
+    """A polygon's small mask, only from ``low`` to ``high`` (px), and where that is. A small pixel depends on its own px alone."""
     large = np.zeros((high[1] - low[1], high[0] - low[0]), np.uint8)
-    cv2.fillPoly(large, [polygon - np.array(low, np.int32)], 1)
+    cv2.fillPoly(large, [polygon - low], 1)
     small = cv2.resize(large, (large.shape[1] // ratio, large.shape[0] // ratio))
     top, left = low[1] // ratio, low[0] // ratio
     return small, (slice(top, top + small.shape[0]), slice(left, left + small.shape[1]))
