@@ -37,6 +37,7 @@ from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
+M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
 
@@ -226,10 +227,25 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
     return list(dataset.streaming_split(spec.world_size, equal=False))
 
 
-def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
+@lru_cache(maxsize=1)
+def settle() -> None:
+    """Fits a process to rendering: one thread, and memory that is freed is kept for the next window.
+
+    glibc would give it back to the kernel, which clears every page again: half the time of decoding a small JPEG.
+    """
+    import ctypes
+
     import cv2
-    import ray
 
     cv2.setNumThreads(0)  # tasks are the parallelism
+    if hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(M_MMAP_THRESHOLD, 1 << 30)
+        libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
+
+
+def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
+    import ray
+
+    settle()
     for batch in render(ray.get(spec_ref), item):
         yield batch.pack()
