@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import cv2
 import numpy as np
@@ -52,6 +53,37 @@ def boxes_on(
         x0, y0, x1, y1 = (int(v) for v in np.clip(np.round(boxes_xyxy[i]), -1, 1 << 15))
         cv2.rectangle(drawn, (x0, y0), (x1, y1), colour_of(class_id), thick, cv2.LINE_AA)
         _write(drawn, text, (x0, y0), scale, colour_of(class_id))
+    return drawn
+
+
+def outlines_on(image: Image, outlines: Sequence[NDArray[Any]], class_ids: NDArray[np.int32]) -> Image:
+    """A copy of an image with closed outlines in the colours of their classes.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        outlines: N arrays (P, 2), px.
+        class_ids: int32 (N,).
+    """
+    drawn = np.ascontiguousarray(image).copy()
+    thick = max(1, round(max(drawn.shape[:2]) / 400))
+    for outline, class_id in zip(outlines, class_ids, strict=True):
+        cv2.polylines(drawn, [np.round(outline).astype(np.int32).reshape(-1, 1, 2)], True, colour_of(int(class_id)), thick, cv2.LINE_AA)
+    return drawn
+
+
+def points_on(image: Image, keypoints: NDArray[np.float32]) -> Image:
+    """A copy of an image with keypoints, each kind in a colour of its own; those of visibility 0 are left out.
+
+    Args:
+        image: uint8 (H, W, 3) RGB.
+        keypoints: float32 (N, K, 3), x, y px, visibility.
+    """
+    drawn = np.ascontiguousarray(image).copy()
+    radius = max(2, round(max(drawn.shape[:2]) / 200))
+    for instance in keypoints:
+        for k, (x, y, visibility) in enumerate(instance):
+            if visibility > 0:
+                cv2.circle(drawn, (round(float(x)), round(float(y))), radius, colour_of(k), cv2.FILLED, cv2.LINE_AA)
     return drawn
 
 

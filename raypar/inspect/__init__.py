@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
-from raypar.dataset.stream import StreamSpec
+from raypar.dataset.stream import StreamSpec, recipe_of
 from raypar.inspect import report as reports
 from raypar.inspect.statistics import Statistics, columns
 from raypar.storage import Folder
@@ -45,7 +45,7 @@ def check(config: RunConfig) -> None:
     from raypar.augment import albu
 
     _spec(config, manifest)
-    albu.check(config.train.albumentations)
+    albu.check(config.train.albumentations, manifest.task)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -77,8 +77,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         "name": config.name, **settings, "task": manifest.task, "imgsz": args.imgsz,
         "statistics": reports.describe(found, manifest.class_names, args.imgsz),
         "notes": reports.notes(found, manifest.class_names, args.imgsz, manifest.task),
-        "speed": _speed(config, spec, args) if section.seconds else None,
     }  # fmt: skip
+    _say(reports.data_lines(report))
+    report["speed"] = _speed(config, spec, args) if section.seconds else None
     return _write(report, found, spec, manifest, out)
 
 
@@ -86,7 +87,6 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
     """The stream that ``train`` would start, but of the split to inspect; and Ultralytics' whole settings."""
     from ultralytics.cfg import get_cfg
 
-    from raypar.augment.geometry import Recipe
     from raypar.dataset.plan import Plan
 
     split = manifest.split(config.inspect.split)
@@ -94,9 +94,11 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
         args = get_cfg(overrides={**config.train.yolo, "task": manifest.task})
     except (TypeError, ValueError, SyntaxError, AttributeError) as error:
         raise ValueError(f"train.yolo: {' '.join(str(error).split())}") from error
+    if not isinstance(args.imgsz, int) or args.imgsz < 32:
+        raise ValueError(f"train.yolo.imgsz={args.imgsz!r}: write one number of px, at least 32")
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
     plan = Plan(groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs)
-    spec = StreamSpec.of(config.folder / "dataset", split, plan, Recipe.from_yolo(vars(args)), mosaic_epochs=args.epochs - args.close_mosaic,
+    spec = StreamSpec.of(config.folder / "dataset", split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
                          albumentations=config.train.albumentations, world_size=1)  # fmt: skip
     return spec, args
 
@@ -153,9 +155,14 @@ def _write(report: dict[str, Any], found: Statistics, spec: StreamSpec, manifest
              "samples_raw.png": raw, "samples_augmented.png": augmented}  # fmt: skip
     for name, png in drawn.items():
         out.write(name, png)
-    lines = reports.summary(report, out.uri)
+    lines = reports.speed_lines(report["speed"]) if report["speed"] else []
+    _say([*lines, f"pictures, numbers and report.html are in {out.uri}"])
+    lines = [*reports.data_lines(report), *lines]
     titles = ("Statistics", "Samples, with their labels", "The same samples as the model gets them in the first epoch")
     out.write("report.html", reports.page(report, lines, dict(zip(titles, drawn.values(), strict=True))))
     out.write_json(RESULT, report)
-    print("\n".join(f"inspect: {line}" for line in lines), flush=True)
     return report
+
+
+def _say(lines: list[str]) -> None:
+    print("\n".join(f"inspect: {line}" for line in lines), flush=True)

@@ -14,7 +14,7 @@ from raypar.inspect.statistics import SIZE_NAMES, SIZES_PX, Statistics
 
 GPU_RATES = (500, 1000, 2000)  # images/s; small YOLOs on one fast GPU train at about these
 FEW_BOXES, UNEVEN, MANY_BACKGROUNDS, MANY_TINY, LARGE_IMAGES = 50, 100, 0.3, 0.1, 2.0
-BUSY = 0.2  # with other work: worth a word
+BUSY, SLOW_STORAGE = 0.2, 0.5  # share of the cores with other work, of the CPU time spent waiting: worth a word
 MAX_LINES = 12  # classes in the summary
 
 
@@ -82,7 +82,8 @@ def speed(measured: Mapping[str, Any], model: Mapping[str, Any], cluster_cpus: f
     return {
         "images_per_s_1_core": one.images_per_s, "images_per_s": together.images_per_s, "num_cores": together.num_cores,
         "num_cores_of_node": measured["num_cores"], "busy_with_other_work": measured["busy"], "cpu_ms_per_image": together.cpu_ms_per_image,
-        "stages_cpu_ms_per_image": stages["cpu"], "stages_wall_ms_per_image": wall, "slowest_stage": max(wall, key=wall.__getitem__),
+        "stages_cpu_ms_per_image": stages["cpu"], "stages_wall_ms_per_image": wall, "slowest_stage": max(stages["cpu"], key=stages["cpu"].__getitem__),
+        "waits_for_storage_ms_per_image": max(0.0, wall["read"] - stages["cpu"]["read"]),
         "images_per_s_cached_estimate": together.images_per_s * with_cache,
         "cluster_cpus": cluster_cpus, "cluster_gpus": cluster_gpus,
         "cpus_for_images_per_s": {str(rate): math.ceil(rate / per_core) for rate in GPU_RATES},
@@ -114,8 +115,8 @@ def verdict(images_per_s: float, num_cores: int, model: Mapping[str, Any]) -> st
             f"cores, about {together:.3g} images/s, {_percent(share)} of the time for the data")  # fmt: skip
 
 
-def summary(report: Mapping[str, Any], where: str) -> list[str]:
-    """One screen of text."""
+def data_lines(report: Mapping[str, Any]) -> list[str]:
+    """What is in the dataset; with :func:`speed_lines` one screen of text."""
     data, lines = report["statistics"], []
     backgrounds = f", {data['num_backgrounds']:,} images without a box" if data["num_backgrounds"] else ""
     boxes = (f", {data['num_boxes']:,} boxes ({data['boxes_per_image']:.1f} an image, at most {data['max_boxes_per_image']:,}){backgrounds}"
@@ -125,10 +126,7 @@ def summary(report: Mapping[str, Any], where: str) -> list[str]:
         sizes = [f"{low} to {high}" if low != high else f"{low}" for low, high in (data["width"], data["height"])]
         lines.append(f"images are {sizes[0]} px wide and {sizes[1]} px high, trained at {report['imgsz']} px")
     lines += _table(data, report["task"], report["imgsz"])
-    lines += [f"note: {note}" for note in report["notes"]]
-    if report["speed"]:
-        lines += _speed_lines(report["speed"])
-    return [*lines, f"pictures, numbers and report.html are in {where}"]
+    return [*lines, *(f"note: {note}" for note in report["notes"])]
 
 
 def _table(data: Mapping[str, Any], task: str, imgsz: int) -> list[str]:
@@ -148,7 +146,8 @@ def _table(data: Mapping[str, Any], task: str, imgsz: int) -> list[str]:
     return lines
 
 
-def _speed_lines(found: Mapping[str, Any]) -> list[str]:
+def speed_lines(found: Mapping[str, Any]) -> list[str]:
+    """How fast it comes: of :func:`speed`."""
     stages = ", ".join(f"{name} {ms:.2f}" for name, ms in found["stages_cpu_ms_per_image"].items())
     rates = ", ".join(f"{cpus} for {rate}" for rate, cpus in found["cpus_for_images_per_s"].items())
     used = (
@@ -157,8 +156,11 @@ def _speed_lines(found: Mapping[str, Any]) -> list[str]:
         else f"{found['num_cores']} of {found['num_cores_of_node']} cores"
     )
     busy = [f"speed: the machine was {found['busy_with_other_work']:.0%} busy with other work: these figures are low"]
+    is_busy, wait_ms = found["busy_with_other_work"] > BUSY, found["waits_for_storage_ms_per_image"]
+    slow = [f"speed: {wait_ms:.2f} ms an image are spent waiting for the storage: more tasks at once, or a nearer copy, would help"]
     return [
-        *(busy if found["busy_with_other_work"] > BUSY else []),
+        *(busy if is_busy else []),
+        *(slow if not is_busy and wait_ms > SLOW_STORAGE * sum(found["stages_cpu_ms_per_image"].values()) else []),
         f"speed: 1 core makes {found['images_per_s_1_core']:.0f} augmented images/s, {used} {found['images_per_s']:.0f}; most time goes into: "
         f"{found['slowest_stage']}",
         f"speed: CPU ms an image on 1 core: {stages}",

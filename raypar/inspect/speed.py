@@ -101,11 +101,10 @@ class Feeder:
 
 def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
     """Does what ``render`` does before it renders, stage by stage; returns how many images the window has."""
-    from raypar.augment import albu
     from raypar.augment.geometry import generator
-    from raypar.images import decode, shrink
+    from raypar.dataset.stream import _decode, _transform
 
-    transform = albu.make(spec.albumentations)
+    transform = _transform(spec)
     window, num_images = spec.plan.window(item.epoch, item.window), 0
     first, last = window.first_row, window.first_row + window.num_rows
     for group in window.row_groups:
@@ -113,10 +112,9 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
         with clock("read"), spec.dataset.open(path) as file:
             encoded = pq.ParquetFile(file).read_row_group(index)["image"]
         for data in encoded.slice(first, max(0, last - first)):
-            try:
-                with clock("decode"):
-                    image = shrink(decode(data.as_buffer()), spec.recipe.imgsz)
-            except ValueError:
+            with clock("decode"):
+                image = _decode(spec, data.as_buffer())
+            if image is None:
                 continue
             rng = generator(spec.plan.seed, item.epoch, num_images)
             with clock("albumentations"):

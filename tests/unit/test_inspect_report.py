@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from raypar.dataset.batch import Batch
 from raypar.images import decode
 from raypar.inspect import pictures, report
 from raypar.inspect.speed import STAGES, Rate, train_steps
@@ -90,7 +91,7 @@ def test_cpus_for_a_rate_follow_from_the_loaded_machine() -> None:
     assert said["cpus_for_images_per_s"] == {"500": 4, "1000": 8, "2000": 16}  # 125 images/s a core when four are busy
     assert said["slowest_stage"] == "decode"
     assert said["images_per_s_cached_estimate"] == pytest.approx(500 * 7 / 3)  # without read and decode
-    lines = "\n".join(report._speed_lines(said))
+    lines = "\n".join(report.speed_lines(said))
     assert "4 of 8 cores" in lines
     assert "50% busy with other work" in lines
 
@@ -103,7 +104,7 @@ def a_report(of: Statistics, names: tuple[str, ...], task: str = "detect") -> di
 @pytest.mark.parametrize(("num_classes", "num_lines"), [(1, 1), (12, 12), (13, 12), (200, 12)])
 def test_summary_fits_a_screen(num_classes: int, num_lines: int) -> None:
     names = tuple(f"class{i}" for i in range(num_classes))
-    lines = report.summary(a_report(found([list(range(num_classes))] * 3, num_classes=num_classes), names), "/runs/x/inspect")
+    lines = report.data_lines(a_report(found([list(range(num_classes))] * 3, num_classes=num_classes), names))
     table = [line for line in lines if line.startswith(("class", "..."))]
     assert len(table) == 1 + num_lines
     assert any(f"({num_classes - 11} more classes)" in line for line in table) == (num_classes > 12)
@@ -135,6 +136,34 @@ def test_histograms_of_any_dataset(of: Statistics, speed: dict[str, Any] | None)
     assert image.shape[0] > 500
     assert image.shape[1] > 1000
     assert image.std() > 10
+
+
+def test_labels_of_the_other_tasks_are_drawn_where_they_are() -> None:
+    """A mask, the same as a turned box, and keypoints, in a 64 px image, away from the box; nothing else is touched."""
+    mask = np.zeros((1, 16, 16), np.uint8)
+    mask[0, 4:12, 4:8] = 1  # rows 16 to 48, columns 16 to 32
+    labels = {
+        "class_ids": np.zeros(1, np.int32),
+        "boxes_xywhn": np.array([[0.8, 0.9, 0.1, 0.1]], np.float32),
+        "image_index": np.zeros(1, np.int32),
+    }
+    extra: dict[str, Any] = {
+        "masks": mask,
+        "boxes_xywhr": np.array([[0.375, 0.5, 0.5, 0.25, np.pi / 2]], np.float32),
+        "keypoints": np.array([[[0.75, 0.25, 2], [0.75, 0.75, 0]]], np.float32),
+    }
+    images = np.full((1, 3, 64, 64), 200, np.uint8)
+    for name, value in extra.items():
+        batch = Batch(0, 0, 0, images, **labels, rows=np.zeros(1, np.int64), **{name: value})
+        plain = Batch(0, 0, 0, images, **labels, rows=np.zeros(1, np.int64))
+        changed = (pictures._augmented(batch, 0, ["a"]) != 200).any(-1)
+        where = np.argwhere(changed & ~(pictures._augmented(plain, 0, ["a"]) != 200).any(-1))
+        if name == "keypoints":
+            assert len(where) > 4
+            assert abs(where - [16, 48]).max() <= 3, "the visible one, not the other"
+        else:
+            assert abs(where.min(0) - [16, 16]).max() <= 2, name
+            assert abs(where.max(0) - [48, 32]).max() <= 2, name
 
 
 @pytest.mark.parametrize("kind", ["", "-seg", "-pose", "-obb", "-cls"])
