@@ -124,7 +124,7 @@ def _rejected(splits: dict[str, Records], repeated: dict[str, Any], reports: lis
     """The lines of ``rejected.jsonl``: images set aside, and those that the source lists again."""
     lines = [line for report in reports for line in report.rejected]
     for split, rows in repeated.items():
-        for record in (splits[split][int(row)] for row in rows):
+        for record in splits[split].take(rows):
             reason = "image_id is listed twice: the first was kept"
             lines.append({"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason})
     return sorted(lines, key=lambda line: (line["split"], line["image_id"]))

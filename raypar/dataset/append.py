@@ -58,7 +58,7 @@ def merged(
     dataset: Folder, rejected: list[dict[str, str]], wanted: Sequence[Any], splits: dict[str, Records], name: str
 ) -> list[dict[str, str]]:
     """Lines of ``rejected.jsonl``: those of this run, and earlier ones of images that were not tried again."""
-    tried = {(portion.split, splits[portion.split][int(row)].image_id) for portion in wanted for row in portion.rows}
+    tried = {(portion.split, record.image_id) for portion in wanted for record in splits[portion.split].take(portion.rows)}
     earlier = [json.loads(line) for line in dataset.read(name).splitlines()] if dataset.exists(name) else []
     kept = [line for line in earlier if (line["split"], line["image_id"]) not in tried and line not in rejected]
     return sorted([*kept, *rejected], key=lambda line: (line["split"], line["image_id"]))

@@ -132,11 +132,11 @@ def _with_visibility(keypoints: NDArray[np.float64]) -> NDArray[np.float64]:
 
 def label_path(image_path: str) -> str:
     """The label file of an image: the last folder called ``images`` becomes ``labels``, the suffix ``.txt``."""
-    path = Path(image_path)
-    folders = list(path.parts[:-1])
+    folder, slash, name = image_path.rpartition("/")
+    folders = folder.split("/")
     if "images" in folders:
         folders[len(folders) - 1 - folders[::-1].index("images")] = "labels"
-    return str(Path(*folders, path.stem + ".txt"))
+    return "/".join(folders) + slash + os.path.splitext(name)[0] + ".txt"  # noqa: PTH122 (a million of them: without a Path each)
 
 
 def _yaml_file(source: Path) -> Path:
@@ -229,13 +229,17 @@ def _records(value: str | list[str], root: Path, split: str, file: Path) -> Reco
                 found = [str(place)]
             else:
                 found = _listed(place, root)
-            images += [path for path in found if Path(path).suffix.lower() in IMAGE_SUFFIXES]
+            images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
         raise ValueError(f"{file}: '{split}' ({value}) has no images")
-    inside = len(roots) > 0 and all(any(Path(path).is_relative_to(r) for r in roots) for path in images)
+    inside = len(roots) > 0 and all(path.startswith(tuple(f"{r}/" for r in roots)) for path in images)
     top = os.path.commonpath([str(r) for r in roots] if inside else [str(Path(path).parent) for path in images])
     images.sort()
-    return Records.of((Record(Path(os.path.relpath(path, top)).as_posix(), path, label_path(path)) for path in images), label_path)
+    return Records.of((Record(_below(path, top), path, label_path(path)) for path in images), label_path)
+
+
+def _below(path: str, top: str) -> str:
+    return path[len(top) + 1 :] if path.startswith(f"{top}/") else Path(os.path.relpath(path, top)).as_posix()
 
 
 def _places(entry: str, root: Path, split: str, file: Path) -> list[Path]:
