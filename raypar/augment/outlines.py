@@ -90,6 +90,28 @@ def _visible_box(polygon: Points, size: int) -> Floats:
     return np.concatenate([found.min(0), found.max(0)]).astype(np.float64) if len(found) else np.zeros(4)
 
 
+def cut_polygon(polygon: Floats, width: float, height: float) -> Floats:
+    """The part of a polygon (P, 2) in [0, width] x [0, height]: cut by one side after the other (Sutherland and Hodgman, 1974).
+
+    In place of ``cv2.intersectConvexConvex``, which may return the whole image where a corner lies on its edge.
+    """
+    for axis, side, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
+        depth = (polygon[:, axis] - side) * sign  # not negative: inside
+        if (depth >= 0).all():
+            continue
+        kept: list[Floats] = []
+        for i, point in enumerate(polygon):
+            before, there = depth[i - 1], depth[i]
+            if (before < 0) != (there < 0):
+                crossing = polygon[i - 1] + (point - polygon[i - 1]) * before / (before - there)
+                crossing[axis] = side
+                kept.append(crossing)
+            if there >= 0:
+                kept.append(point)
+        polygon = np.array(kept).reshape(-1, 2)
+    return polygon
+
+
 def cut_corners(corners: Points, boxes_xyxy: Floats, width: float, height: float) -> tuple[Points, Floats]:
     """Rotated boxes cut at an image's edges keep their direction (Instances.clip, preserve_obb).
 
@@ -102,13 +124,11 @@ def cut_corners(corners: Points, boxes_xyxy: Floats, width: float, height: float
         Both, new; for what is wholly outside zeros.
     """
     corners, boxes_xyxy = corners.copy(), boxes_xyxy.copy()
-    room = _CORNERS[[0, 1, 3, 2]] * np.array([width, height], np.float32)
     for i in np.flatnonzero(((corners < 0) | (corners > [width, height])).any((1, 2))):
-        area, visible = cv2.intersectConvexConvex(cv2.convexHull(corners[i]), room)
-        if visible is None or area <= 0:
+        visible = cut_polygon(cv2.convexHull(corners[i]).reshape(-1, 2).astype(np.float64), width, height).astype(np.float32)
+        if len(visible) < 3 or cv2.contourArea(visible) <= 0:
             corners[i], boxes_xyxy[i] = 0, 0
             continue
-        visible = visible.reshape(-1, 2)
         boxes_xyxy[i] = [*visible.min(0), *visible.max(0)]
         _, (long, short), angle = cv2.minAreaRect(corners[i])
         turn = np.deg2rad(angle + 90 if long < short else angle)

@@ -266,6 +266,30 @@ def test_corners_are_ultralytics(seed: int) -> None:
     assert (boxes[:, 4] <= 3 * np.pi / 4).all()
 
 
+def test_a_corner_on_the_edge_does_not_make_a_box_of_the_image() -> None:
+    """Numbers with which cv2.intersectConvexConvex returns the whole of its second polygon."""
+    corners = np.array([[[22.530080, 48.436653], [33.603607, 37.064732], [6.712e-08, 4.3428755], [-11.073526, 15.714798]]], np.float32)
+    before = np.array([[-11.073526, 4.3428755, 33.603607, 48.436653]])
+    cut, boxes = outlines.cut_corners(corners, before, 70, 114)
+    np.testing.assert_allclose(boxes, [[0, 4.3428755, 33.603607, 48.436653]], atol=1e-4)
+    assert cut.min() > -11.1
+    assert cut.max() < 48.5
+
+
+@given(st.integers(0, 10**6))
+@settings(max_examples=60, deadline=None)
+def test_cut_polygons_are_what_the_image_shows_of_them(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    polygon = cv2.convexHull(rng.uniform(-60, 160, (6, 2)).astype(np.float32)).reshape(-1, 2).astype(np.float64)
+    found = outlines.cut_polygon(polygon, 100, 80)
+    area, expected = cv2.intersectConvexConvex(polygon.astype(np.float32), np.array([[0, 0], [100, 0], [100, 80], [0, 80]], np.float32))
+    assert len(found) == 0 or (found.min() >= 0 and (found <= [100.001, 80.001]).all())
+    if expected is None or area <= 0:
+        assert len(found) == 0 or cv2.contourArea(found.astype(np.float32)) < 1
+        return
+    assert cv2.contourArea(found.astype(np.float32)) == pytest.approx(area, abs=0.05)
+
+
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 def test_an_image_without_instances(task: str) -> None:
     window = [make_source(np.random.default_rng(0), task, (200, 256), 0)]

@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from raypar.augment.outlines import cut_polygon
 from raypar.dataset.formats import SPLITS, Labels, Listing, Record, boxes_around
 from raypar.dataset.records import Records
 
@@ -56,7 +57,7 @@ def draw(seed: int, split: str, index: int, height: int, width: int, task: str =
     if task == "classify":
         return image, Labels(class_ids, np.array([[0.5, 0.5, 1.0, 1.0]]))
     if task == "segment":
-        segments = tuple(_clipped(outline, width, height) / [width, height] for *_, outline in shapes)
+        segments = tuple(cut_polygon(outline, width, height) / [width, height] for *_, outline in shapes)
         return image, Labels(class_ids, boxes_around(segments), segments_xyn=segments)
     if task == "obb":
         corners = tuple(cv2.boxPoints(cv2.minAreaRect(outline.astype(np.float32))) / [width, height] for *_, outline in shapes)
@@ -80,21 +81,6 @@ def _scene(seed: int, split: str, index: int, height: int, width: int, *, is_sin
 def _hull(mask: NDArray[np.bool_]) -> tuple[int, int, int, int]:
     columns, rows = np.flatnonzero(mask.any(axis=0)), np.flatnonzero(mask.any(axis=1))
     return int(columns[0]), int(rows[0]), int(columns[-1] + 1), int(rows[-1] + 1)
-
-
-def _clipped(outline: NDArray[np.float64], width: int, height: int) -> NDArray[np.float64]:
-    """The part of a polygon (P, 2) px inside the image: cut by one side after the other (Sutherland and Hodgman, 1974)."""
-    for axis, side, sign in ((0, 0, 1), (0, width, -1), (1, 0, 1), (1, height, -1)):
-        depth = (outline[:, axis] - side) * sign  # not negative: inside
-        kept: list[NDArray[np.float64]] = []
-        for i, point in enumerate(outline):
-            before, there = depth[i - 1], depth[i]
-            if (before < 0) != (there < 0):
-                kept.append(outline[i - 1] + (point - outline[i - 1]) * before / (before - there))
-            if there >= 0:
-                kept.append(point)
-        outline = np.array(kept).reshape(-1, 2)
-    return outline
 
 
 def _keypoints(shapes: list[Shape], i: int, image_hw: tuple[int, int]) -> NDArray[np.float64]:
