@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import overload
+
+import numpy as np
 from pydantic import BaseModel, ConfigDict
 
 from raypar.storage import Folder
@@ -38,6 +42,29 @@ class Split(Record):
     num_boxes: int = 0
     num_backgrounds: int = 0  # images without a label
     boxes_per_class: tuple[int, ...] = ()
+
+
+class RowGroups(Sequence[tuple[str, int]]):
+    """For each row group of a split its shard's path and its number there, in the memory of the shards alone."""
+
+    def __init__(self, split: Split):
+        self._paths = [shard.path for shard in split.shards]
+        self._ends = np.cumsum([len(shard.row_groups) for shard in split.shards], dtype=np.int64)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, int]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[str, int]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, int] | list[tuple[str, int]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        shard = int(np.searchsorted(self._ends, index, side="right"))
+        return self._paths[shard], int(index - (self._ends[shard - 1] if shard else 0))
 
 
 class Manifest(Record):

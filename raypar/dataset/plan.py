@@ -14,7 +14,7 @@ number of positions seen since the run began: it is all the state that the data 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 
 import numpy as np
@@ -104,6 +104,13 @@ class Plan:
     def _sizes(self) -> NDArray[np.int64]:
         return np.asarray(self.row_groups, dtype=np.int64)
 
+    @cached_property
+    def _epoch(self) -> dict[int, tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        return {}
+
+    def __getstate__(self) -> dict[str, object]:
+        return {each.name: getattr(self, each.name) for each in fields(self)}  # what was worked out does not travel
+
     def steps_of(self, window: int) -> range:
         """The steps of an epoch that a window holds; the last window takes the remainder."""
         assert 0 <= window < self.windows_per_epoch
@@ -127,13 +134,20 @@ class Plan:
         steps = self.steps_of(window)
         first = steps.start * self.global_batch  # rows before this window: earlier steps are never topped up
         num_rows = min(steps.stop * self.global_batch, self.num_images) - first
-        groups = np.random.default_rng([self.seed, epoch, _GROUPS]).permutation(len(self._sizes))
-        ends = np.cumsum(self._sizes[groups])
+        groups, ends = self._laid_out(epoch)
         low = int(np.searchsorted(ends, first, side="right"))
         high = int(np.searchsorted(ends, first + num_rows, side="left"))
         rows = np.random.default_rng([self.seed, epoch, _ROWS, window]).permutation(num_rows)
         order = np.resize(rows, len(steps) * self.global_batch)  # repeats from the start: the top-up
         return Window(steps.start, groups[low : high + 1], int(first - (ends[low] - self._sizes[groups[low]])), num_rows, order)
+
+    def _laid_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """An epoch's row groups in their order, and the number of rows up to the end of each; kept for one epoch at a time."""
+        if epoch not in self._epoch:
+            groups = np.random.default_rng([self.seed, epoch, _GROUPS]).permutation(len(self._sizes))
+            self._epoch.clear()
+            self._epoch[epoch] = groups, np.cumsum(self._sizes[groups])
+        return self._epoch[epoch]
 
     def share(self, rank: int, world_size: int) -> slice:
         """The part of each step's G positions that a rank takes."""

@@ -28,7 +28,7 @@ from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
-from raypar.dataset.manifest import Manifest, Split
+from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.plan import Item, Plan
 from raypar.dataset.rows import row_labels
 from raypar.dataset.schema import row_schema
@@ -46,7 +46,7 @@ class StreamSpec:
     """All that a task must know to make any batch of the run."""
 
     dataset: Folder
-    groups: tuple[tuple[str, int], ...]  # for each row group of the plan: its shard's path and its number there
+    groups: Sequence[tuple[str, int]]  # for each row group of the plan: its shard's path and its number there
     plan: Plan
     recipe: Recipe | ClassifyRecipe
     mosaic_epochs: int  # epochs before mosaic is closed
@@ -58,8 +58,7 @@ class StreamSpec:
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
            cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
-        groups = tuple((shard.path, i) for shard in split.shards for i in range(len(shard.row_groups)))
-        return cls(dataset, groups, plan, recipe, mosaic_epochs, albumentations, world_size, cache)
+        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache)
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -244,8 +243,14 @@ def settle() -> None:
 
 
 def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
+    settle()
+    for batch in render(_fetched(spec_ref), item):
+        yield batch.pack()
+
+
+@lru_cache(maxsize=1)
+def _fetched(spec_ref: Any) -> StreamSpec:
     import ray
 
-    settle()
-    for batch in render(ray.get(spec_ref), item):
-        yield batch.pack()
+    spec: StreamSpec = ray.get(spec_ref)  # once a process: a long plan takes a while to unpack
+    return spec
