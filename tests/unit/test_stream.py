@@ -1,0 +1,105 @@
+"""The stream as a pure function, for any seed, counts, cursor and number of workers: no Ray, every example a small split."""
+
+from __future__ import annotations
+
+import zlib
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from raypar.augment.geometry import Recipe
+from raypar.dataset.batch import Batch
+from raypar.dataset.formats import Record
+from raypar.dataset.ingest import ShardJob, write_shard
+from raypar.dataset.manifest import Split
+from raypar.dataset.plan import Plan
+from raypar.dataset.stream import StreamSpec, render
+from raypar.storage import Folder
+
+RECIPE = Recipe(imgsz=32, mosaic=0.7, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("streams")
+
+
+@lru_cache
+def split_of(folder: Path, num_images: int, rows_per_group: int) -> tuple[Folder, Split]:
+    dataset = Folder.at(folder / f"{num_images}-{rows_per_group}")
+    records = tuple(Record(f"{i}.jpg", "", i) for i in range(num_images))
+    job = ShardJob(dataset, "train/00000.parquet", "train", "shapes", 4, records, rows_per_group, 10**6, 0, (24, 32))
+    report = write_shard(job)
+    assert report.shard is not None
+    return dataset, Split(shards=(report.shard,), num_images=num_images)
+
+
+def spec_of(folder: Path, num_images: int, rows_per_group: int, world_size: int, **plan: int) -> StreamSpec:
+    dataset, split = split_of(folder, num_images, rows_per_group)
+    made = Plan(split.shards[0].row_groups, **plan)  # type: ignore[arg-type]
+    return StreamSpec.of(dataset, split, made, RECIPE, mosaic_epochs=1, albumentations=[], world_size=world_size)
+
+
+def stream(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
+    return [batch for item in spec.plan.items(cursor) for batch in render(spec, item)]
+
+
+def content(batch: Batch) -> tuple[object, ...]:
+    """All that a worker is given, as something that can be compared."""
+    table = batch.pack()
+    return tuple((name, zlib.crc32(table.column(name)[0].as_buffer())) for name in table.column_names)
+
+
+cases = st.fixed_dictionaries(
+    {
+        "num_images": st.sampled_from([1, 5, 16, 23]),
+        "rows_per_group": st.sampled_from([1, 4, 7]),
+        "seed": st.integers(0, 2**32),
+        "global_batch": st.sampled_from([4, 8, 12]),
+        "epochs": st.integers(1, 3),
+        "window_images": st.sampled_from([1, 8, 20]),
+    }
+)
+
+
+@settings(max_examples=25)
+@given(cases, st.data())
+def test_the_stream_from_a_cursor_is_the_tail_of_the_whole_byte_for_byte(folder: Path, case: dict[str, int], data: st.DataObject) -> None:
+    spec = spec_of(folder, world_size=1, **case)
+    steps = data.draw(st.integers(0, spec.plan.epochs * spec.plan.steps_per_epoch))
+    whole, tail = stream(spec), stream(spec, steps * spec.plan.global_batch)
+    assert [content(batch) for batch in tail] == [content(batch) for batch in whole[steps:]]
+
+
+@settings(max_examples=25)
+@given(cases)
+def test_one_two_and_four_workers_see_the_same_global_batches(folder: Path, case: dict[str, int]) -> None:
+    alone = stream(spec_of(folder, world_size=1, **case))
+    for world_size in (2, 4):
+        dealt = stream(spec_of(folder, world_size=world_size, **case))
+        assert len(dealt) == world_size * len(alone)
+        for step, one in enumerate(alone):
+            ranks = dealt[step * world_size : (step + 1) * world_size]
+            assert [(b.epoch, b.step, b.rank) for b in ranks] == [(one.epoch, one.step, rank) for rank in range(world_size)]
+            per_rank = case["global_batch"] // world_size
+            for name in ("images", "rows", "class_ids", "boxes_xywhn"):
+                assert np.array_equal(np.concatenate([getattr(b, name) for b in ranks]), getattr(one, name)), name
+            index = np.concatenate([b.image_index + rank * per_rank for rank, b in enumerate(ranks)])
+            assert np.array_equal(index, one.image_index)
+
+
+@settings(max_examples=25)
+@given(cases)
+def test_every_image_is_seen_once_an_epoch(folder: Path, case: dict[str, int]) -> None:
+    spec = spec_of(folder, world_size=2, **case)
+    batches = stream(spec)
+    for epoch in range(spec.plan.epochs):
+        rows = np.concatenate([batch.rows for batch in batches if batch.epoch == epoch])
+        assert len(rows) == spec.plan.positions_per_epoch
+        counts = np.bincount(rows, minlength=case["num_images"])
+        assert counts.min() >= 1
+        assert counts.sum() - case["num_images"] < case["global_batch"]
