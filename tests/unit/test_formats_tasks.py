@@ -236,6 +236,72 @@ def test_coco_keypoints_come_from_their_own_file(tmp_path: Path) -> None:
     assert keypoints_of([{"keypoints": ["a", "b"]}], "x") == ((2, 3), ())
 
 
+def test_parts_of_very_many_points_are_joined(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    parts = [rng.integers(0, 1000, (70, 2)).astype(float) for _ in range(4)]
+    whole = merged(parts)
+    monkeypatch.setattr("raypar.dataset.formats.coco_points.MAX_DISTANCES", 100)  # a row at a time
+    np.testing.assert_array_equal(merged(parts), whole)
+
+
+# Whatever is written
+
+WORDS = st.sampled_from(["0", "1", "2", "-1", "0.5", "0.1", "0.9", "1.009", "-0.001", "1e300", "nan", "inf", "x", "1e-9", "\x00"])
+LINES = st.lists(st.one_of(*[st.lists(WORDS, min_size=n, max_size=n) for n in (5, 7, 9, 11, 13)], st.lists(WORDS, max_size=12)), max_size=4)
+CLEAN = st.lists(st.lists(st.sampled_from(["0", "1", "0.1", "0.3", "0.7", "0.9"]), min_size=8, max_size=8), max_size=4)
+
+
+def assert_usable(labels: Labels, task: str) -> None:
+    """The labels make a row, and the row can be rendered."""
+    found, _ = tidy(labels, task)
+    assert ((found.boxes_xywhn >= 0) & (found.boxes_xywhn <= 1)).all()
+    row = columns(found, task)
+    assert len(row["class_ids"]) == len(found.class_ids)  # type: ignore[arg-type]
+    for name in ("segments_xyn", "keypoints"):
+        flat = [np.ravel(x) for x in row[name]] if name in row else []  # type: ignore[attr-defined]
+        assert all(np.isfinite(x).all() for x in flat)
+
+
+@given(st.one_of(LINES, CLEAN.map(lambda rows: [["1", *row] for row in rows])), st.sampled_from(["detect", "segment", "pose", "obb"]))
+@settings(max_examples=300, deadline=None)
+def test_any_label_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]], task: str) -> None:
+    text, message = "\n".join(" ".join(line) for line in lines), ""
+    try:
+        labels = parse(tmp_path_factory.mktemp("labels"), text, task, (2, 2) if task == "pose" else None)
+    except ValueError as error:
+        message = str(error)
+    assert "\n" not in message
+    if not message:
+        assert_usable(labels, task)
+
+
+VALUES = st.one_of(st.floats(-10, 120), st.sampled_from([float("nan"), float("inf"), 1e300, -1, None, "x", True, [1], {"a": 1}]))
+ANNOTATION = st.fixed_dictionaries(
+    {"bbox": st.lists(st.floats(-10, 120), min_size=4, max_size=4)},
+    optional={
+        "segmentation": st.one_of(st.lists(st.lists(VALUES, max_size=10), max_size=3), VALUES,
+                                  st.lists(st.lists(st.floats(0, 100), min_size=6, max_size=6), max_size=3)),
+        "keypoints": st.one_of(st.lists(VALUES, max_size=10), VALUES, st.lists(st.floats(0, 60), min_size=9, max_size=9)),
+    },
+)  # fmt: skip
+
+
+@given(st.lists(ANNOTATION, max_size=4), st.sampled_from(["segment", "pose"]))
+@settings(max_examples=200, deadline=None)
+def test_any_coco_annotation_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, annotations: list[dict[str, Any]], task: str
+) -> None:
+    source = coco_json(tmp_path_factory.mktemp("coco") / "annotations" / "instances_train.json", annotations, keypoints=NAMES)
+    listing, message = coco.scan(source, task), ""
+    try:
+        labels = coco.read_labels(listing.splits["train"][0], 2, HW, task, listing.keypoint_shape)
+    except ValueError as error:
+        message = str(error)
+    assert len(message) < 400
+    if not message:
+        assert_usable(labels, task)
+
+
 # Folders
 
 

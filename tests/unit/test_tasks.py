@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from ultralytics.cfg import get_cfg
 from raypar.augment import albu
 from raypar.augment.classify import ClassifyRecipe
 from raypar.dataset.batch import Batch
+from raypar.dataset.cache import CacheSpec
 from raypar.dataset.formats import shapes
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Manifest, Split
@@ -138,6 +141,18 @@ def test_the_stream_does_not_depend_on_the_number_of_workers(tmp_path: Path, tas
             values = [getattr(batch, name) for batch in (whole, first, second)]
             if values[0] is not None:
                 np.testing.assert_array_equal(values[0], np.concatenate(values[1:]))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a process keeps one cache open, and lets go of the last
+@pytest.mark.parametrize("task", TASKS)
+def test_a_cache_changes_nothing(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = prepared(tmp_path, task)
+    plain = make_spec(tmp_path, manifest)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    cached = replace(plain, cache=CacheSpec("disk", f"tasks-{task}", 1 << 28))
+    for _ in range(2):  # the second time all comes from the cache
+        for one, other in zip(stream(plain), stream(cached), strict=True):
+            assert one.pack().equals(other.pack())
 
 
 def test_classify_is_ultralytics(tmp_path: Path) -> None:

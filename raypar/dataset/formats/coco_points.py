@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from raypar.dataset.formats import Labels, boxes_around, labels_from_xyxy, without_duplicates
 
 Floats = NDArray[np.float64]
+MAX_DISTANCES = 1 << 20  # between points of two polygons, at once
 
 
 def keypoints_of(categories: list[dict[str, Any]], file: object) -> tuple[tuple[int, int], tuple[int, ...]]:
@@ -111,10 +112,9 @@ def merged(parts: list[Floats]) -> Floats:
     parts = list(parts)
     joints: list[list[int]] = [[] for _ in parts]
     for i in range(1, len(parts)):
-        apart = ((parts[i - 1][:, None] - parts[i][None]) ** 2).sum(-1)
-        here, there = np.unravel_index(np.argmin(apart), apart.shape)
-        joints[i - 1].append(int(here))
-        joints[i].append(int(there))
+        here, there = _closest(parts[i - 1], parts[i])
+        joints[i - 1].append(here)
+        joints[i].append(there)
     path = []
     last = len(parts) - 1
     for i, joint in enumerate(joints):
@@ -127,3 +127,15 @@ def merged(parts: list[Floats]) -> Floats:
         path.append(parts[i] if i in (0, last) else parts[i][: joint[1] - joint[0] + 1])
     path += [parts[i][abs(joints[i][1] - joints[i][0]) :] for i in range(last - 1, 0, -1)]
     return np.concatenate(path)
+
+
+def _closest(these: Floats, those: Floats) -> tuple[int, int]:
+    """The first pair of points (P, 2) and (Q, 2) that are the least apart."""
+    rows = max(1, MAX_DISTANCES // len(those))
+    best, pair = np.inf, (0, 0)
+    for start in range(0, len(these), rows):
+        apart = ((these[start : start + rows, None] - those[None]) ** 2).sum(-1)
+        at = int(np.argmin(apart))
+        if apart.flat[at] < best:
+            best, pair = float(apart.flat[at]), (start + at // len(those), at % len(those))
+    return pair
