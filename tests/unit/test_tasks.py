@@ -16,7 +16,7 @@ from ultralytics.cfg import get_cfg
 from raypar.augment import albu
 from raypar.augment.classify import ClassifyRecipe
 from raypar.dataset.batch import Batch
-from raypar.dataset.cache import CacheSpec
+from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.formats import shapes
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Manifest, Split
@@ -153,6 +153,7 @@ def test_a_cache_changes_nothing(tmp_path: Path, task: str, monkeypatch: pytest.
     for _ in range(2):  # the second time all comes from the cache
         for one, other in zip(stream(plain), stream(cached), strict=True):
             assert one.pack().equals(other.pack())
+    node_cache.cache_clear()
 
 
 def test_classify_is_ultralytics(tmp_path: Path) -> None:
