@@ -152,6 +152,17 @@ def _features_of_theirs(data_yaml: Path) -> dict[str, np.ndarray]:
     return _joined(parts)
 
 
+def measure(data: str, data_yaml: Path, folder: Path, cache: str, options: argparse.Namespace) -> dict[str, object]:
+    """One claim; both sides' processes end with it."""
+    print(f"\n{data}, imgsz {options.imgsz}, cache {cache}, batch {BATCH}, {CORES} worker processes", flush=True)
+    out = folder / f"{data_yaml.parent.name}-{cache}-{os.getpid()}"
+    ours = our_side(data_yaml, out, options.imgsz, cache, options.run)
+    theirs = their_side(data_yaml, options.imgsz, cache, options.run)
+    pairs = _measure.paired(ours, theirs, options.pairs)
+    drop(CacheSpec("ram", out.name))
+    return _measure.report(f"{data}, cache {cache}", pairs, ("raypar", "Ultralytics"), imgsz=options.imgsz)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=7)
@@ -177,13 +188,7 @@ def main() -> None:
             sets[options.voc.name] = _data.from_voc(folder / "voc", options.voc)
         for data, data_yaml in sets.items():
             for cache in options.cache:
-                print(f"\n{data}, imgsz {options.imgsz}, cache {cache}, batch {BATCH}, {CORES} worker processes", flush=True)
-                out = folder / f"{data_yaml.parent.name}-{cache}-{os.getpid()}"
-                ours = our_side(data_yaml, out, options.imgsz, cache, options.run)
-                theirs = their_side(data_yaml, options.imgsz, cache, options.run)
-                pairs = _measure.paired(ours, theirs, options.pairs)
-                rows.append(_measure.report(f"{data}, cache {cache}", pairs, ("raypar", "Ultralytics"), imgsz=options.imgsz))
-                drop(CacheSpec("ram", out.name))
+                rows.append(measure(data, data_yaml, folder, cache, options))
     _measure.finish("ingest", rows, workers=CORES, distributions=distributions)
 
 
