@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +48,8 @@ def whole(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
     return [batch for item in spec.plan.items(cursor) for batch in render(spec, item)]
 
 
-def through_ray(spec: StreamSpec, cursor: int, storage: Path) -> list[list[dict[str, Any]]]:
-    """For each rank, the batches that its training worker was dealt."""
+def through_ray(spec: StreamSpec, cursor: int, storage: Path, loop: Any = None) -> Any:
+    """For each rank, the batches that its training worker was dealt; or what another ``loop`` returns."""
     import ray.train
     import ray.train.torch
 
@@ -71,7 +72,7 @@ def through_ray(spec: StreamSpec, cursor: int, storage: Path) -> list[list[dict[
         return every if rank == 0 else None
 
     result = ray.train.torch.TorchTrainer(
-        train_loop,
+        loop or train_loop,
         train_loop_config={"spec": spec, "cursor": cursor},
         scaling_config=ray.train.ScalingConfig(num_workers=spec.world_size),
         run_config=ray.train.RunConfig(storage_path=str(storage)),
@@ -135,3 +136,36 @@ def test_epochs_are_augmented_differently_and_mosaic_closes(dataset: RunConfig) 
     assert crc(batches[0]) != crc(batches[steps])
     boxes = [sum(len(b.class_ids) for b in batches[e * steps : (e + 1) * steps]) for e in range(EPOCHS)]
     assert boxes[0] > 1.2 * boxes[2]  # four images' boxes, or one's
+
+
+def test_a_task_killed_in_the_middle_is_redone_without_a_change_to_the_stream(dataset: RunConfig, tmp_path: Path) -> None:
+    def killing_loop(config: dict[str, Any]) -> Any:
+        """Takes all batches, and twice on the way kills a process in which a window is being rendered."""
+        import os
+        import signal
+        import time
+        import zlib
+
+        import psutil
+
+        from raypar.dataset.stream import batches
+
+        raylet = psutil.Process(os.getpid()).parent()
+        assert raylet is not None
+        killed, mine = [], []
+        for number, batch in enumerate(batches(config["spec"], 0, config["cursor"])):
+            mine.append((batch.epoch, batch.step, zlib.crc32(batch.pack().column("images")[0].as_buffer())))
+            deadline = time.monotonic() + 5
+            while number in (3, 60) and time.monotonic() < deadline:
+                running = [p.pid for p in raylet.children() if "ray::Read" in " ".join(p.cmdline())]
+                if running:
+                    os.kill(running[0], signal.SIGKILL)
+                    killed.append(running[0])
+                    break
+        return [(killed, mine)]
+
+    spec = make_spec(dataset, world_size=1)
+    spec = replace(spec, plan=replace(spec.plan, epochs=30), recipe=replace(RECIPE, imgsz=320))
+    ((killed, dealt),) = through_ray(spec, 0, tmp_path, loop=killing_loop)
+    assert len(killed) == 2
+    assert dealt == [(b.epoch, b.step, crc(b)) for b in whole(spec)]
