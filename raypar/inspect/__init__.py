@@ -147,9 +147,9 @@ def _write(report: dict[str, Any], found: Statistics, spec: StreamSpec, manifest
     """Draws, writes, and says what there is."""
     from raypar.inspect import pictures
 
-    title = (
-        f"{report['name']}, '{report['split']}': {report['statistics']['num_images']:,} images, {report['statistics']['num_boxes']:,} boxes"
-    )
+    counts = report["statistics"]
+    boxes = "" if manifest.task == "classify" else f", {counts['num_boxes']:,} boxes"
+    title = f"{report['name']}, '{report['split']}': {counts['num_images']:,} images{boxes}"
     raw, augmented = pictures.samples(spec, manifest.class_names, report["num_samples"])
     drawn = {"histograms.png": pictures.histograms(found, manifest.class_names, report["imgsz"], title, report["speed"]),
              "samples_raw.png": raw, "samples_augmented.png": augmented}  # fmt: skip

@@ -46,9 +46,9 @@ class Feeder:
     """An actor: one core of the pipeline, as a Ray Data task runs it."""
 
     def __init__(self, spec: StreamSpec):
-        import cv2
+        from raypar.dataset.stream import settle
 
-        cv2.setNumThreads(0)
+        settle()
         self.spec, self.items = spec, list(_items(spec))
 
     def warm(self) -> tuple[int, float]:
