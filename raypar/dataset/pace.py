@@ -14,11 +14,9 @@ from ray.data._internal.execution.streaming_executor import StreamingExecutor
 from raypar.quiet import quiet_ray
 
 TURN_S = 0.02
+quiet_ray()  # this module comes to Ray's process with the stream, before the stream starts
 
 
 class Pace(ExecutionCallback):
-    def before_execution_starts(self, executor: StreamingExecutor) -> None:
-        quiet_ray()
-
     def on_execution_step(self, executor: StreamingExecutor) -> None:
         time.sleep(TURN_S)

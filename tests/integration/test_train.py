@@ -23,6 +23,7 @@ import yaml
 
 import raypar.train
 from raypar.config import RunConfig
+from raypar.dataset.cache import PREFIX, SHARED_MEMORY
 
 
 def train_folder(config: RunConfig) -> Path:
@@ -221,3 +222,12 @@ def kill_session(driver: subprocess.Popen[Any]) -> None:
     for process in family:
         if process.is_running():
             process.kill()
+
+
+def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, trained_run: RunConfig) -> None:
+    config = with_train(trained_run, "cached", cache="ram", cache_gb=0.5)
+    raypar.train.run(config)
+    for ours, theirs in zip(lines(train_folder(config)), lines(train_folder(trained_run)), strict=True):
+        for key in ("train/box_loss", "train/cls_loss", "train/dfl_loss", "map50_95"):
+            assert ours[key] == theirs[key], key
+    assert not list(SHARED_MEMORY.glob(f"{PREFIX}*"))
