@@ -29,6 +29,7 @@ from raypar.augment.labels import Labels
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
+from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
 from raypar.dataset.rows import row_labels
 from raypar.dataset.schema import row_schema
@@ -216,7 +217,7 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
             return [ReadTask(partial(_task, spec_ref, item), unknown) for item in execution]
 
     look_ahead_bytes = LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
-    dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution))
+    dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
     dataset.context.target_max_block_size = 1  # a block is one batch: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
