@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -18,7 +19,7 @@ from ultralytics import YOLO
 
 import raypar.evaluate
 from raypar.config import RunConfig
-from raypar.dataset.manifest import Manifest
+from raypar.dataset.manifest import MANIFEST, Manifest
 from raypar.images import decode
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
@@ -115,6 +116,10 @@ def test_an_image_that_cannot_be_read_is_left_out_and_listed(trained_run: RunCon
     images[3] = b"no image"
     table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), pa.array(images, pa.binary()))
     pq.write_table(table, path, row_group_size=shard.row_groups[0])
+    manifest = json.loads((copied.folder / "dataset").read(MANIFEST))  # as if it had been prepared so
+    data = Path(path).read_bytes()
+    manifest["splits"]["val"]["shards"][0] |= {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    (copied.folder / "dataset").write_json(MANIFEST, manifest)
     found = raypar.evaluate.run(copied)
     assert (found["num_images"], found["num_unreadable"]) == (15, 1)
     assert [x["image_id"] for x in found["unreadable"]] == [table["image_id"][3].as_py()]
