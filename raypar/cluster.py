@@ -6,6 +6,7 @@ import importlib
 import json
 import os
 import re
+import sys
 from typing import TYPE_CHECKING, Any
 
 from raypar.quiet import quiet_ray
@@ -77,16 +78,17 @@ def num_gpus() -> float:
 
 
 def check_without_starting(verb: str, config: RunConfig) -> str:
-    """Compares what a verb needs with the cluster that RAY_ADDRESS names, else with a Ray that this machine could start; says which.
+    """Compares what a verb needs with the cluster that was joined or that RAY_ADDRESS names, else with a Ray that this machine could start.
 
     Raises:
         ValueError: there will never be so many.
     """
-    if os.environ.get("RAY_ADDRESS"):
+    ray: Any = sys.modules.get("ray")
+    if os.environ.get("RAY_ADDRESS") or (ray is not None and ray.is_initialized()):
         connect()
         wanted = needs(verb, config, num_gpus())
         require(*wanted)
-        return f"{wanted[0]:g} and {wanted[1]:g} are needed, the cluster at RAY_ADDRESS can have them"
+        return f"{wanted[0]:g} and {wanted[1]:g} are needed, the cluster can have them"
     cpus, gpus = local_resources()
     wanted = needs(verb, config, gpus)
     for name, need, have in (("GPU", wanted[1], gpus), ("CPU", wanted[0], cpus)):
