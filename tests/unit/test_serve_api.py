@@ -431,23 +431,21 @@ def test_health_is_lost_only_when_the_model_fails_by_itself(detectors: dict[str,
 
 
 def test_the_model_does_not_block_the_event_loop(detectors: dict[str, FakeDetector], tmp_path: Path) -> None:
-    detectors["a"].seconds = 0.3
+    detectors["a"].seconds = 0.5
+    num_threads = threading.active_count()  # earlier tests may have left some
 
-    async def scene() -> float:
+    async def scene() -> None:
         one = Replica({}, "cpu")
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
         running = asyncio.create_task(one.annotate(encode_png(IMAGE), 0.5, 0.7, 10))
         await asyncio.sleep(0.05)
-        start = time.perf_counter()
         await one.info()
-        waited = time.perf_counter() - start
-        assert not running.done()
+        assert not running.done()  # the loop answered while the model was busy
         answer = await running
         assert decode(answer.jpeg).shape == IMAGE.shape
-        return waited
 
-    assert asyncio.run(scene()) < 0.1
-    assert threading.active_count() < 50
+    asyncio.run(scene())
+    assert threading.active_count() <= num_threads + 2 + replica.IMAGE_THREADS  # one that loads, one for the model, some for images
 
 
 # --- the deploy file ---------------------------------------------------------------------------------------------------------------------
