@@ -37,7 +37,7 @@ from ultralytics.data.build import build_dataloader
 from ultralytics.data.dataset import YOLODataset
 
 from raypar.augment.geometry import Recipe
-from raypar.dataset.batch import Batch
+from raypar.dataset.batch import unpack
 from raypar.dataset.cache import CacheSpec, drop
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import MAX_ITEMS, StreamSpec, _start, render
@@ -60,8 +60,9 @@ def our_side(data_yaml: Path, folder: Path, imgsz: int, cache: str, num_images: 
                          albumentations=None, world_size=1, cache=None if cache == "none" else CacheSpec(cache, folder.name))  # fmt: skip
     (shard,) = _start(spec, list(islice(plan.items(), MAX_ITEMS)))  # one long stream, as in training
     tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
-    next(tables)
-    return lambda: _measure.timed(lambda: sum(len(Batch.unpack(next(tables)).images) for _ in range(num_images // BATCH)), _measure.tree)
+    batches = (batch for table in tables for batch in unpack(table))
+    next(batches)
+    return lambda: _measure.timed(lambda: sum(len(batch.images) for batch in islice(batches, num_images // BATCH)), _measure.tree)
 
 
 def their_side(data_yaml: Path, imgsz: int, cache: str, num_images: int) -> Callable[[], _measure.Run]:

@@ -13,9 +13,11 @@ import multiprocessing
 import os
 import tempfile
 import time
+from collections.abc import Iterator
 from itertools import islice
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 os.environ.update(
     YOLO_OFFLINE="1", YOLO_VERBOSE="false", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1"
@@ -29,6 +31,7 @@ import ray
 from ultralytics.cfg import get_cfg
 
 from raypar.augment.geometry import Recipe
+from raypar.dataset.batch import Batch, unpack
 from raypar.dataset.plan import Item, Plan
 from raypar.dataset.stream import StreamSpec, _start, render, settle
 from raypar.quiet import quiet_ray
@@ -53,7 +56,12 @@ def bare(spec: StreamSpec, items: list[Item]) -> int:
 
 def through_ray(spec: StreamSpec, items: list[Item]) -> int:
     (shard,) = _start(spec, items)
-    return sum(GLOBAL_BATCH for _ in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
+    return sum(GLOBAL_BATCH for _ in received(shard))
+
+
+def received(shard: Any) -> Iterator[Batch]:
+    for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
+        yield from unpack(table)
 
 
 def waits(spec: StreamSpec, epochs: int, work_s: float) -> tuple[list[float], list[float]]:
@@ -62,7 +70,7 @@ def waits(spec: StreamSpec, epochs: int, work_s: float) -> tuple[list[float], li
     (shard,) = _start(spec, items)
     inside, edges = [], []
     began = time.perf_counter()
-    for number, _ in enumerate(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)):
+    for number, _ in enumerate(received(shard)):
         gap = time.perf_counter() - began
         if number:  # before the first batch everything starts
             (inside if number % spec.plan.steps_per_epoch else edges).append(gap)

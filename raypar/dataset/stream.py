@@ -1,7 +1,7 @@
 """The plan, run by Ray Data: one long stream of packed batches over many epochs.
 
 Runs in: rank 0 builds a stream, Ray Data tasks read, decode and augment its windows, every training worker takes its own
-batches. An item of the plan is a window; its task yields one block for each (step, rank), in that order. Blocks have one
+batches. An item of the plan is a window; its task yields one block of a few steps for each rank in turn. Blocks have one
 row, ``preserve_order`` keeps them in plan order and ``streaming_split`` deals each to the rank with the fewest rows: so rank
 and step follow from the plan. Every batch says what it is, and :func:`batches` refuses one that is out of turn.
 
@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,7 @@ from raypar.augment.classify import ClassifyRecipe, ClassifyRenderer
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
-from raypar.dataset.batch import Batch
+from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
@@ -37,6 +37,7 @@ from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
+BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 64 << 20, 8  # of what one rank is dealt at a time
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
@@ -72,8 +73,13 @@ class StreamSpec:
         return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", "height", "width")]
 
     @property
-    def images_per_block(self) -> int:
+    def images_per_batch(self) -> int:
         return self.plan.global_batch // self.world_size
+
+    @property
+    def steps_per_block(self) -> int:
+        """How many steps of a rank travel together."""
+        return max(1, min(MAX_STEPS_PER_BLOCK, BLOCK_BYTES // (self.images_per_batch * 3 * self.recipe.imgsz**2)))
 
 
 def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyRecipe:
@@ -88,22 +94,33 @@ def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyR
 
 
 def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
-    """All batches of a window: for each step, for each rank. The whole stream is this function, mapped over the plan's items."""
+    """All batches of a window. The whole stream is this function, mapped over the plan's items."""
+    return chain.from_iterable(blocks(spec, item))
+
+
+def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
+    """All batches of a window as they travel: of a few steps those of rank 0, then those of rank 1, and so on; then the next steps."""
     window = spec.plan.window(item.epoch, item.window)
     rows, sources, num_replaced = _read(spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows))
     renderer = ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
-    size, per_block, global_batch = spec.recipe.imgsz, spec.images_per_block, spec.plan.global_batch
-    for step in range(item.skip_steps, len(window.order) // global_batch):
+    size, per_batch, global_batch = spec.recipe.imgsz, spec.images_per_batch, spec.plan.global_batch
+
+    def one(step: int, rank: int, images: NDArray[np.uint8], num_replaced: int) -> Batch:
+        start = step * global_batch + spec.plan.share(rank, spec.world_size).start
+        shown = window.order[start : start + per_batch]
+        first_position = window.first_step * global_batch + start
+        rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_batch)]
+        labels: Labels = renderer(sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images)
+        return Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn, labels.image_index,
+                     rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
+
+    num_steps = len(window.order) // global_batch
+    for first in range(item.skip_steps, num_steps, spec.steps_per_block):
+        steps = range(first, min(first + spec.steps_per_block, num_steps))
         for rank in range(spec.world_size):
-            start = step * global_batch + spec.plan.share(rank, spec.world_size).start
-            shown = window.order[start : start + per_block]
-            first_position = window.first_step * global_batch + start
-            rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_block)]
-            images = np.empty((per_block, 3, size, size), np.uint8)
-            labels: Labels = renderer(sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images)
-            yield Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn,
-                        labels.image_index, rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
-            num_replaced = 0  # counted once, by the window's first batch
+            slab = np.empty((len(steps), per_batch, 3, size, size), np.uint8)
+            # replaced images are counted once, by the window's first batch
+            yield [one(s, rank, slab[s - first], num_replaced if (s, rank) == (item.skip_steps, 0) else 0) for s in steps]
 
 
 def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) -> tuple[NDArray[np.int64], list[Source], int]:
@@ -188,13 +205,13 @@ def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:
         shards = _start(spec, execution) if rank == 0 else None
         shard = ray.train.collective.broadcast_from_rank_zero(shards)[rank]
         for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            batch = Batch.unpack(table)
-            place = divmod(due, spec.plan.steps_per_epoch)
-            if (batch.epoch, batch.step, batch.rank) != (*place, rank):
-                raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
-                                   f"epoch {batch.epoch} step {batch.step} of rank {batch.rank}")  # fmt: skip
-            due += 1
-            yield batch
+            for batch in unpack(table):
+                place = divmod(due, spec.plan.steps_per_epoch)
+                if (batch.epoch, batch.step, batch.rank) != (*place, rank):
+                    raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
+                                       f"epoch {batch.epoch} step {batch.step} of rank {batch.rank}")  # fmt: skip
+                due += 1
+                yield batch
 
 
 def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
@@ -218,7 +235,7 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
 
     look_ahead_bytes = LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
     dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
-    dataset.context.target_max_block_size = 1  # a block is one batch: never joined, never cut
+    dataset.context.target_max_block_size = 1  # a block is one row: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(
         preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
     dataset.context.custom_execution_callback_classes = [Pace]
@@ -245,8 +262,8 @@ def settle() -> None:
 
 def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
     settle()
-    for batch in render(_fetched(spec_ref), item):
-        yield batch.pack()
+    for block in blocks(_fetched(spec_ref), item):
+        yield pack(block)
 
 
 @lru_cache(maxsize=1)

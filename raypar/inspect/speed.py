@@ -55,22 +55,24 @@ class Feeder:
         """Renders a batch, so that what is compiled or imported at first use is there; the node's cores, and how busy others keep them."""
         import psutil
 
-        from raypar.dataset.stream import render
+        from raypar.dataset.batch import pack
+        from raypar.dataset.stream import blocks
 
-        next(render(self.spec, self.items[0])).pack()
+        pack(next(blocks(self.spec, self.items[0])))
         return len(os.sched_getaffinity(0)), psutil.cpu_percent(interval=0.5) / 100
 
     def feed(self, seconds: float, first: int) -> tuple[int, float, float]:
         """Makes batches for so long, from an item on: images, wall seconds, CPU seconds."""
         import ray
 
-        from raypar.dataset.stream import render
+        from raypar.dataset.batch import pack
+        from raypar.dataset.stream import blocks
 
         num_images, wall, cpu = 0, time.monotonic(), time.process_time()
         while time.monotonic() - wall < seconds:
-            for batch in render(self.spec, self.items[first % len(self.items)]):
-                ray.put(batch.pack())
-                num_images += len(batch.images)
+            for block in blocks(self.spec, self.items[first % len(self.items)]):
+                ray.put(pack(block))
+                num_images += sum(len(batch.images) for batch in block)
             first += 1
         return num_images, time.monotonic() - wall, time.process_time() - cpu
 
@@ -78,20 +80,21 @@ class Feeder:
         """Milliseconds an image of each of ``STAGES``, CPU and wall, over one window."""
         import ray
 
-        from raypar.dataset.stream import render
+        from raypar.dataset.batch import pack
+        from raypar.dataset.stream import blocks
 
         clock = _Clock()
         found = parts(self.spec, self.items[0], clock)
-        batches = render(self.spec, self.items[0])
+        rendered = blocks(self.spec, self.items[0])
         num_images, whole = 0, _Clock()
         while True:
             with whole("render"):
-                batch = next(batches, None)
-            if batch is None:
+                block = next(rendered, None)
+            if block is None:
                 break
             with clock("pack"):
-                ray.put(batch.pack())
-            num_images += len(batch.images)
+                ray.put(pack(block))
+            num_images += sum(len(batch.images) for batch in block)
         for kind in ("cpu", "wall"):  # what is left of the whole: geometry, painting, labels
             used = sum(clock.seconds[kind].get(stage, 0.0) for stage in ("read", "decode", "albumentations"))
             clock.seconds[kind]["render"] = max(0.0, whole.seconds[kind]["render"] - used)

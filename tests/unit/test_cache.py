@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 import raypar.dataset.stream
 from raypar.augment.geometry import Recipe
+from raypar.dataset.batch import pack
 from raypar.dataset.cache import PREFIX, Cache, CacheSpec, drop, node_cache, sweep
 from raypar.dataset.formats import Record
 from raypar.dataset.ingest import ShardJob, write_shard
@@ -113,7 +114,7 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
 
 
 def whole(stream: StreamSpec) -> list[dict[str, bytes]]:
-    return [batch.pack().to_pylist()[0] for item in stream.plan.items() for batch in render(stream, item)]
+    return [pack([batch]).to_pylist()[0] for item in stream.plan.items() for batch in render(stream, item)]
 
 
 def test_the_stream_is_the_same_with_a_cache_and_the_second_epoch_decodes_nothing(

@@ -12,12 +12,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.augment.geometry import Recipe
-from raypar.dataset.batch import Batch
+from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.formats import Record
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import Plan
-from raypar.dataset.stream import StreamSpec, render
+from raypar.dataset.stream import StreamSpec, blocks
 from raypar.storage import Folder
 
 RECIPE = Recipe(imgsz=32, mosaic=0.7, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
@@ -45,12 +45,14 @@ def spec_of(folder: Path, num_images: int, rows_per_group: int, world_size: int,
 
 
 def stream(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
-    return [batch for item in spec.plan.items(cursor) for batch in render(spec, item)]
+    """What the workers are dealt, through packed blocks, in the order of steps and ranks."""
+    batches = (batch for item in spec.plan.items(cursor) for block in blocks(spec, item) for batch in unpack(pack(block)))
+    return sorted(batches, key=lambda b: (b.epoch, b.step, b.rank))
 
 
 def content(batch: Batch) -> tuple[object, ...]:
     """All that a worker is given, as something that can be compared."""
-    table = batch.pack()
+    table = pack([batch])
     return tuple((name, zlib.crc32(table.column(name)[0].as_buffer())) for name in table.column_names)
 
 

@@ -15,7 +15,7 @@ from ultralytics.cfg import get_cfg
 
 from raypar.augment import albu
 from raypar.augment.classify import ClassifyRecipe
-from raypar.dataset.batch import Batch
+from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.formats import shapes
 from raypar.dataset.ingest import ShardJob, write_shard
@@ -23,7 +23,7 @@ from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Plan
 from raypar.dataset.rows import row_labels
 from raypar.dataset.schema import TASKS, row_schema
-from raypar.dataset.stream import StreamSpec, recipe_of, render
+from raypar.dataset.stream import StreamSpec, blocks, recipe_of
 from raypar.storage import Folder
 
 HW = (96, 128)
@@ -50,7 +50,7 @@ def make_spec(folder: Path, manifest: Manifest, world_size: int = 1, **settings:
 
 
 def stream(spec: StreamSpec) -> list[Batch]:
-    return [Batch.unpack(batch.pack()) for item in spec.plan.items(0) for batch in render(spec, item)]
+    return [batch for item in spec.plan.items(0) for block in blocks(spec, item) for batch in unpack(pack(block))]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -152,7 +152,7 @@ def test_a_cache_changes_nothing(tmp_path: Path, task: str, monkeypatch: pytest.
     cached = replace(plain, cache=CacheSpec("disk", f"tasks-{task}", 1 << 28))
     for _ in range(2):  # the second time all comes from the cache
         for one, other in zip(stream(plain), stream(cached), strict=True):
-            assert one.pack().equals(other.pack())
+            assert pack([one]).equals(pack([other]))
     node_cache.cache_clear()
 
 
