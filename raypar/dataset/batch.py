@@ -11,6 +11,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from raypar.dataset.rows import cells
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -61,7 +63,7 @@ def unpack(table: pa.Table) -> list[Batch]:
     assert table.num_rows == 1, table.num_rows
 
     def view(name: str, dtype: Any) -> NDArray[Any]:
-        return np.frombuffer(table.column(name)[0].as_buffer(), dtype=dtype)
+        return np.frombuffer(cells(table.column(name))[0], dtype=dtype)
 
     heads = view("head", np.int64).reshape(-1, len(HEAD))
     facts = dict(zip(HEAD, heads.T, strict=True))

@@ -1,4 +1,4 @@
-"""Label columns of a row -> what the renderer wants. Runs in: Ray Data tasks. Pure."""
+"""Columns of rows -> what the renderer wants. Runs in: Ray Data tasks, and training workers. Pure."""
 
 from __future__ import annotations
 
@@ -13,6 +13,16 @@ from raypar.augment.outlines import densify
 
 Floats = NDArray[np.float32]
 WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
+
+
+def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:
+    """The values of a binary column without a copy: Arrow's own scalars (``column[i].as_buffer()``) copy each value."""
+    found = []
+    for chunk in column.chunks:
+        _, offsets, data = chunk.buffers()
+        ends = np.frombuffer(offsets, np.int64 if pa.types.is_large_binary(chunk.type) else np.int32)
+        found += [data.slice(a, b - a) for a, b in pairwise(ends[chunk.offset : chunk.offset + len(chunk) + 1].tolist())]
+    return found
 
 
 def row_labels(

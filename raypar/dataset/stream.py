@@ -31,7 +31,7 @@ from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import row_labels
+from raypar.dataset.rows import cells, row_labels
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
@@ -151,7 +151,7 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
         table = pq.ParquetFile(file).read_row_group(index, columns=["image"] * (images is None) + spec.label_columns)
     if images is not None:
         return table, images
-    encoded = [image.as_buffer() for image in table["image"]]
+    encoded = cells(table["image"])
     if cache is None:
         return table.select(spec.label_columns), encoded
     decoded = [_decode(spec, image) for image in encoded]

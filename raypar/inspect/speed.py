@@ -105,6 +105,7 @@ class Feeder:
 def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
     """Does what ``render`` does before it renders, stage by stage; returns how many images the window has."""
     from raypar.augment.geometry import generator
+    from raypar.dataset.rows import cells
     from raypar.dataset.stream import _decode, _transform
 
     transform = _transform(spec)
@@ -114,9 +115,9 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
         path, index = spec.groups[group]
         with clock("read"), spec.dataset.open(path) as file:
             encoded = pq.ParquetFile(file).read_row_group(index)["image"]
-        for data in encoded.slice(first, max(0, last - first)):
+        for data in cells(encoded.slice(first, max(0, last - first))):
             with clock("decode"):
-                image = _decode(spec, data.as_buffer())
+                image = _decode(spec, data)
             if image is None:
                 continue
             rng = generator(spec.plan.seed, item.epoch, num_images)
