@@ -94,15 +94,23 @@ class InspectConfig(Section):
 class NumWorkers(Section):
     """An elastic number of training workers."""
 
-    min: PositiveInt
-    max: PositiveInt
+    min: PositiveInt = Field(description="training goes on with so many when others are lost")
+    max: PositiveInt = Field(description="it takes so many when they can be had")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.min > self.max:
+            raise ValueError(f"min {self.min} is above max {self.max}")
+        return self
 
 
 class TrainConfig(Section):
     """A dataset and a model -> trained weights."""
 
     model: str = Field("yolov8n.yaml", description="a model yaml (from scratch) or weights (.pt) to start from")
-    num_workers: PositiveInt = Field(1, description="training workers; each takes one GPU or a share of the CPUs")
+    num_workers: PositiveInt | NumWorkers = Field(
+        1, description="training workers, or {min, max} to go on with what is there; each takes one GPU or a share of the CPUs"
+    )
     use_gpu: bool | Literal["auto"] = Field("auto", description="auto takes GPUs when the cluster has enough of them")
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs Ray reserves for each worker; nothing: 1")
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
@@ -117,9 +125,14 @@ class TrainConfig(Section):
         None, description="transforms as [{Blur: {p: 0.1}}, ...] or an importable function 'pkg.module:make' that returns them; nothing: Ultralytics' four"
     )  # fmt: skip
     max_failures: int = Field(3, ge=-1, description="how many times lost workers are replaced; -1: no limit")
+    max_nan_restarts: int = Field(
+        3, ge=0, description="how many times a loss that is not finite sends training back to its checkpoint, at half the learning rate"
+    )
+    checkpoint_every_s: PositiveFloat = Field(600, description="seconds between checkpoints within an epoch; each epoch ends with one too")
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
     collective_timeout_s: PositiveFloat = Field(300, description="seconds a rank waits for the others before the run fails")
     placement_timeout_s: PositiveFloat = Field(300, description="seconds to wait for a place for every worker")
+    storage_timeout_s: PositiveFloat = Field(300, description="seconds a storage that fails is tried again before the run fails")
     overwrite: bool = Field(False, description="start anew instead of resuming or keeping a finished training")
     yolo: dict[str, Any] = Field(default_factory=dict, description="Ultralytics' own settings, unchanged (epochs, imgsz, lr0, mosaic ...)")
 
@@ -133,11 +146,26 @@ class TrainConfig(Section):
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
-        if self.batch % self.num_workers:
+        if self.batch % self.max_workers:
             raise ValueError(
-                f"batch {self.batch} cannot be shared equally by {self.num_workers} workers: make it a multiple of {self.num_workers}"
+                f"batch {self.batch} cannot be shared equally by {self.max_workers} workers: make it a multiple of {self.max_workers}"
             )
         return self
+
+    @property
+    def min_workers(self) -> int:
+        """Below so many workers there is no training."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def max_workers(self) -> int:
+        """Workers when all can be had."""
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """Numbers of workers that can share the batch equally, ascending."""
+        return [n for n in range(self.min_workers, self.max_workers + 1) if self.batch % n == 0]
 
 
 class InferenceConfig(Section):

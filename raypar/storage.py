@@ -107,13 +107,17 @@ class Folder:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
-    def write(self, name: str, data: bytes | str) -> None:
+    def write(self, name: str, data: bytes | memoryview | str) -> None:
         """Writes a whole file; readers see the old one or the new one."""
         target, beside = self._full(name), self._beside(name)
-        with self.fs.open_output_stream(beside) as out:
-            out.write(data.encode() if isinstance(data, str) else data)
-        if beside != target:
-            self.fs.move(beside, target)
+        try:
+            with self.fs.open_output_stream(beside) as out:
+                out.write(data.encode() if isinstance(data, str) else data)
+            if beside != target:
+                self.fs.move(beside, target)
+        except OSError:
+            self._forget(beside, target)
+            raise
 
     def write_json(self, name: str, value: Any) -> None:
         self.write(name, json.dumps(value, indent=2) + "\n")
@@ -121,10 +125,14 @@ class Folder:
     def upload(self, local: str | os.PathLike[str], name: str) -> None:
         """Copies a local file into the folder; it appears whole."""
         target, beside = self._full(name), self._beside(name)
-        pafs.copy_files(str(local), beside, source_filesystem=pafs.LocalFileSystem(),
-                        destination_filesystem=self.fs, chunk_size=COPY_CHUNK_BYTES)  # fmt: skip
-        if beside != target:
-            self.fs.move(beside, target)
+        try:
+            pafs.copy_files(str(local), beside, source_filesystem=pafs.LocalFileSystem(),
+                            destination_filesystem=self.fs, chunk_size=COPY_CHUNK_BYTES)  # fmt: skip
+            if beside != target:
+                self.fs.move(beside, target)
+        except OSError:
+            self._forget(beside, target)
+            raise
 
     def download(self, name: str, local: str | os.PathLike[str]) -> Path:
         """Copies a file of the folder to a local path and returns the path."""
@@ -174,6 +182,11 @@ class Folder:
 
     def _full(self, name: str) -> str:
         return f"{self.path}/{name}".rstrip("/") if name else self.path
+
+    def _forget(self, beside: str, target: str) -> None:
+        """Removes what an unfinished write left: on a full disk it would stay in the way."""
+        if beside != target:
+            Path(beside).unlink(missing_ok=True)
 
     def _beside(self, name: str) -> str:
         target = self._full(name)

@@ -137,7 +137,7 @@ def _speed(config: RunConfig, spec: StreamSpec, args: SimpleNamespace) -> dict[s
     print(f"inspect: timing the pipeline and {config.train.model} on this machine ...", flush=True)
     total: Any = ray.cluster_resources()  # type: ignore[no-untyped-call]
     measured = measure_pipeline(spec, config.inspect.seconds)
-    per_worker = max(1, config.train.batch // config.train.num_workers)
+    per_worker = max(1, config.train.batch // config.train.max_workers)
     use_gpu = total.get("GPU", 0) >= 1 if config.train.use_gpu == "auto" else config.train.use_gpu
     model = measure_model(config.train.model, per_worker, args.imgsz, config.train.precision, use_gpu=use_gpu)
     return reports.speed(measured, model, total.get("CPU", 0), total.get("GPU", 0))

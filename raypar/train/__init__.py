@@ -10,8 +10,9 @@ import dataclasses
 import hashlib
 import json
 import os
+import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from raypar.config import RunConfig
 from raypar.dataset import verify
@@ -19,9 +20,12 @@ from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.storage import Folder
 
+if TYPE_CHECKING:
+    from raypar.train import launch
+
 SUMMARY = "summary.json"  # written last: where it is, the training is complete
 SETTINGS = "settings.json"  # what a run must keep to be resumed
-START_ATTEMPTS = 3
+GROW_EVERY_S = 60.0  # how often an elastic run looks for more room
 SPLITS = ("train", "val")  # that training reads
 
 
@@ -44,15 +48,15 @@ def check(config: RunConfig) -> None:
 
 
 def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
-    """CPUs and GPUs that the workers and at least one Ray Data task take together."""
-    workers = config.train.num_workers
+    """CPUs and GPUs that the fewest workers and at least one Ray Data task take together."""
+    workers = config.train.min_workers
     return workers * (config.train.cpus_per_worker or 1) + 1, float(workers if use_gpu else 0)
 
 
 def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
     """Whether workers take GPUs, on a cluster that has so many of them."""
     train = config.train
-    return num_gpus >= train.num_workers if train.use_gpu == "auto" else train.use_gpu
+    return num_gpus >= train.min_workers if train.use_gpu == "auto" else train.use_gpu
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -62,8 +66,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         ValueError: the run's settings differ from those it was begun with.
         RuntimeError: training failed more often than ``train.max_failures``.
     """
-    import ray
-    import ray.train.torch
+    import ray.train
+
+    from raypar.train import launch
 
     train, out = config.train, config.folder / "train"
     if train.overwrite:
@@ -81,14 +86,42 @@ def run(config: RunConfig) -> dict[str, Any]:
     verify.check_sums(config.folder / "dataset", manifest, SPLITS)
     model = _stage(_model(train.model), out)
     out.write_json(SETTINGS, settings)
+    cache = _cache(config, manifest)
+    trainer = _trainer(config, model, manifest, cache)
+    try:
+        result = trainer.fit()
+    except ray.train.TrainingFailedError as error:
+        raise RuntimeError(
+            f"training failed: {launch.cause(trainer.run_id, error)}; what was saved is in {out.uri}, and the same command goes on from there"
+        ) from error
+    finally:
+        if cache is not None:
+            drop_everywhere(cache)
+    if (stopped := (result.return_value or {}).get("stopped")) is not None:
+        print(f"train: stopped after {stopped} images, all of it saved; the same command goes on from there", flush=True)
+        raise KeyboardInterrupt
+    return _finish(out)
+
+
+def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest, cache: CacheSpec | None) -> launch.Trainer:
+    """Ray Train's trainer for the run; the workers get plain values only."""
+    import ray.train
+
+    from raypar.train import failure, launch
+
+    train = config.train
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
-    cache = _cache(config, manifest)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / START_ATTEMPTS)
+    run_id = uuid.uuid4().hex[:12]
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / failure.START_ATTEMPTS)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
-    trainer = ray.train.torch.TorchTrainer(
-        _train_loop,
+    return launch.Trainer(
+        run_id=run_id,
+        world_sizes=train.world_sizes,
+        placement_timeout_s=train.placement_timeout_s,
+        train_loop_per_worker=_train_loop,
         train_loop_config={
+            "run_id": run_id,
             "folder": config.folder.uri,
             "seed": config.seed,
             "model": model,
@@ -98,7 +131,8 @@ def run(config: RunConfig) -> dict[str, Any]:
         },
         torch_config=ray.train.torch.TorchConfig(timeout_s=int(train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers,
+            num_workers=train.num_workers if isinstance(train.num_workers, int) else (train.min_workers, train.max_workers),
+            elastic_resize_monitor_interval_s=GROW_EVERY_S,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})},
         ),
@@ -107,20 +141,9 @@ def run(config: RunConfig) -> dict[str, Any]:
             storage_path=config.folder.path,
             storage_filesystem=None if config.folder.is_local else config.folder.fs,
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
-            failure_config=ray.train.FailureConfig(max_failures=train.max_failures, controller_failure_limit=START_ATTEMPTS - 1),
-            checkpoint_config=ray.train.CheckpointConfig(num_to_keep=train.keep_checkpoints),
+            failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
         ),
     )
-    try:
-        trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise RuntimeError(
-            f"training failed: {_cause(error)}; what was saved is in {out.uri}, and the same command goes on from there"
-        ) from error
-    finally:
-        if cache is not None:
-            drop_everywhere(cache)
-    return _finish(out)
 
 
 def _cache(config: RunConfig, manifest: Manifest) -> CacheSpec | None:
@@ -201,12 +224,3 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     return ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in now if before.get(k) != now[k])
-
-
-def _cause(error: Any) -> str:
-    """The first worker's own error, or what the controller says."""
-    failures = getattr(error, "worker_failures", None) or {}
-    for rank, failure in sorted(failures.items()):
-        cause = getattr(failure, "cause", None) or failure
-        return f"worker {rank}: {str(cause).strip().splitlines()[-1]}"
-    return str(error).strip().splitlines()[-1] if str(error).strip() else type(error).__name__

@@ -1,62 +1,152 @@
-"""A rank's exact state <-> a Ray Train checkpoint.
+"""A training's exact state, and the folders that hold it: ``{run}/train/checkpoint_{images seen}/state.pt``.
 
-Runs in: every training worker; rank 0 writes, all ranks read.
+Runs in: every training worker; rank 0 writes, all ranks read. A checkpoint is complete when its ``state.pt`` is there, which
+appears whole; its name follows from its content, so writing it twice is harmless. Why these are not Ray Train's own checkpoints:
+``docs/decisions/0009-checkpoints.md``.
 """
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
+import io
 from typing import Any
 
 import torch
-from ray.train import Checkpoint
+import torch.distributed as dist
+from torch import Tensor
 
+from raypar.storage import Folder
 from raypar.train.loop import Loop
+from raypar.train.saver import patiently
 
 STATE = "state.pt"
+PREFIX = "checkpoint_"
 
 
-@contextmanager
-def saved(loop: Loop, *, cursor: int, history: list[dict[str, Any]], is_finished: bool) -> Iterator[Checkpoint]:
-    """A local checkpoint directory with everything needed to go on exactly; it is removed when the context ends.
+def fold_gradients(loop: Loop) -> None:
+    """Makes gradients that wait for more steps the same on every rank: their mean, which DDP would have taken at the update.
+
+    So rank 0's are everybody's, and a checkpoint can hold them. It must be done in every run at the same steps.
+    """
+    gradients = [p.grad for p in loop.lender.model.parameters() if p.grad is not None]
+    if loop.world_size == 1 or not gradients:
+        return
+    flat = torch.cat([g.reshape(-1) for g in gradients])
+    dist.all_reduce(flat)
+    flat /= loop.world_size
+    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        gradient.copy_(mean.view_as(gradient))
+
+
+def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
+    """A copy on the CPU of all that a loop knows: raw fp32 weights, EMA, optimizer, scaler, early stopping, criterion.
 
     Args:
-        loop: whose state to keep: raw fp32 weights, EMA, optimizer, scaler, early stopping.
-        cursor: positions of the plan that were seen.
-        history: the lines of ``metrics.jsonl`` so far.
-        is_finished: whether nothing is left to train (the last epoch, or early stopping).
+        loop: whose state it is. Every rank must call, since a sharded model is gathered here; rank 0's copy is the one to write.
+        has_gradients: whether gradients wait for more steps (folded before).
     """
+    criterion = getattr(loop.lender.model, "criterion", None)
     state = {
-        "cursor": cursor,
-        "history": history,
-        "is_finished": is_finished,
         "model": loop.lender.model.state_dict(),
         "ema": loop.ema.ema.state_dict(),
         "ema_updates": loop.ema.updates,
         "optimizer": loop.optimizer.state_dict(),
         "scaler": loop.scaler.state_dict(),
+        "gradients": {n: p.grad for n, p in loop.lender.model.named_parameters() if p.grad is not None} if has_gradients else {},
+        "criterion": {k: v for k, v in vars(criterion).items() if isinstance(v, int | float)} if criterion is not None else {},
         "stopper": {k: v for k, v in vars(loop.stopper).items() if k != "patience"},
         "best_fitness": loop.best_fitness,
         "last_optimizer_step": loop.last_optimizer_step,
     }
-    with tempfile.TemporaryDirectory(prefix="raypar-checkpoint-") as folder:
-        torch.save(state, Path(folder) / STATE)
-        yield Checkpoint.from_directory(folder)
+    copy: dict[str, Any] = _on_cpu(state)
+    return copy
 
 
-def restore(loop: Loop, checkpoint: Checkpoint) -> tuple[int, list[dict[str, Any]], bool]:
-    """Puts a checkpoint's state into a loop; returns the cursor, the history and whether training is finished."""
-    with checkpoint.as_directory() as folder:
-        state = torch.load(Path(folder) / STATE, map_location=loop.device, weights_only=False)
-    loop.lender.model.load_state_dict(state["model"])
+def is_finite(state: dict[str, Any]) -> bool:
+    """Whether weights, EMA and optimizer hold numbers only: nothing else may be saved."""
+    found: list[Tensor] = []
+    _tensors([state["model"], state["ema"], state["optimizer"]["state"], state["gradients"]], found)
+    return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
+
+
+def restore(loop: Loop, state: dict[str, Any]) -> None:
+    """Puts a captured state into a loop of the same run, whatever the number of ranks was."""
+    model = loop.lender.model
+    model.load_state_dict(state["model"])
     loop.ema.ema.load_state_dict(state["ema"])
     loop.ema.updates = state["ema_updates"]
     loop.optimizer.load_state_dict(state["optimizer"])
     loop.scaler.load_state_dict(state["scaler"])
+    for name, parameter in model.named_parameters():
+        if name in state["gradients"]:
+            parameter.grad = state["gradients"][name].to(parameter.device, copy=True)
+    if state["criterion"]:
+        model.criterion = model.init_criterion()
+        vars(model.criterion).update(state["criterion"])
     vars(loop.stopper).update(state["stopper"])
     loop.best_fitness = state["best_fitness"]
     loop.last_optimizer_step = state["last_optimizer_step"]
-    return state["cursor"], state["history"], state["is_finished"]
+
+
+def name_of(cursor: int) -> str:
+    """A checkpoint's folder, by the images seen."""
+    return f"{PREFIX}{cursor:010d}"
+
+
+def write(out: Folder, state: dict[str, Any], *, keep: int) -> None:
+    """Writes a checkpoint and removes all but the newest ``keep``. What is there is whole at any moment."""
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    name = name_of(state["cursor"])
+    out.write(f"{name}/{STATE}", buffer.getbuffer())
+    complete = names(out)
+    for old in complete[complete.index(name) + 1 :][keep - 1 :]:  # none that is newer: another process may have written it
+        out.delete(f"{old}/{STATE}")  # first what makes it complete
+        out.delete(old)
+
+
+def names(out: Folder) -> list[str]:
+    """Complete checkpoints, the newest first."""
+    found = [name.split("/") for name in out.list(recursive=True) if name.startswith(PREFIX)]
+    return sorted((parts[0] for parts in found if parts[1:] == [STATE]), reverse=True)
+
+
+def load(out: Folder, name: str, patience_s: float) -> dict[str, Any]:
+    """A checkpoint's content, on the CPU."""
+    content = patiently(lambda: out.read(f"{name}/{STATE}"), f"read {name}", patience_s)
+    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    return state
+
+
+def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint that can be read, and its content; nothing when there is none.
+
+    Raises:
+        ValueError: there are some and none can be read.
+    """
+    found = patiently(lambda: names(out), "list the checkpoints", patience_s)
+    for name in found:
+        try:
+            return name, load(out, name, patience_s)
+        except (RuntimeError, EOFError, KeyError) as error:  # torch's, of a damaged file
+            print(f"train: {name} cannot be read and is passed over: {' '.join(str(error).split())[:200]}", flush=True)
+    if found:
+        raise ValueError(f"none of the checkpoints {', '.join(found)} in {out.uri} can be read: restore one, or train.overwrite=true")
+    return None
+
+
+def _on_cpu(value: Any) -> Any:
+    """A copy with every tensor on the CPU, through dicts, lists and tuples."""
+    if isinstance(value, Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        return {k: _on_cpu(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return type(value)(_on_cpu(v) for v in value)
+    return value
+
+
+def _tensors(value: Any, found: list[Tensor]) -> None:
+    if isinstance(value, Tensor):
+        found.append(value)
+    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+        _tensors(inner, found)

@@ -76,6 +76,7 @@ class Loop:
             group.setdefault("initial_lr", group["lr"])
         self.last_optimizer_step = -1
         self.best_fitness: float | None = None
+        self.lr_scale = 1.0  # halved each time that the loss was not finite
 
     def learning_rate_factor(self, epoch: int) -> float:
         """Share of the initial learning rate in an epoch: linear, or cosine with ``cos_lr``."""
@@ -132,7 +133,7 @@ class Loop:
 
     def _schedule(self, global_step: int) -> None:
         epoch, warmup = global_step // self.steps_per_epoch, self.warmup_steps
-        factor = self.learning_rate_factor(epoch)
+        factor = self.learning_rate_factor(epoch) * self.lr_scale
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         if not warmup or global_step > warmup:

@@ -1,4 +1,4 @@
-"""``train_loop_per_worker``: device, data, resume, steps, epochs, reports.
+"""``train_loop_per_worker``: device, data, resume, steps, epochs, checkpoints, reports.
 
 Runs in: every Ray Train worker. Ultralytics reads RANK and WORLD_SIZE once, when it is imported: so this module is imported
 only inside the worker, and it checks that they are right.
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import time
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import ray.train
 import ray.train.torch
@@ -26,40 +27,58 @@ from raypar.dataset.stream import StreamSpec, batches
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder
-from raypar.train import checkpoint, pictures
+from raypar.train import checkpoint, failure, memory, pictures, say
+from raypar.train.agree import Agreement, FiniteWatch
+from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
+from raypar.train.pulse import Pulse
 from raypar.train.recipe import Lender, weights_file
+from raypar.train.saver import Saver, patiently
 from raypar.train.validate import Validator
 
-SAY_EVERY_S = 20.0
+NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
 
 def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains to the end. Rank 0 returns the last epoch's line of ``metrics.jsonl``.
+    """Trains to the end. Rank 0 returns the last epoch's line of ``metrics.jsonl``, or ``{"stopped": images seen}`` when asked to stop.
 
     Args:
-        config: plain values only: ``folder`` (the run's URI), ``seed``, ``model``, ``train`` (TrainConfig as a dict),
-            ``plan`` (Plan's arguments but the epochs).
+        config: plain values only: ``folder`` (the run's URI), ``run_id``, ``seed``, ``model``, ``train`` (TrainConfig as a dict),
+            ``plan`` (Plan's arguments but the epochs), ``cache``.
+
+    Raises:
+        Exception: one of :mod:`raypar.train.failure`, which says who failed, where and in which stage.
     """
-    return Worker(config).run()
+    context = ray.train.get_context()
+    pulse = Pulse(config["run_id"], context.get_world_rank(), context.get_world_size())
+    try:
+        return Worker(config, pulse).run()
+    except Exception as error:
+        explained = failure.explained(error, pulse)
+        if explained is error:
+            raise
+        raise explained from error
+    finally:
+        pulse.end()
 
 
 class Worker:
     """One rank."""
 
-    def __init__(self, config: dict[str, Any]):
+    def __init__(self, config: dict[str, Any], pulse: Pulse):
         quiet_ray()
         context = ray.train.get_context()
+        self.pulse = pulse
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         cached = ultralytics.utils.RANK
         assert cached == (self.rank if self.world_size > 1 else -1), f"Ultralytics was imported too early: it took rank {cached}"
         ultralytics.utils.LOGGER.setLevel("WARNING")
-        train = config["train"]
+        self.train = train = config["train"]
         device = ray.train.torch.get_device()
 
         run = Folder(config["folder"])
         self.out, dataset = run / "train", run / "dataset"
-        manifest = Manifest.load(dataset)
+        manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=device)  # fmt: skip
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
@@ -79,45 +98,97 @@ class Worker:
             dataset, manifest.split("val"), self.class_names, rank=self.rank, world_size=self.world_size, imgsz=self.args.imgsz,
             batch=max(1, 2 * train["batch"] // self.world_size), max_det=self.args.max_det, iou=self.args.iou,
             single_cls=self.args.single_cls)  # fmt: skip
-        self.cursor, self.is_finished = 0, False
-        self.history: list[dict[str, Any]] = []
-        if (saved := ray.train.get_checkpoint()) is not None:
-            self.cursor, self.history, self.is_finished = checkpoint.restore(self.loop, saved)
+        self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
+        self.saver = Saver(train["storage_timeout_s"]) if self.rank == 0 else None
+        self.finite = FiniteWatch()
+        self.saved_at, self.saved_cursor = time.monotonic(), -1
+        self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
+        self._resume()
+
+    def _resume(self) -> None:
+        """Everything from the newest checkpoint, which rank 0 chooses."""
+        self.pulse.stage = "resume"
+        patience_s = self.train["storage_timeout_s"]
+        found = checkpoint.newest(self.out, patience_s) if self.rank == 0 else None
+        state: dict[str, Any] | None = None
+        name = self.agreement.from_rank_zero(found[0] if found else None)
+        if name is not None:
+            state = found[1] if found else checkpoint.load(self.out, name, patience_s)
+            checkpoint.restore(self.loop, state)
+        self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
+        self.loop.lr_scale = 0.5 ** len(self.broken)
+        self.cursor, self.history, self.is_finished = (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
+        self.pulse.cursor = self.cursor
+        self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
 
     def run(self) -> dict[str, Any] | None:
-        self._introduce()
-        epoch = _Epoch()
-        is_first = True
+        say.introduce(self)
         self.loop.start_epoch()
+        first_cursor = self.cursor
+        self.pulse.stage = "wait for data"
         for batch in () if self.is_finished else batches(self.spec, self.rank, self.cursor):
-            epoch.waited()
-            tensors = to_tensors(batch)
-            if self.args.single_cls:
-                tensors["cls"].zero_()
+            self.epoch.waited()
+            self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
-            if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
-                pictures.training_batch(self.out, batch, self.class_names, step)
-            parts = self.loop.step(tensors, step)
-            epoch.stepped(parts, batch)
-            self.cursor += self.plan.global_batch
-            if is_first and self.world_size > 1:
+            parts = self._step(batch, step)
+            if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1:
                 assert_synchronised(self.loop.lender.model, self.rank)
-            is_first = False
-            self._say(epoch, batch)
+            say.progress(self, batch)
+            self.asked |= self.agreement.step(self._wishes(parts))
+            if "nan" in self.asked:
+                self._go_back()
             if batch.step == self.plan.steps_per_epoch - 1:
-                if self._end_epoch(batch.epoch, epoch):
+                if self._end_epoch(batch.epoch, step):
                     break
-                epoch = _Epoch()
+                self.epoch = Epoch(self.plan.num_images)
                 self.loop.start_epoch()
+            elif self.asked and self.loop.last_optimizer_step == step:
+                self._save(self.epoch.reduced(self.agreement), is_finished=False, has_gradients=False)
+            if self._must_leave():
+                return {"stopped": self.cursor} if self.rank == 0 else None
+            self.pulse.stage = "wait for data"
+        if self.saver is not None:
+            self.saver.flush()
+            self.saver.end()
         return self.history[-1] if self.rank == 0 and self.history else None
 
-    def _end_epoch(self, number: int, epoch: _Epoch) -> bool:
+    def _step(self, batch: Batch, step: int) -> dict[str, Tensor]:
+        tensors = to_tensors(batch)
+        if self.args.single_cls:
+            tensors["cls"].zero_()
+        if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
+            pictures.training_batch(self.out, batch, self.class_names, step)
+        with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
+            parts = self.loop.step(tensors, step)
+        self.epoch.stepped(parts, batch)
+        self.cursor += self.plan.global_batch
+        self.pulse.cursor = self.cursor
+        return parts
+
+    def _wishes(self, parts: dict[str, Tensor]) -> set[str]:
+        """What this rank would have all ranks do: ``save``, ``stop``, ``preempted``, ``grow``, ``nan``."""
+        wishes = set(self.pulse.wishes())
+        self.finite.push(parts)
+        if self.finite.is_broken:
+            wishes.add("nan")
+        if self.saver is not None:
+            self.saver.check()
+            if time.monotonic() - self.saved_at > self.train["checkpoint_every_s"] and not self.saver.is_busy:
+                wishes.add("save")
+        return wishes
+
+    def _end_epoch(self, number: int, step: int) -> bool:
         """Validates, saves, reports. Returns whether training ends here; the same on every rank."""
         loop, is_last = self.loop, number + 1 >= self.args.epochs
-        losses, num_replaced = epoch.means(self.world_size)
-        if not all(map(torch.isfinite, map(torch.tensor, losses.values()))):
-            raise RuntimeError(f"the loss is not finite in epoch {number + 1}: {losses}; lower train.yolo.lr0 or use precision=fp32")
+        has_gradients = loop.last_optimizer_step != step
+        if has_gradients:
+            checkpoint.fold_gradients(loop)
+        reduced = self.epoch.reduced(self.agreement)
+        sums = summary(reduced)
+        if not all(map(torch.isfinite, map(torch.tensor, reduced["losses"].values()))):
+            self._go_back()
         loop.end_epoch()
+        self.pulse.stage = f"validation after epoch {number + 1}"
         began = time.monotonic()
         metrics: dict[str, Any] = {}
         if self.args.val or is_last or loop.stopper.possible_stop:
@@ -128,102 +199,96 @@ class Worker:
             stop = bool(loop.stopper(number + 1, fitness)) or is_last
         else:
             is_best, stop = False, is_last
-        validated = time.monotonic()
         line = {
-            "epoch": number + 1, **losses, **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(),
-            "images_per_s": self.plan.positions_per_epoch / epoch.seconds, "wait_s": epoch.wait_s, "step_s": epoch.step_s,
-            "validate_s": validated - began, "world_size": self.world_size, "images_seen": self.cursor,
-            "images_replaced": num_replaced, "compute_dtype": str(self.precision).removeprefix("torch."),
+            "epoch": number + 1, **{k: v for k, v in sums.items() if k.startswith("train/")},
+            **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(),
+            "images_per_s": self.plan.positions_per_epoch / reduced["seconds"], **sums,
+            "validate_s": time.monotonic() - began, "world_size": self.world_size, "images_seen": self.cursor,
+            "compute_dtype": str(self.precision).removeprefix("torch."),
         }  # fmt: skip
-        self._save(line, is_best, stop)
-        if self.rank == 0:
-            self._print_epoch(line, is_best)
+        self._save_epoch(line, is_best, is_finished=stop, has_gradients=has_gradients)
+        say.epoch(self, line, is_best)
         return stop
 
-    def _save(self, line: dict[str, Any], is_best: bool, is_finished: bool) -> None:
-        """Writes weights and metrics (rank 0), then reports the checkpoint (all ranks)."""
-        began = time.monotonic()
-        self.history.append(line)
-        if self.rank != 0:
-            ray.train.report({"epoch": line["epoch"]})
-            return
-        weights = weights_file(self.loop.ema.ema, self.args, epoch=line["epoch"] - 1, metrics={k: line[k] for k in line if "map" in k})
-        for name in ("last.pt", "best.pt") if is_best else ("last.pt",):
-            self.out.write(name, weights)
-        with checkpoint.saved(self.loop, cursor=self.cursor, history=self.history, is_finished=is_finished) as saved:
-            line["checkpoint_s"] = time.monotonic() - began
-            pictures.tables(self.out, self.history)
-            ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)}, checkpoint=saved,
-                             checkpoint_dir_name=f"checkpoint_{self.cursor:010d}")  # fmt: skip
-
-    def _introduce(self) -> None:
+    def _save_epoch(self, line: dict[str, Any], is_best: bool, *, is_finished: bool, has_gradients: bool) -> None:
+        """Weights, metrics and a checkpoint, written beside the next epoch's first steps; then Ray Train is told."""
+        history, files = [*self.history, line], dict[str, Any]()
         if self.rank == 0:
-            found = "starting" if self.cursor == 0 else f"resuming after {self.cursor} of {self.plan.total_positions} images"
-            print(f"train: {found}; {self.plan.num_images} images, {self.plan.steps_per_epoch} steps of {self.plan.global_batch} an epoch, "
-                  f"{self.args.epochs} epochs; {self.world_size} worker(s) on {self.loop.device.type}, {torch.get_num_threads()} threads, "
-                  f"{str(self.precision).removeprefix('torch.')}, {type(self.loop.optimizer).__name__}", flush=True)  # fmt: skip
+            weights = weights_file(self.loop.ema.ema, self.args, epoch=line["epoch"] - 1, metrics={k: line[k] for k in line if "map" in k})
+            files = {f"write {name}": partial(self.out.write, name, weights) for name in ("last.pt", "best.pt")[: 1 + is_best]}
+            files["write metrics.jsonl"] = lambda: pictures.tables(self.out, history)
+        self._save(None, is_finished=is_finished, has_gradients=has_gradients, line=line, before=files)
+        self.pulse.stage = "report"
+        ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)})
 
-    def _say(self, epoch: _Epoch, batch: Batch) -> None:
-        """A line every so often within long epochs."""
-        if self.rank == 0 and epoch.is_time_to_speak():
-            rate = (epoch.num_steps * self.plan.global_batch) / epoch.seconds
-            left = (self.plan.total_positions - self.cursor) / rate
-            print(f"train: epoch {batch.epoch + 1}/{self.args.epochs} step {batch.step + 1}/{self.plan.steps_per_epoch} "
-                  f"{rate:.1f} images/s, {_clock(left)} left", flush=True)  # fmt: skip
+    def _save(self, epoch: dict[str, Any] | None, *, is_finished: bool, has_gradients: bool, line: dict[str, Any] | None = None,
+              before: dict[str, Any] | None = None) -> None:  # fmt: skip
+        """Copies the state; rank 0 writes it beside the training. All ranks must call.
 
-    def _print_epoch(self, line: dict[str, Any], is_best: bool) -> None:
-        losses = " ".join(f"{k.removeprefix('train/')} {v:.3f}" for k, v in line.items() if k.startswith("train/"))
-        rate = line["images_per_s"]
-        seconds = (self.plan.total_positions - self.cursor) / rate + (self.args.epochs - line["epoch"]) * line["validate_s"]
-        scores = f"mAP50 {line['map50']:.3f} mAP50-95 {line['map50_95']:.3f}" if "map50" in line else "not validated"
-        print(f"train: epoch {line['epoch']}/{self.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
-              f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
-        if line["images_replaced"]:
-            print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; others were shown in their place",
-                  flush=True)  # fmt: skip
+        Args:
+            epoch: sums of the epoch so far; nothing at its end.
+            is_finished: whether nothing is left to train.
+            has_gradients: whether gradients wait for more steps.
+            line: of the epoch that ended; it is told how long training waited, and joins the history.
+            before: what to write before the checkpoint, so that whoever resumes from it finds these too.
+        """
+        self.pulse.stage = "checkpoint"
+        began = time.monotonic()
+        state = checkpoint.capture(self.loop, has_gradients=has_gradients)
+        if self.agreement.any(self.rank == 0 and not checkpoint.is_finite(state)):
+            self._go_back()
+        if line is not None:
+            line["checkpoint_s"] = time.monotonic() - began
+            self.history = [*self.history, line]  # a new list: the old one may be being written
+        if self.saver is not None:
+            for what, do in (before or {}).items():
+                self.saver.submit(what, do)
+            state |= {"cursor": self.cursor, "history": self.history, "is_finished": is_finished, "epoch": epoch}
+            self.saver.submit(f"write {checkpoint.name_of(self.cursor)}",
+                              partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip
+        self.saved_at, self.saved_cursor = time.monotonic(), self.cursor
+        self.asked.discard("save")
 
+    def _must_leave(self) -> bool:
+        """After a checkpoint that somebody asked for in order to end: whether training stops here.
 
-class _Epoch:
-    """Sums of an epoch: losses (kept on the device, so that no step waits for one) and where the time went."""
-
-    def __init__(self) -> None:
-        self.began = self.mark = self.spoke = time.monotonic()
-        self.wait_s = self.step_s = 0.0
-        self.num_steps = self.num_replaced = 0
-        self.sums: dict[str, Tensor] = {}
-
-    @property
-    def seconds(self) -> float:
-        return time.monotonic() - self.began
-
-    def waited(self) -> None:
-        now = time.monotonic()
-        self.wait_s, self.mark = self.wait_s + now - self.mark, now
-
-    def stepped(self, parts: dict[str, Tensor], batch: Batch) -> None:
-        now = time.monotonic()
-        self.step_s, self.mark = self.step_s + now - self.mark, now
-        self.num_steps += 1
-        self.num_replaced += batch.num_replaced
-        for name, value in parts.items():
-            self.sums[name] = self.sums[name] + value if name in self.sums else value.clone()
-
-    def is_time_to_speak(self) -> bool:
-        if time.monotonic() - self.spoke < SAY_EVERY_S:
+        Raises:
+            Restart: the workers are to be placed anew.
+        """
+        reasons = self.asked & {"stop", "preempted", "grow"}
+        if not reasons or self.saved_cursor != self.cursor:
             return False
-        self.spoke = time.monotonic()
-        return True
+        if self.saver is not None:
+            self.saver.flush()
+        self.agreement.any(False)  # nobody leaves before everything is written
+        if "stop" in reasons:
+            return True
+        raise failure.Restart("preempted" if "preempted" in reasons else "grow")
 
-    def means(self, world_size: int) -> tuple[dict[str, float], int]:
-        """Losses as means over the epoch's steps and the ranks, and the images replaced on all of them."""
-        names = list(self.sums)
-        values = torch.stack(
-            [*(self.sums[n].float() for n in names), torch.tensor(float(self.num_replaced), device=self.sums[names[0]].device)]
-        )
-        if world_size > 1:
-            dist.all_reduce(values)
-        *sums, num_replaced = values.tolist()
-        return {f"train/{n}": s / (self.num_steps * world_size) for n, s in zip(names, sums, strict=True)}, int(num_replaced)
+    def _go_back(self) -> NoReturn:
+        """Ends this attempt: the loss or the weights are no numbers any more. All ranks must call.
+
+        Raises:
+            NotFiniteError: training is to go on from the newest checkpoint, at half the learning rate.
+            DivergedError: that was done too often.
+        """
+        limit, epoch = self.train["max_nan_restarts"], (self.cursor - 1) // self.plan.positions_per_epoch + 1
+        self.broken.append({"epoch": epoch, "images_seen": self.cursor})
+        if self.saver is not None:
+            self.saver.flush()
+            patiently(lambda: self.out.write_json(NAN_RESTARTS, self.broken), f"write {NAN_RESTARTS}", self.train["storage_timeout_s"])
+        self.agreement.any(False)
+        what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
+        if len(self.broken) > limit:
+            raise failure.DivergedError(
+                f"{what}, the {len(self.broken)}th time (train.max_nan_restarts={limit}; the learning rate was halved each time): lower "
+                f"train.yolo.lr0 (now {self.args.lr0:g}), raise train.yolo.warmup_epochs, or use train.precision=fp32, and add train.overwrite=true"
+            )
+        raise failure.NotFiniteError(f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate")
+
+    def _read_broken(self) -> list[dict[str, Any]]:
+        broken: list[dict[str, Any]] = self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []
+        return broken
 
 
 def assert_synchronised(model: torch.nn.Module, rank: int) -> None:
@@ -246,9 +311,3 @@ def _staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
         return model
     local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
     return str(out.download(model, local))
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

@@ -1,0 +1,211 @@
+"""What can go wrong in a training, in one line each; and what is tried again, how often.
+
+Runs in: the workers (they explain their errors), and Ray Train's controller (it decides). Imports no torch: the controller starts fast.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Any
+
+import ray
+import ray.train
+from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
+
+from raypar.train import pulse
+from raypar.train.saver import OutOfDiskError
+
+START_ATTEMPTS = 3
+MAX_PREEMPTIONS = 100
+# The same again would come of the same settings and the same data: these are not tried again.
+MISTAKES = (ValueError, TypeError, AttributeError, ImportError, NotImplementedError, AssertionError)
+
+
+class RankError(RuntimeError):
+    """A worker's error, with the rank, the host and the stage."""
+
+
+class StuckError(RankError):
+    """A rank waited for the others as long as is allowed."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """A step does not fit into the memory of its device."""
+
+
+class NotFiniteError(RuntimeError):
+    """The loss or the weights are no numbers any more: training goes back to its checkpoint."""
+
+
+class DivergedError(ValueError):
+    """That happened too often."""
+
+
+class Restart(RuntimeError):  # noqa: N818
+    """All ranks have saved and leave, so that the workers can be placed anew."""
+
+    def __init__(self, reason: str):
+        super().__init__(reason)
+        self.reason = reason  # "preempted" or "grow"
+
+
+class UnplaceableError(RuntimeError):
+    """There is no place for the workers."""
+
+
+KNOWN = (RankError, OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError)
+
+
+def explained(error: Exception, life: pulse.Pulse) -> Exception:
+    """A worker's error as the controller and the user are told of it."""
+    text = _first_line(error)
+    if isinstance(error, (*KNOWN, *MISTAKES)):
+        return error
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return OutOfDiskError(f"{life}: {text}")
+    if is_out_of_memory(error):
+        return OutOfMemoryError(f"{life}: {text}")
+    if any(word in text.lower() for word in ("timed out", "timeout", "wait time")):
+        return StuckError(f"{life}: waited too long for the others: {text}{_who_is_silent(life)}")
+    return RankError(f"{life}: {type(error).__name__}: {text}")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether torch could not get memory, on whatever device."""
+    text = str(error)
+    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text or "CUDA out of memory" in text
+
+
+def _who_is_silent(life: pulse.Pulse) -> str:
+    """Which ranks give no sign of life, and what the others do."""
+    try:
+        silent = pulse.silent(life.run_id)
+        others = [beat for beat in pulse.beats(life.run_id) if beat.rank != life.rank]
+    except Exception:
+        return "; this host cannot reach the head of the cluster either"
+    if silent:
+        return "; no sign of life from " + ", ".join(map(str, silent))
+    return "; " + ", ".join(map(str, others[:8])) if others else ""
+
+
+class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
+    """Ray Train's failure policy, which tells causes apart and says what it does.
+
+    Args:
+        failure_config: ``max_failures`` is taken from it.
+        run_id: of this start of the run, to look up who did what.
+        placement_timeout_s: for the message.
+    """
+
+    def __init__(self, failure_config: Any, run_id: str, placement_timeout_s: float):
+        super().__init__(failure_config)
+        self.run_id, self.placement_timeout_s = run_id, placement_timeout_s
+        self.counts: dict[str, int] = {}
+
+    def make_decision(self, training_failed_error: Exception) -> FailureDecision:
+        kind, cause = diagnosis(training_failed_error, _beats(self.run_id))
+        if kind != "start":
+            self.counts.pop("start", None)  # in a row
+        self.counts[kind] = count = self.counts.get(kind, 0) + 1
+        limits = {"failure": self.failure_config.max_failures, "start": START_ATTEMPTS - 1, "preemption": MAX_PREEMPTIONS,
+                  "grow": -1, "not finite": -1}  # fmt: skip  # the workers count the last one
+        limit = limits.get(kind, 0)
+        is_retry = limit < 0 or count <= limit
+        if is_retry:
+            print(f"train: {cause}; {_what_next(kind, count, limit)}", flush=True)
+            pulse.clear(self.run_id, "beat:")
+            pulse.clear(self.run_id, "wish")
+        elif kind == "start":
+            post_cause(self.run_id, missing(self.placement_timeout_s, cause))
+        else:
+            again = "" if limit <= 0 else f" (failure {count}, and train.max_failures={limit})"
+            post_cause(self.run_id, cause + again)
+        return FailureDecision.RETRY if is_retry else FailureDecision.RAISE
+
+
+def _what_next(kind: str, count: int, limit: int) -> str:
+    if kind == "grow":
+        return "the workers start again, more of them"
+    if kind == "not finite":
+        return "going on from the newest checkpoint"
+    of = "no limit" if limit < 0 else f"of {limit}"
+    return f"{kind} {count} {of}: the workers start again from the newest checkpoint"
+
+
+def post_cause(run_id: str, cause: str) -> None:
+    """Leaves the reason of the end for the driver."""
+    print(f"train: {cause}", flush=True)
+    pulse.post(run_id, "cause", cause)
+
+
+def _beats(run_id: str) -> dict[int, pulse.Beat]:
+    try:
+        return {beat.rank: beat for beat in pulse.beats(run_id)}
+    except Exception:
+        return {}
+
+
+def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]:
+    """The kind of a failure, and its cause in one line.
+
+    Returns:
+        kind: ``failure``, ``preemption``, ``grow``, ``not finite`` and ``start`` are tried again; ``final`` is not.
+    """
+    if isinstance(error, ray.train.ControllerError):
+        inner = error.controller_failure
+        if type(inner).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"):
+            return "start", _first_line(inner)
+        if isinstance(inner, OSError) and inner.errno not in (errno.ENOSPC, errno.EDQUOT):
+            return "failure", f"the controller: {_first_line(inner)}"
+        return "final", _first_line(inner)
+    if type(error).__name__ == "PreemptionError":
+        return "preemption", _first_line(error)
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    found = [_of_worker(rank, failure, beats.get(rank)) for rank, failure in sorted(failures.items())]
+    order = ("preemption", "grow", "not finite", "final", "lost", "failure")
+    # One dead rank makes the others fail too, with errors that say little: the most telling one is the cause.
+    kind, cause = min(found, key=lambda each: order.index(each[0]), default=("failure", _first_line(error)))
+    return "failure" if kind == "lost" else kind, cause
+
+
+def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[str, str]:
+    dead = getattr(failure, "health_check_failure", failure)
+    if isinstance(failure, Restart):
+        return ("preemption", "a node is about to be taken away and everything is saved") if failure.reason == "preempted" else (
+            "grow", "more workers can be had and everything is saved")  # fmt: skip
+    if isinstance(failure, NotFiniteError):
+        return "not finite", str(failure)
+    if isinstance(failure, (*MISTAKES, OutOfMemoryError, OutOfDiskError)):
+        return "final", f"worker {rank}: {_first_line(failure)}"
+    who = f"worker {rank}" + (f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else "")
+    if isinstance(dead, ray.exceptions.OutOfMemoryError):
+        return "lost", (f"{who} was killed: its node ran out of memory"
+                        + (f" (this process held {beat.memory_gb:.1f} GB)" if beat else "")
+                        + "; fewer images a worker (train.batch, or more nodes) or a smaller train.yolo.imgsz take less")  # fmt: skip
+    if isinstance(dead, ray.exceptions.RayActorError):
+        if dead.preempted:
+            return "preemption", f"{who} went with its node, which was taken away"
+        reason = (
+            "its node died"
+            if "node" in str(dead).lower() and "died" in str(dead).lower() and "worker" not in str(dead).lower()
+            else "its process died"
+        )
+        return "lost", f"{who} is lost: {reason}"
+    return "failure", _first_line(failure)
+
+
+def missing(timeout_s: float, cause: str) -> str:
+    """Why the workers found no place."""
+    total, free = ray.cluster_resources(), ray.available_resources()
+    nodes = sum(1 for node in ray.nodes() if node["Alive"])
+    have = ", ".join(f"{free.get(k, 0):g} of {total[k]:g} {k}s free" for k in ("CPU", "GPU") if k in total)
+    return (f"the workers found no place within train.placement_timeout_s={timeout_s:g} s: {cause}; the cluster now has {nodes} node(s), "
+            f"{have}: add nodes, ask for fewer workers, or let their number vary (train.num_workers={{min: 1, max: ...}})")  # fmt: skip
+
+
+def _first_line(error: BaseException) -> str:
+    """The line of an error's text that says most: the last one of a traceback, the first one else."""
+    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    if not lines:
+        return type(error).__name__
+    return (lines[-1] if "Traceback" in str(error) else lines[0])[:500]

@@ -1,0 +1,72 @@
+"""Ray Train's trainer with raypar's own policies, and what Ctrl-C does. Runs in: the driver."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from typing import Any
+
+import ray.train.torch
+
+from raypar.train import pulse
+from raypar.train.elastic import Elastic
+from raypar.train.failure import Policy, diagnosis
+
+
+class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is untyped here
+    """A ``TorchTrainer`` that tells failures apart, scales by the batch, and saves before it is interrupted.
+
+    Ray Train takes its two policies from factories that know only its own; so they are replaced on their way into the controller
+    (Ray 2.60.0, ``DataParallelTrainer.fit``).
+
+    Args:
+        run_id: of this start of the run.
+        world_sizes: numbers of workers that are allowed, ascending; one of them: not elastic.
+        placement_timeout_s: how long to wait for room.
+        arguments: of ``TorchTrainer``.
+    """
+
+    def __init__(self, *, run_id: str, world_sizes: list[int], placement_timeout_s: float, **arguments: Any):
+        super().__init__(**arguments)
+        self.run_id, self.world_sizes, self.placement_timeout_s = run_id, world_sizes, placement_timeout_s
+        self.num_interrupts = 0
+
+    def _initialize_and_run_controller(self, **arguments: Any) -> Any:
+        arguments["failure_policy"] = Policy(self.run_config.failure_config, self.run_id, self.placement_timeout_s)
+        if self.scaling_config.elasticity_enabled:
+            arguments["scaling_policy"] = Elastic(self.scaling_config, self.world_sizes, self.run_id, self.placement_timeout_s)
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGINT) if is_main else None
+        try:
+            return super()._initialize_and_run_controller(**arguments)
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, before)
+            pulse.clear(self.run_id, "beat:")
+            pulse.clear(self.run_id, "wish")
+
+    def _register_sigint_handler(self, controller: Any) -> None:
+        """The first interrupt asks the workers to save and end; the second one ends everything at once."""
+
+        def on_interrupt(signum: int, frame: Any) -> None:
+            self.num_interrupts += 1
+            if self.num_interrupts > 1:
+                raise KeyboardInterrupt
+            print("train: interrupted: saving a checkpoint, then ending; interrupt again to end at once", flush=True)
+            threading.Thread(target=self._ask_to_stop, daemon=True).start()
+
+        signal.signal(signal.SIGINT, on_interrupt)
+
+    def _ask_to_stop(self) -> None:
+        if pulse.beats(self.run_id):
+            pulse.post(self.run_id, "wish", "stop")
+        else:  # no worker is there to hear it, and nothing to save
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def cause(run_id: str, error: Exception) -> str:
+    """Why a training failed: the controller's reason, or what can be told from its error."""
+    found = pulse.read(run_id, "cause")
+    pulse.clear(run_id)
+    return found or diagnosis(error, {})[1]

@@ -1,0 +1,157 @@
+"""Signs of life of the workers, and words to them: a few small keys in the cluster's own store (Ray's GCS).
+
+Runs in: every training worker (:class:`Pulse`, a thread), the controller and the driver (the functions). No clock is compared:
+a process that reads signs of life twice sees which have stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import threading
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+BEAT_S = 1.0
+NAMESPACE = b"raypar"
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a worker says of itself.
+
+    Attributes:
+        host: name and address.
+        stage: what it is doing; since_s: for how long.
+        cursor: images seen by all ranks.
+        count: of beats.
+        memory_gb: the most that the process has held.
+    """
+
+    rank: int
+    world_size: int
+    host: str
+    pid: int
+    stage: str
+    since_s: float
+    cursor: int
+    count: int
+    memory_gb: float
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} in stage '{self.stage}' for {self.since_s:.0f} s, after {self.cursor} images"
+
+
+def post(run_id: str, name: str, value: str) -> None:
+    """Leaves a word under a name."""
+    from ray.experimental.internal_kv import _internal_kv_put
+
+    _internal_kv_put(f"{run_id}:{name}".encode(), value.encode(), overwrite=True, namespace=NAMESPACE)
+
+
+def read(run_id: str, name: str) -> str | None:
+    """The word under a name."""
+    from ray.experimental.internal_kv import _internal_kv_get
+
+    value = _internal_kv_get(f"{run_id}:{name}".encode(), namespace=NAMESPACE)
+    return None if value is None else value.decode()
+
+
+def clear(run_id: str, name: str = "") -> None:
+    """Removes every word whose name begins so."""
+    from ray.experimental.internal_kv import _internal_kv_del
+
+    _internal_kv_del(f"{run_id}:{name}".encode(), del_by_prefix=True, namespace=NAMESPACE)
+
+
+def beats(run_id: str) -> list[Beat]:
+    """The last sign of life of each rank, by rank."""
+    from ray.experimental.internal_kv import _internal_kv_list
+
+    names = [key.decode().removeprefix(f"{run_id}:") for key in _internal_kv_list(f"{run_id}:beat:".encode(), namespace=NAMESPACE)]
+    texts = [text for name in names if (text := read(run_id, name)) is not None]
+    return sorted((Beat(**json.loads(text)) for text in texts), key=lambda beat: beat.rank)
+
+
+def silent(run_id: str, *, wait_s: float = 3 * BEAT_S) -> list[Beat]:
+    """The last sign of life of ranks that give none any more; it takes ``wait_s`` to know."""
+    before = {beat.rank: beat.count for beat in beats(run_id)}
+    time.sleep(wait_s)
+    return [beat for beat in beats(run_id) if before.get(beat.rank) == beat.count]
+
+
+class Pulse:
+    """A worker's thread that gives signs of life and listens.
+
+    Args:
+        run_id: of this start of the run.
+        rank: of the worker.
+        world_size: ranks.
+    """
+
+    def __init__(self, run_id: str, rank: int, world_size: int):
+        import ray.util
+
+        self.run_id, self.rank, self.world_size = run_id, rank, world_size
+        self.host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
+        self.cursor = self._count = 0
+        self._stage, self._since = "start", time.monotonic()
+        self._wishes: set[str] = set()
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="raypar-pulse", daemon=True)
+        self._beat()
+        self._thread.start()
+
+    @property
+    def stage(self) -> str:
+        """What the worker is doing."""
+        return self._stage
+
+    @stage.setter
+    def stage(self, stage: str) -> None:
+        self._stage, self._since = stage, time.monotonic()
+
+    def wishes(self) -> set[str]:
+        """What was asked of the run (on rank 0: ``stop``, ``grow``, ``save``), and ``preempted`` when a node is to be taken away."""
+        return self._wishes
+
+    def __str__(self) -> str:
+        return f"rank {self.rank} on {self.host} in stage '{self.stage}', after {self.cursor} images"
+
+    def end(self) -> None:
+        self._ended.set()
+
+    def _run(self) -> None:
+        while not self._ended.wait(BEAT_S):
+            try:
+                self._beat()
+                self._listen()
+            except Exception:  # the store is away for a while; what matters fails elsewhere, with a better reason
+                continue
+
+    def _beat(self) -> None:
+        self._count += 1
+        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        beat = Beat(self.rank, self.world_size, self.host, os.getpid(), self._stage, time.monotonic() - self._since, self.cursor,
+                    self._count, memory_gb)  # fmt: skip
+        post(self.run_id, f"beat:{self.rank}", json.dumps(asdict(beat)))
+
+    def _listen(self) -> None:
+        if _preemption() is not None:
+            self._wishes = {*self._wishes, "preempted"}
+        if self.rank == 0 and (wish := read(self.run_id, "wish")) is not None:
+            self._wishes = {*self._wishes, wish}
+
+
+def _preemption() -> Any:
+    """What Ray Train knows of nodes that are to be taken away.
+
+    ``ray.train.get_preemption_info`` is a barrier of all ranks, which is no thing to do at each step: this is the value that it
+    sends round (Ray 2.60.0).
+    """
+    from ray.train.v2._internal.execution.context import get_train_context
+
+    return get_train_context().preemption_context.preemption_info

@@ -1,0 +1,51 @@
+"""What training says on the terminal and in logs. Runs in: rank 0 of the training workers."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from raypar.dataset.batch import Batch
+
+if TYPE_CHECKING:
+    from raypar.train.worker import Worker
+
+
+def introduce(worker: Worker) -> None:
+    """What is about to be done."""
+    if worker.rank == 0:
+        found = "starting" if worker.cursor == 0 else f"resuming after {worker.cursor} of {worker.plan.total_positions} images"
+        print(f"train: {found}; {worker.plan.num_images} images, {worker.plan.steps_per_epoch} steps of {worker.plan.global_batch} an epoch, "
+              f"{worker.args.epochs} epochs; {worker.world_size} worker(s) on {worker.loop.device.type}, {torch.get_num_threads()} threads, "
+              f"{str(worker.precision).removeprefix('torch.')}, {type(worker.loop.optimizer).__name__}", flush=True)  # fmt: skip
+
+
+def progress(worker: Worker, batch: Batch) -> None:
+    """A line every so often within long epochs."""
+    if worker.rank == 0 and worker.epoch.is_time_to_speak():
+        rate = (batch.step + 1) * worker.plan.global_batch / worker.epoch.seconds
+        left = (worker.plan.total_positions - worker.cursor) / rate
+        print(f"train: epoch {batch.epoch + 1}/{worker.args.epochs} step {batch.step + 1}/{worker.plan.steps_per_epoch} "
+              f"{rate:.1f} images/s, {_clock(left)} left", flush=True)  # fmt: skip
+
+
+def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
+    """What came of an epoch."""
+    if worker.rank != 0:
+        return
+    losses = " ".join(f"{k.removeprefix('train/')} {v:.3f}" for k, v in line.items() if k.startswith("train/"))
+    rate = line["images_per_s"]
+    seconds = (worker.plan.total_positions - worker.cursor) / rate + (worker.args.epochs - line["epoch"]) * line["validate_s"]
+    scores = f"mAP50 {line['map50']:.3f} mAP50-95 {line['map50_95']:.3f}" if "map50" in line else "not validated"
+    print(f"train: epoch {line['epoch']}/{worker.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
+          f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
+    if line["images_replaced"]:
+        print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; others were shown in their place",
+              flush=True)  # fmt: skip
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
