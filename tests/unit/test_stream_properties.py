@@ -7,6 +7,7 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,6 +18,7 @@ from raypar.dataset.formats import Record
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import Plan
+from raypar.dataset.rows import cells
 from raypar.dataset.stream import StreamSpec, blocks
 from raypar.storage import Folder
 
@@ -105,3 +107,13 @@ def test_every_image_is_seen_once_an_epoch(folder: Path, case: dict[str, int]) -
         counts = np.bincount(rows, minlength=case["num_images"])
         assert counts.min() >= 1
         assert counts.sum() - case["num_images"] < case["global_batch"]
+
+
+@given(
+    st.lists(st.lists(st.binary(max_size=5), max_size=4), max_size=3), st.integers(0, 4), st.sampled_from([pa.binary(), pa.large_binary()])
+)
+def test_cells_are_the_values_of_a_column_and_not_copies(chunks: list[list[bytes]], start: int, dtype: pa.DataType) -> None:
+    column = pa.chunked_array([pa.array(chunk, dtype) for chunk in chunks], dtype).slice(start)
+    assert [cell.to_pybytes() for cell in cells(column)] == column.to_pylist()
+    whole = {chunk.buffers()[2].address: chunk.buffers()[2] for chunk in column.chunks if chunk.buffers()[2]}
+    assert all(any(a <= cell.address <= a + b.size for a, b in whole.items()) for cell in cells(column) if cell.size)
