@@ -138,8 +138,8 @@ def ours(folder: Path, batch: int, imgsz: int, device: str) -> Iterator[int]:
     ring, renderer = Ring(RING_IMAGES, imgsz, device), GpuRenderer(tasks.recipe, device)
 
     def fill(slots: list[int], encoded: list[bytes]) -> None:
-        images, num_replaced = decode_batch(encoded, [HW] * len(encoded), imgsz, device)
-        assert num_replaced == 0
+        images, grey = decode_batch(encoded, [HW] * len(encoded), imgsz, device)
+        assert not grey
         ring.put(slots, images)
 
     def prepare(item: Any) -> dict[str, torch.Tensor]:

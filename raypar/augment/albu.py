@@ -11,7 +11,8 @@ import difflib
 import importlib
 import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,6 @@ from numpy.typing import NDArray
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version when imported
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32]]
-Transform = Callable[[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32], np.random.Generator], Labelled]
 ULTRALYTICS = [{"Blur": {"p": 0.01}}, {"MedianBlur": {"p": 0.01}}, {"ToGray": {"p": 0.01}}, {"CLAHE": {"p": 0.01}}]
 Spec = Sequence[dict[str, Any]] | str | None
 
@@ -34,17 +34,51 @@ def check(spec: Spec, task: str = "detect") -> None:
     make(spec, task)
 
 
-def make(spec: Spec, task: str = "detect") -> Transform:
+@dataclass(frozen=True)
+class Transforms:
+    """Transforms in their order, each with its probability, and whether it moves pixels and so boxes.
+
+    Called with an image uint8 (H, W, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4) and the image's own generator, it gives
+    the first three as they are then. Boxes that a transform moves out of the image are gone from the result; transforms of the pixels
+    alone never touch boxes.
+    """
+
+    steps: Sequence[tuple[float, bool, Any]]
+
+    @property
+    def move_pixels(self) -> bool:
+        """Whether any of them does."""
+        return any(moves for _, moves, _ in self.steps)
+
+    def apply_to(self, rng: np.random.Generator) -> bool:
+        """Whether any of them is applied to the image that has this generator, which is drawn from."""
+        return any(rng.random(len(self.steps)) < [probability for probability, _, _ in self.steps])
+
+    def __call__(
+        self, image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator
+    ) -> Labelled:
+        draws = rng.random(len(self.steps))
+        for (probability, moves, compose), drawn in zip(self.steps, draws, strict=True):
+            if drawn >= probability:
+                continue
+            if not image.flags.writeable:  # a view of the cache
+                image = image.copy()
+            compose.set_random_seed(int(rng.integers(2**31)))
+            result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids) if moves else compose(image=image)
+            image = np.ascontiguousarray(result["image"])
+            if moves:
+                class_ids = np.asarray(result["class_ids"], np.int32).reshape(-1)
+                boxes_xywhn = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
+        return image, class_ids, boxes_xywhn
+
+
+def make(spec: Spec, task: str = "detect") -> Transforms:
     """Builds the transforms.
 
     Args:
         spec: ``[{"Blur": {"p": 0.1}}, ...]``; ``"pkg.module:function"``, which returns albumentations objects; nothing for the four
             that Ultralytics applies (none for classify); an empty list for none.
         task: of the dataset; only boxes can be moved.
-
-    Returns:
-        (image uint8 (H, W, 3) RGB, class_ids int32 (N,), boxes_xywhn float32 (N, 4), generator) -> the same three. Boxes that a
-        transform moves out of the image are gone from the result; transforms of the pixels alone never touch boxes.
 
     Raises:
         ValueError: a transform is unknown, refuses its arguments, or moves pixels and the task's labels cannot be moved with it.
@@ -67,24 +101,7 @@ def make(spec: Spec, task: str = "detect") -> Transform:
             warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone
             steps.append((probability, moves, A.Compose([transform], bbox_params=boxes)))
 
-    def apply(
-        image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator
-    ) -> Labelled:
-        draws = rng.random(len(steps))
-        for (probability, moves, compose), drawn in zip(steps, draws, strict=True):
-            if drawn >= probability:
-                continue
-            if not image.flags.writeable:  # a view of the cache
-                image = image.copy()
-            compose.set_random_seed(int(rng.integers(2**31)))
-            result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids) if moves else compose(image=image)
-            image = np.ascontiguousarray(result["image"])
-            if moves:
-                class_ids = np.asarray(result["class_ids"], np.int32).reshape(-1)
-                boxes_xywhn = np.asarray(result["bboxes"], np.float32).reshape(-1, 4)
-        return image, class_ids, boxes_xywhn
-
-    return apply
+    return Transforms(steps)
 
 
 def _from_dict(library: Any, entry: dict[str, Any]) -> Any:

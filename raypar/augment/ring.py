@@ -72,7 +72,7 @@ def resize(image: Tensor, hw: tuple[int, int]) -> Tensor:
 
 
 def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], imgsz: int,
-                 device: torch.device | str) -> tuple[list[Tensor], int]:  # fmt: skip
+                 device: torch.device | str) -> tuple[list[Tensor], list[int]]:  # fmt: skip
     """Decodes images for a ring: on a GPU baseline JPEGs there, the others, and on a CPU all, in threads.
 
     Args:
@@ -82,8 +82,8 @@ def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], i
         device: of the result.
 
     Returns:
-        uint8 (H, W, 3) RGB tensors on the device (where they were decoded in threads: on the host), and how many could not be decoded
-        or have not the size they should: those are grey, so that a batch's geometry does not depend on them.
+        uint8 (H, W, 3) RGB tensors on the device (where they were decoded in threads: on the host), and which of them could not be
+        decoded or have not the size they should: those are grey, so that a batch's geometry does not depend on them.
     """
     found: list[Tensor | None] = [None] * len(encoded)
     if torch.device(device).type == "cuda":
@@ -94,13 +94,14 @@ def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], i
     left = [i for i, image in enumerate(found) if image is None]
     for i, pixels in zip(left, _pool().map(lambda i: _decode_on_cpu(encoded[i], imgsz), left), strict=True):
         found[i] = pixels
-    num_replaced, images = 0, []
-    for made, (height, width) in zip(found, image_hws, strict=True):
+    images, grey = [], []
+    for i, (made, (height, width)) in enumerate(zip(found, image_hws, strict=True)):
         expected = resized_hw((height, width), imgsz) if max(height, width) > imgsz else (height, width)
-        is_sound = made is not None and tuple(made.shape[:2]) == expected
-        images.append(made if made is not None and is_sound else torch.full((*expected, 3), GREY, dtype=torch.uint8))
-        num_replaced += not is_sound
-    return images, num_replaced
+        if made is None or tuple(made.shape[:2]) != expected:
+            grey.append(i)
+            made = torch.full((*expected, 3), GREY, dtype=torch.uint8)
+        images.append(made)
+    return images, grey
 
 
 @cache

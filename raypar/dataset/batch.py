@@ -55,7 +55,7 @@ def pack(batches: Sequence[Batch]) -> pa.Table:
     names = ["images", "class_ids", "boxes_xywhn", "image_index", "rows"]
     for name in names + [name for name in OPTIONAL if getattr(batches[0], name) is not None]:
         arrays[name] = _joined([getattr(batch, name) for batch in batches])
-    return pa.table({name: _one_binary(array) for name, array in arrays.items()})
+    return pa.table({name: one_binary(array) for name, array in arrays.items()})
 
 
 def unpack(table: pa.Table) -> list[Batch]:
@@ -72,7 +72,7 @@ def unpack(table: pa.Table) -> list[Batch]:
     of_labels = np.cumsum(facts["num_labels"])[:-1]
     widest = np.uint8 if facts["mask_bytes"].max() <= 1 else np.uint16
     columns = {
-        "images": np.split(view("images", np.uint8).reshape(-1, 3, side, side), of_images),
+        "images": np.split(view("images", np.uint8).reshape(len(heads) * num_images, 3, side, side), of_images),
         "class_ids": np.split(view("class_ids", np.int32), of_labels),
         "boxes_xywhn": np.split(view("boxes_xywhn", np.float32).reshape(-1, 4), of_boxes),
         "image_index": np.split(view("image_index", np.int32), of_boxes),
@@ -123,7 +123,8 @@ def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 
 
-def _one_binary(array: NDArray[Any]) -> pa.Array:
+def one_binary(array: NDArray[Any]) -> pa.Array:
+    """A column of one row: the array's memory, not copied."""
     data = pa.py_buffer(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
     offsets = pa.py_buffer(np.array([0, data.size], dtype=np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, data])

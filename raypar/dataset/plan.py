@@ -142,10 +142,11 @@ class Plan:
         return Window(steps.start, groups[low : high + 1], int(first - (ends[low] - self._sizes[groups[low]])), num_rows, order)
 
     def _laid_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """An epoch's row groups in their order, and the number of rows up to the end of each; kept for one epoch at a time."""
+        """An epoch's row groups in their order, and the number of rows up to the end of each; kept for two epochs at a time."""
         if epoch not in self._epoch:
             groups = np.random.default_rng([self.seed, epoch, _GROUPS]).permutation(len(self._sizes))
-            self._epoch.clear()
+            while len(self._epoch) > 1:
+                del self._epoch[next(iter(self._epoch))]
             self._epoch[epoch] = groups, np.cumsum(self._sizes[groups])
         return self._epoch[epoch]
 

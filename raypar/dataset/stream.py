@@ -10,11 +10,11 @@ Why one stream and not one Ray Data execution an epoch: see ``docs/decisions/000
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -132,7 +132,7 @@ def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) 
         images += in_group
         numbers.append(spec.first_rows[group] + np.arange(table.num_rows))
     table, number = pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start), np.concatenate(numbers)[rows]
-    transform = _transform(spec)
+    transform = transform_of(spec)
     found = [_source(spec, item, transform, int(n), table, i, image) for i, (n, image) in enumerate(zip(number, images[rows], strict=True))]
     good = [i for i, source in enumerate(found) if source is not None]
     if not good:
@@ -167,7 +167,7 @@ def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
         return None
 
 
-def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int, table: pa.Table, i: int,
+def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: int, table: pa.Table, i: int,
             image: pa.Buffer | Image | None) -> Source | None:  # fmt: skip
     if isinstance(image, pa.Buffer):
         image = _decode(spec, image)
@@ -179,20 +179,47 @@ def _source(spec: StreamSpec, item: Item, transform: albu.Transform, number: int
 
 
 @lru_cache(maxsize=1)
-def _made(albumentations: str, task: str) -> albu.Transform:
+def _made(albumentations: str, task: str) -> albu.Transforms:
     import json
 
     return albu.make(json.loads(albumentations), task)
 
 
-def _transform(spec: StreamSpec) -> albu.Transform:
+def transform_of(spec: StreamSpec) -> albu.Transforms:
     import json
 
     return _made(json.dumps(spec.albumentations), spec.recipe.task)  # made once a process: it costs milliseconds
 
 
+class Placed(Protocol):
+    """What is dealt says where it belongs."""
+
+    @property
+    def epoch(self) -> int: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def rank(self) -> int: ...
+
+
+Dealt = TypeVar("Dealt", bound=Placed)
+
+
 def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:
-    """A rank's batches from a cursor to the end of the run. Every rank of the worker group must iterate; rank 0 feeds all.
+    """A rank's batches from a cursor to the end of the run; see :func:`dealt`."""
+    return dealt(spec, rank, cursor, partial(_start, spec), unpack)
+
+
+def dealt(spec: StreamSpec, rank: int, cursor: int, start: Callable[[list[Item]], list[Any]],
+          open_block: Callable[[pa.Table], list[Dealt]]) -> Iterator[Dealt]:  # fmt: skip
+    """What a rank is dealt from a cursor to the end of the run. Every rank of the worker group must iterate; rank 0 feeds all.
+
+    Args:
+        spec: of the stream.
+        rank: whose.
+        cursor: where to begin.
+        start: starts a Ray Data execution over some items and returns one iterator for each rank.
+        open_block: a block's batches.
 
     Raises:
         RuntimeError: a batch came out of turn (a defect, or a world size that changed under the stream).
@@ -202,10 +229,10 @@ def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:
     items = spec.plan.items(cursor)
     due = cursor // spec.plan.global_batch
     while execution := list(islice(items, MAX_ITEMS)):
-        shards = _start(spec, execution) if rank == 0 else None
+        shards = start(execution) if rank == 0 else None
         shard = ray.train.collective.broadcast_from_rank_zero(shards)[rank]
         for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            for batch in unpack(table):
+            for batch in open_block(table):
                 place = divmod(due, spec.plan.steps_per_epoch)
                 if (batch.epoch, batch.step, batch.rank) != (*place, rank):
                     raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
@@ -214,8 +241,22 @@ def batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[Batch]:
                 yield batch
 
 
-def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
-    """Starts a Ray Data execution over some items and returns one iterator for each rank."""
+def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
+    settle()
+    for block in blocks(fetched(spec_ref), item):
+        yield pack(block)
+
+
+def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], Iterator[pa.Table]] = _task,
+           look_ahead_bytes: int | None = None) -> list[Any]:  # fmt: skip
+    """Starts a Ray Data execution over some items and returns one iterator for each rank.
+
+    Args:
+        spec: of the stream.
+        execution: the items.
+        task: makes an item's blocks, given a reference to ``spec``.
+        look_ahead_bytes: of blocks that may wait for the workers, about; nothing: ``LOOK_AHEAD_IMAGES``.
+    """
     import ray
     from ray.data import Datasource, ExecutionOptions, ExecutionResources
     from ray.data.block import BlockMetadata
@@ -231,9 +272,9 @@ def _start(spec: StreamSpec, execution: list[Item]) -> list[Any]:
 
         def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
             unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
-            return [ReadTask(partial(_task, spec_ref, item), unknown) for item in execution]
+            return [ReadTask(partial(task, spec_ref, item), unknown) for item in execution]
 
-    look_ahead_bytes = LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
+    look_ahead_bytes = look_ahead_bytes or LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
     dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
     dataset.context.target_max_block_size = 1  # a block is one row: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(
@@ -260,14 +301,9 @@ def settle() -> None:
         libc.mallopt(M_TRIM_THRESHOLD, 1 << 30)
 
 
-def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
-    settle()
-    for block in blocks(_fetched(spec_ref), item):
-        yield pack(block)
-
-
 @lru_cache(maxsize=1)
-def _fetched(spec_ref: Any) -> StreamSpec:
+def fetched(spec_ref: Any) -> StreamSpec:
+    """A task's stream."""
     import ray
 
     spec: StreamSpec = ray.get(spec_ref)  # once a process: a long plan takes a while to unpack

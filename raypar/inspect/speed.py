@@ -106,9 +106,9 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
     """Does what ``render`` does before it renders, stage by stage; returns how many images the window has."""
     from raypar.augment.geometry import generator
     from raypar.dataset.rows import cells
-    from raypar.dataset.stream import _decode, _transform
+    from raypar.dataset.stream import _decode, transform_of
 
-    transform = _transform(spec)
+    transform = transform_of(spec)
     window, num_images = spec.plan.window(item.epoch, item.window), 0
     first, last = window.first_row, window.first_row + window.num_rows
     for group in window.row_groups:

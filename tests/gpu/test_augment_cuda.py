@@ -81,10 +81,10 @@ def test_nothing_waits_for_the_device(name: str, is_fused: bool) -> None:
 def test_decoding_on_the_gpu_is_near_to_decoding_on_the_host_and_mends_the_same() -> None:
     image, small = picture(np.random.default_rng(0), 200, 150), picture(np.random.default_rng(1), 40, 60)
     sound = [encode_jpeg(image), encode_png(small), jpeg(small, progressive=True), jpeg(small, subsampling=0)]
-    for encoded, damaged in ((sound, 0), ([*sound, sound[0][:300]], 1)):
+    for encoded, damaged in ((sound, []), ([*sound, sound[0][:300]], [4])):
         hws = [(200, 150), (40, 60), (40, 60), (40, 60), (30, 40)][: len(encoded)]
-        images, num_replaced = decode_batch(encoded, hws, 200, "cuda")
-        assert num_replaced == damaged
+        images, grey = decode_batch(encoded, hws, 200, "cuda")
+        assert grey == damaged
         for data, made in zip(sound, images, strict=False):
             assert np.abs(made.cpu().numpy().astype(int) - decode(data)).mean() <= 2  # other chroma upsampling
     assert decode_batch(sound[:1], [(200, 150)], SIZE, "cuda")[0][0].shape == (96, 72, 3)

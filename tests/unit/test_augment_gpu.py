@@ -184,8 +184,8 @@ def test_decoding_shrinks_and_replaces_what_is_damaged_by_grey_of_the_same_size(
     rng = np.random.default_rng(0)
     large, small = picture(rng, 200, 150), picture(rng, 40, 60)
     encoded = [encode_jpeg(large), encode_png(small), b"no image", encode_png(small), memoryview(encode_jpeg(small))]
-    images, num_replaced = decode_batch(encoded, [(200, 150), (40, 60), (300, 100), (41, 60), (40, 60)], SIZE, "cpu")
-    assert num_replaced == 2
+    images, grey = decode_batch(encoded, [(200, 150), (40, 60), (300, 100), (41, 60), (40, 60)], SIZE, "cpu")
+    assert grey == [2, 3]
     assert [tuple(image.shape) for image in images] == [(96, 72, 3), (40, 60, 3), (96, 32, 3), (41, 60, 3), (40, 60, 3)]
     np.testing.assert_array_equal(images[0].numpy(), shrink(decode(encoded[0]), SIZE))
     np.testing.assert_array_equal(images[1].numpy(), small)
