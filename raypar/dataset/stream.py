@@ -72,6 +72,11 @@ class StreamSpec:
         """What is read of a row beside its image."""
         return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", "height", "width")]
 
+    @cached_property
+    def labels_kept(self) -> dict[int, Any]:
+        """What :mod:`raypar.dataset.encoded` keeps of row groups, for as long as a process has this stream."""
+        return {}
+
     @property
     def images_per_batch(self) -> int:
         return self.plan.global_batch // self.world_size
