@@ -166,14 +166,13 @@ def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int,
         mosaic_on: False in the last epochs, which have neither mosaic nor mix-up nor cut-mix (YOLODataset.close_mosaic).
     """
     uniform, other = rng.random((4, 12)), rng.integers(num_sources, size=(3, 4))
-    areas, share = _cut_areas(recipe.imgsz, rng.random((3, CUT_AREAS))), float(rng.beta(32.0, 32.0))
-    choice = uniform[3]
+    areas, share, choice = rng.random((3, CUT_AREAS)), float(rng.beta(32.0, 32.0)), uniform[3]
     layer = _layer(recipe, uniform[0], (index, *other[0, :3]), mosaic_on)
     mixed = cut = None
     if mosaic_on and choice[0] < recipe.mixup:
         mixed = _layer(recipe, uniform[1], tuple(other[1]), mosaic_on), share
     if mosaic_on and choice[1] < recipe.cutmix:
-        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), areas, float(choice[2])
+        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), _cut_areas(recipe.imgsz, areas), float(choice[2])
     gains = (choice[3:6] * 2 - 1) * [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
     return Sample(
         layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr)
