@@ -6,17 +6,24 @@ object stores show an object only when its upload ends.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import time
 import uuid
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import Any, BinaryIO, TypeVar, cast
 
 import pyarrow.fs as pafs
 
 COPY_CHUNK_BYTES = 8 << 20
+FIRST_PAUSE_S, LONGEST_PAUSE_S, PATIENCE_S = 0.5, 15.0, 300.0
+Result = TypeVar("Result")
+# Trying again does not mend these.
+FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
 
 
 def _options(uri: str) -> tuple[str, str]:
@@ -195,3 +202,41 @@ class Folder:
         parent, _, base = target.rpartition("/")
         Path(parent).mkdir(parents=True, exist_ok=True)
         return f"{parent}/.{base}.{uuid.uuid4().hex[:8]}.part"
+
+
+class OutOfDiskError(RuntimeError):
+    """There is no room left to write in."""
+
+
+def patiently(do: Callable[[], Result], what: str, patience_s: float = PATIENCE_S, *, stop: Callable[[], bool] = lambda: False) -> Result:
+    """Does something with storage; when that fails, again after 0.5, 1, 2 ... 15 seconds, and each failure is reported.
+
+    Args:
+        do: may be called again.
+        what: for the reports, as "write checkpoint_0000000096".
+        patience_s: from the first failure on.
+        stop: ends the patience early.
+
+    Raises:
+        OutOfDiskError: the disk or the quota is full.
+        OSError: the last failure, when patience is at its end, or one that no repetition mends.
+    """
+    failed_since: float | None = None
+    pause = FIRST_PAUSE_S
+    for attempt in range(1, 1_000_000):
+        try:
+            return do()
+        except OSError as error:
+            reason = " ".join(str(error).split())[:300]
+            if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason:
+                raise OutOfDiskError(f"no space is left to {what}: {reason}") from error
+            now = time.monotonic()
+            failed_since = now if failed_since is None else failed_since
+            left = patience_s - (now - failed_since)
+            if isinstance(error, FINAL) or left <= 0 or stop():
+                raise
+            pause = min(pause, left)
+            print(f"storage: cannot {what} (attempt {attempt}; given up in {left:.0f} s): {reason}; again in {pause:.1f} s", flush=True)
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+    raise AssertionError

@@ -14,9 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from raypar.storage import Folder
+from raypar.storage import Folder, patiently
 from raypar.train.loop import Loop
-from raypar.train.saver import patiently
 
 STATE = "state.pt"
 PREFIX = "checkpoint_"

@@ -12,8 +12,8 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 
+from raypar.storage import OutOfDiskError
 from raypar.train import pulse
-from raypar.train.saver import OutOfDiskError
 
 START_ATTEMPTS = 3
 MAX_PREEMPTIONS = 100
@@ -53,13 +53,13 @@ class UnplaceableError(RuntimeError):
     """There is no place for the workers."""
 
 
-KNOWN = (RankError, OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError)
+TOLD = (OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError)
 
 
 def explained(error: Exception, life: pulse.Pulse) -> Exception:
     """A worker's error as the controller and the user are told of it."""
     text = _first_line(error)
-    if isinstance(error, (*KNOWN, *MISTAKES)):
+    if isinstance(error, (*TOLD, RankError, *MISTAKES)):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfDiskError(f"{life}: {text}")

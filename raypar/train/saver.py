@@ -1,60 +1,17 @@
 """Writing to storage beside the training: in order, one thing at a time, and again when the storage fails for a while.
 
-Runs in: rank 0 of the training workers (:class:`Saver`), any process (:func:`patiently`).
+Runs in: rank 0 of the training workers.
 """
 
 from __future__ import annotations
 
-import errno
 import queue
 import threading
-import time
 from collections.abc import Callable
-from typing import TypeVar
+
+from raypar.storage import LONGEST_PAUSE_S, patiently
 
 MAX_WAITING = 2  # what may wait in memory: then training waits too
-FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 15.0
-Result = TypeVar("Result")
-# Trying again does not mend these.
-FINAL = (FileNotFoundError, FileExistsError, IsADirectoryError, NotADirectoryError, PermissionError)
-
-
-class OutOfDiskError(RuntimeError):
-    """There is no room left to write in."""
-
-
-def patiently(do: Callable[[], Result], what: str, patience_s: float, *, stop: Callable[[], bool] = lambda: False) -> Result:
-    """Does something with storage; when that fails, again after 0.5, 1, 2 ... 15 seconds, and each failure is reported.
-
-    Args:
-        do: may be called again.
-        what: for the reports, as "write checkpoint_0000000096".
-        patience_s: from the first failure on.
-        stop: ends the patience early.
-
-    Raises:
-        OutOfDiskError: the disk or the quota is full.
-        OSError: the last failure, when patience is at its end, or one that no repetition mends.
-    """
-    failed_since: float | None = None
-    pause = FIRST_PAUSE_S
-    for attempt in range(1, 1_000_000):
-        try:
-            return do()
-        except OSError as error:
-            reason = " ".join(str(error).split())[:300]
-            if error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in reason:
-                raise OutOfDiskError(f"no space is left to {what}: {reason}") from error
-            now = time.monotonic()
-            failed_since = now if failed_since is None else failed_since
-            left = patience_s - (now - failed_since)
-            if isinstance(error, FINAL) or left <= 0 or stop():
-                raise
-            pause = min(pause, left)
-            print(f"train: cannot {what} (attempt {attempt}; given up in {left:.0f} s): {reason}; again in {pause:.1f} s", flush=True)
-        time.sleep(pause)
-        pause = min(2 * pause, LONGEST_PAUSE_S)
-    raise AssertionError
 
 
 class Saver:

@@ -6,13 +6,17 @@ only inside the worker, and it checks that they are right.
 
 from __future__ import annotations
 
+import logging
 import os
 import time
+from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any, NoReturn
 
 import ray.train
 import ray.train.torch
+import ray.train.v2._internal.execution.context
 import torch
 import torch.distributed as dist
 import ultralytics.utils
@@ -23,17 +27,18 @@ from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
+from raypar.dataset.rendered import Rendered, rendered_batches
 from raypar.dataset.stream import StreamSpec, batches
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
-from raypar.storage import Folder
+from raypar.storage import Folder, patiently
 from raypar.train import checkpoint, failure, memory, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
 from raypar.train.pulse import Pulse
 from raypar.train.recipe import Lender, weights_file
-from raypar.train.saver import Saver, patiently
+from raypar.train.saver import Saver
 from raypar.train.validate import Validator
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
@@ -55,6 +60,8 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
         return Worker(config, pulse).run()
     except Exception as error:
         explained = failure.explained(error, pulse)
+        if isinstance(explained, (*failure.TOLD, ValueError)):  # the message says it all; a traceback would bury it
+            logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
         if explained is error:
             raise
         raise explained from error
@@ -67,6 +74,7 @@ class Worker:
 
     def __init__(self, config: dict[str, Any], pulse: Pulse):
         quiet_ray()
+        logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)  # it names it so: each report
         context = ray.train.get_context()
         self.pulse = pulse
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
@@ -126,11 +134,11 @@ class Worker:
         self.loop.start_epoch()
         first_cursor = self.cursor
         self.pulse.stage = "wait for data"
-        for batch in () if self.is_finished else batches(self.spec, self.rank, self.cursor):
+        for batch, tensors in () if self.is_finished else self._batches():
             self.epoch.waited()
             self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
-            parts = self._step(batch, step)
+            parts = self._step(batch, tensors, step)
             if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1:
                 assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
@@ -152,12 +160,17 @@ class Worker:
             self.saver.end()
         return self.history[-1] if self.rank == 0 and self.history else None
 
-    def _step(self, batch: Batch, step: int) -> dict[str, Tensor]:
-        tensors = to_tensors(batch)
+    def _batches(self) -> Iterator[Rendered]:
+        """This rank's batches from the cursor on, and what the loss wants of them."""
+        if self.train["augment"] == "gpu":
+            return rendered_batches(self.spec, self.rank, self.cursor, self.loop.device, to_tensors)
+        return ((batch, to_tensors(batch)) for batch in batches(self.spec, self.rank, self.cursor))
+
+    def _step(self, batch: Batch, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if self.args.single_cls:
             tensors["cls"].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
-            pictures.training_batch(self.out, batch, self.class_names, step)
+            pictures.training_batch(self.out, replace(batch, images=tensors["img"].cpu().numpy()), self.class_names, step)
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
         self.epoch.stepped(parts, batch)
@@ -281,7 +294,7 @@ class Worker:
         what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
         if len(self.broken) > limit:
             raise failure.DivergedError(
-                f"{what}, the {len(self.broken)}th time (train.max_nan_restarts={limit}; the learning rate was halved each time): lower "
+                f"{what}; that makes {len(self.broken)} times, train.max_nan_restarts={limit}, each at half the learning rate: lower "
                 f"train.yolo.lr0 (now {self.args.lr0:g}), raise train.yolo.warmup_epochs, or use train.precision=fp32, and add train.overwrite=true"
             )
         raise failure.NotFiniteError(f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate")

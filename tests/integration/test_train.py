@@ -1,4 +1,4 @@
-"""Training through Ray: what it leaves, that ranks agree, and that a killed run goes on as if nothing had happened.
+"""Training through Ray: what it leaves, that ranks agree, and that a cache changes nothing.
 
 {storage}/{name}/train/
     settings.json  summary.json  metrics.jsonl  results.csv  results.png  batch_0.png ...
@@ -7,63 +7,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import signal
-import subprocess
-import sys
-import time
+import shutil
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 import raypar.train
 from raypar.config import RunConfig
 from raypar.dataset.cache import PREFIX, SHARED_MEMORY
-
-
-def train_folder(config: RunConfig) -> Path:
-    return Path(config.folder.uri) / "train"
-
-
-def lines(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-
-
-def with_train(config: RunConfig, name: str, **train: Any) -> RunConfig:
-    """The same dataset, another run: the dataset folder is linked."""
-    value = config.model_dump(mode="json")
-    value["name"] = name
-    value["train"] |= train
-    other = RunConfig.model_validate(value)
-    Path(other.folder.uri).mkdir()
-    (Path(other.folder.uri) / "dataset").symlink_to(Path(config.folder.uri) / "dataset")
-    return other
-
-
-def final_state(config: RunConfig) -> dict[str, Any]:
-    newest = sorted(train_folder(config).glob("checkpoint_0*"))[-1]
-    return torch.load(newest / "state.pt", weights_only=False)
-
-
-def assert_same_bits(a: Any, b: Any, path: str = "state") -> None:
-    """Equal to the last bit, through dicts, lists and tensors."""
-    if isinstance(a, torch.Tensor):
-        assert torch.equal(a, b), path
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), path
-        for key in a:
-            assert_same_bits(a[key], b[key], f"{path}.{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), path
-        for i, (x, y) in enumerate(zip(a, b, strict=True)):
-            assert_same_bits(x, y, f"{path}[{i}]")
-    else:
-        assert a == b, path
+from tests.runs import assert_same_bits, final_state, lines, train_folder, with_train
 
 
 def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
@@ -71,7 +26,7 @@ def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     names = {p.name for p in folder.iterdir()}
     assert names >= {"settings.json", "summary.json", "metrics.jsonl", "results.csv", "results.png", "batch_0.png", "best.pt", "last.pt"}
     assert not [n for n in names if n.endswith(".part")]
-    epochs = lines(folder)
+    epochs = lines(trained_run)
     assert [e["epoch"] for e in epochs] == [1, 2]
     assert [e["images_seen"] for e in epochs] == [48, 96]
     wanted = {
@@ -126,7 +81,6 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
     import ray.train.torch
 
     def train_loop(config: dict[str, Any]) -> Any:
-        import torch
         import torch.distributed as dist
 
         from raypar.dataset.manifest import Manifest
@@ -174,60 +128,34 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
     assert result.return_value == {"moved": True, "equal": True, "noticed": True}
 
 
-KILL_AFTER = 1  # epochs
-
-
-def test_a_killed_run_goes_on_and_ends_with_the_same_bits(ray_4_cpus: None, trained_run: RunConfig, tmp_path: Path) -> None:
-    """The whole driver, with its Ray, is killed by SIGKILL after the first epoch; the same command then finishes the run."""
-    yolo = {"epochs": 3, "imgsz": 64, "close_mosaic": 1}
-    settings = {"yolo": yolo, "precision": "fp32", "num_workers": 2, "threads_per_worker": 1, "keep_checkpoints": 1}
-    undisturbed, killed = (with_train(trained_run, f"{name}-{tmp_path.name}", **settings) for name in ("undisturbed", "killed"))
-    raypar.train.run(undisturbed)
-
-    run_file = tmp_path / "run.yaml"
-    run_file.write_text(yaml.safe_dump(killed.model_dump(mode="json")))
-    script = tmp_path / "drive.py"
-    script.write_text(
-        "import sys, yaml, ray, raypar.train\nfrom raypar.config import RunConfig\n"
-        "ray.init(address='local', num_cpus=4, include_dashboard=False, object_store_memory=256 << 20)\n"
-        "raypar.train.run(RunConfig.model_validate(yaml.safe_load(open(sys.argv[1]))))\n"
-    )
-    log = (tmp_path / "log").open("w")
-    driver = subprocess.Popen([sys.executable, str(script), str(run_file)], start_new_session=True, stdout=log, stderr=log)
-    metrics, deadline = train_folder(killed) / "metrics.jsonl", time.monotonic() + 240
-    try:
-        while not metrics.exists() or len(metrics.read_text().splitlines()) < KILL_AFTER:
-            assert driver.poll() is None, (tmp_path / "log").read_text()[-3000:]
-            assert time.monotonic() < deadline, (tmp_path / "log").read_text()[-3000:]
-            time.sleep(0.02)
-    finally:
-        kill_session(driver)
-    assert not (train_folder(killed) / "summary.json").exists()
-    done_before = len(lines(train_folder(killed)))
-    raypar.train.run(killed)
-    assert [e["epoch"] for e in lines(train_folder(killed))] == [1, 2, 3]
-    assert done_before < 3
-    a, b = final_state(undisturbed), final_state(killed)
-    for part in ("model", "ema", "ema_updates", "optimizer", "stopper", "best_fitness", "cursor"):
-        assert_same_bits(a[part], b[part], part)
-
-
-def kill_session(driver: subprocess.Popen[Any]) -> None:
-    """SIGKILLs a process and everything it started, found by session and by parentage."""
-    import psutil
-
-    family = psutil.Process(driver.pid).children(recursive=True) if driver.poll() is None else []
-    os.killpg(driver.pid, signal.SIGKILL)
-    driver.wait()
-    for process in family:
-        if process.is_running():
-            process.kill()
-
-
 def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, trained_run: RunConfig) -> None:
     config = with_train(trained_run, "cached", cache="ram", cache_gb=0.5)
     raypar.train.run(config)
-    for ours, theirs in zip(lines(train_folder(config)), lines(train_folder(trained_run)), strict=True):
+    for ours, theirs in zip(lines(config), lines(trained_run), strict=True):
         for key in ("train/box_loss", "train/cls_loss", "train/dfl_loss", "map50_95"):
             assert ours[key] == theirs[key], key
     assert not list(SHARED_MEMORY.glob(f"{PREFIX}*"))
+
+
+def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
+    """On CPU tensors: what runs on a GPU is the same program."""
+    config = with_train(trained_run, "device", augment="gpu")
+    raypar.train.run(config)
+    folder, before = train_folder(config), lines(trained_run)
+    found = lines(config)
+    for line, other in zip(found, before, strict=True):
+        assert (line["images_missed"], line["images_repeated"], line["images_replaced"]) == (0, 0, 0)
+        assert line["images_seen"] == other["images_seen"]
+        for name in ("train/box_loss", "train/cls_loss", "train/dfl_loss"):
+            assert abs(line[name] / other[name] - 1) < 0.3, name
+    assert (folder / "batch_0.png").exists()
+    expected = final_state(config)
+    newest = sorted(folder.glob("checkpoint_0*"))[-1]
+    for path in (newest, folder / "summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(ValueError, match="augment: 'gpu' then, None now"):
+        raypar.train.run(
+            RunConfig.model_validate({**config.model_dump(mode="json"), "train": config.train.model_dump() | {"augment": "cpu"}})
+        )
+    raypar.train.run(config)  # from the first epoch's checkpoint, with a ring that is filled anew
+    assert_same_bits(final_state(config)["model"], expected["model"], "model")
