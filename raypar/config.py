@@ -116,7 +116,9 @@ class TrainConfig(Section):
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
     batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the chip has it")
-    augment: Literal["auto", "cpu"] = Field("auto", description="where to augment; cpu: in Ray Data tasks")
+    augment: Literal["auto", "cpu", "gpu"] = Field(
+        "auto", description="where to augment; cpu: in Ray Data tasks; gpu: on the training workers' devices, which decode too; auto: cpu"
+    )
     cache: Literal["none", "ram", "disk"] = Field("none", description="keep decoded images between epochs, once a node")
     cache_gb: float | None = Field(
         None, gt=0, description="of a node; nothing: a quarter of its memory, or half of what is free on its disk"

@@ -29,7 +29,7 @@ from raypar.dataset.batch import Batch, one_binary
 from raypar.dataset.batch import pack as pack_labels
 from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
-from raypar.dataset.rows import row_labels
+from raypar.dataset.rows import cells, row_labels
 from raypar.dataset.stream import ALBUMENTATIONS, MAX_STEPS_PER_BLOCK, StreamSpec, _start, dealt, fetched, settle, transform_of
 from raypar.images import decode, resized_hw, shrink
 
@@ -220,7 +220,7 @@ def _images(spec: StreamSpec, window: Window) -> tuple[NDArray[np.int64], list[p
         path, index = spec.groups[group]
         with spec.dataset.open(path) as file:
             column = pq.ParquetFile(file).read_row_group(index, columns=["image"])["image"]
-        images += [image.as_buffer() for image in column]
+        images += cells(column)
         numbers.append(spec.first_rows[group] + np.arange(len(column)))
     rows = slice(window.first_row, window.first_row + window.num_rows)
     return np.concatenate(numbers)[rows], images[rows]
@@ -265,7 +265,7 @@ def unpack(table: pa.Table) -> list[EncodedBatch]:
     """The inverse of :func:`pack`; arrays are views of the table's memory."""
 
     def view(name: str, dtype: Any) -> NDArray[Any]:
-        return np.frombuffer(table.column(name)[0].as_buffer(), dtype=dtype)
+        return np.frombuffer(cells(table.column(name))[0], dtype=dtype)
 
     batches = unpack_labels(table)
     per_batch, tables = len(batches[0].images), view("tables", np.int64).reshape(-1, 4)

@@ -42,8 +42,12 @@ def check(config: RunConfig) -> None:
     from raypar.augment import albu
     from raypar.train.recipe import settings
 
-    settings(config.train.yolo, batch=config.train.batch, seed=config.seed)
-    albu.check(config.train.albumentations)
+    args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed)
+    transforms = albu.make(config.train.albumentations)
+    if config.train.augment == "gpu":
+        from raypar.dataset.encoded import refuse
+
+        refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=transforms.move_pixels)
     _model(config.train.model)
 
 
@@ -219,7 +223,8 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
     manifest = (config.folder / "dataset").read("manifest.json")
     train = config.train
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
-            "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest()}  # fmt: skip
+            "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
+            "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:

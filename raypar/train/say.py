@@ -18,7 +18,8 @@ def introduce(worker: Worker) -> None:
         found = "starting" if worker.cursor == 0 else f"resuming after {worker.cursor} of {worker.plan.total_positions} images"
         print(f"train: {found}; {worker.plan.num_images} images, {worker.plan.steps_per_epoch} steps of {worker.plan.global_batch} an epoch, "
               f"{worker.args.epochs} epochs; {worker.world_size} worker(s) on {worker.loop.device.type}, {torch.get_num_threads()} threads, "
-              f"{str(worker.precision).removeprefix('torch.')}, {type(worker.loop.optimizer).__name__}", flush=True)  # fmt: skip
+              f"{str(worker.precision).removeprefix('torch.')}, {type(worker.loop.optimizer).__name__}"
+              f"{', augmented there' if worker.train['augment'] == 'gpu' else ''}", flush=True)  # fmt: skip
 
 
 def progress(worker: Worker, batch: Batch) -> None:
@@ -41,7 +42,8 @@ def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
     print(f"train: epoch {line['epoch']}/{worker.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
           f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
     if line["images_replaced"]:
-        print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; others were shown in their place",
+        instead = "grey ones without labels" if worker.train["augment"] == "gpu" else "others"
+        print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; {instead} were shown in their place",
               flush=True)  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -82,8 +83,6 @@ def through_ray(spec: StreamSpec, cursor: int, storage: Path, loop: Any = None) 
 
 
 def crc(batch: Batch) -> int:
-    import zlib
-
     return zlib.crc32(batch.images.copy())
 
 
@@ -170,3 +169,35 @@ def test_a_task_killed_in_the_middle_is_redone_without_a_change_to_the_stream(da
     ((killed, dealt),) = through_ray(spec, 0, tmp_path, loop=killing_loop)
     assert len(killed) == 2
     assert dealt == [(b.epoch, b.step, crc(b)) for b in whole(spec)]
+
+
+def test_encoded_images_reach_two_ranks_and_are_rendered_as_planned_from_any_cursor(dataset: RunConfig, tmp_path: Path) -> None:
+    from raypar.dataset.encoded import encoded_blocks
+    from raypar.dataset.rendered import Feed
+
+    def rendering_loop(config: dict[str, Any]) -> Any:
+        import zlib
+
+        import torch
+        import torch.distributed as dist
+
+        from raypar.dataset.rendered import rendered_batches
+
+        rank = dist.get_rank()
+        made = rendered_batches(config["spec"], rank, config["cursor"], "cpu", lambda b: {"cls": torch.from_numpy(b.class_ids.copy())})
+        mine = [(b.epoch, b.step, b.rank, b.rows.tolist(), len(t["cls"]), zlib.crc32(t["img"].numpy())) for b, t in made]
+        every: list[Any] = [None, None]
+        dist.all_gather_object(every, mine)
+        return every if rank == 0 else None
+
+    spec = make_spec(dataset, world_size=2)
+    first = spec.plan.steps_per_epoch + 3
+    dealt = through_ray(spec, GLOBAL_BATCH * first, tmp_path, loop=rendering_loop)
+    expected: list[list[Any]] = [[], []]
+    feeds = [Feed(spec, "cpu", lambda batch: {}) for _ in range(2)]
+    for item in spec.plan.items():
+        for b in sorted((b for block in encoded_blocks(spec, item) for b in block), key=lambda b: (b.step, b.rank)):
+            batch, tensors = feeds[b.rank](b)
+            crc = zlib.crc32(tensors["img"].numpy())
+            expected[b.rank].append((b.epoch, b.step, b.rank, batch.rows.tolist(), len(batch.class_ids), crc))
+    assert dealt == [planned[first:] for planned in expected]
