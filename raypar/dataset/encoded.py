@@ -262,7 +262,7 @@ def pack(batches: Sequence[EncodedBatch]) -> pa.Table:
 
 
 def unpack(table: pa.Table) -> list[EncodedBatch]:
-    """The inverse of :func:`pack`; arrays are views of the table's memory."""
+    """The inverse of :func:`pack`; all but the tables are views of the memory of Arrow's."""
 
     def view(name: str, dtype: Any) -> NDArray[Any]:
         return np.frombuffer(cells(table.column(name))[0], dtype=dtype)
@@ -272,7 +272,7 @@ def unpack(table: pa.Table) -> list[EncodedBatch]:
     encoded = np.split(view("encoded", np.uint8), np.cumsum(view("num_bytes", np.int64))[:-1])
     image_hws = view("image_hws", np.int32).reshape(-1, per_batch, 2)
     box_slots = np.split(view("box_slots", np.int32), np.cumsum([len(batch.image_index) for batch in batches])[:-1])
-    values = np.split(view("values", np.float32), np.cumsum(tables[:, 0])[:-1])
+    values = np.split(view("values", np.float32).copy(), np.cumsum(tables[:, 0])[:-1])
     return [
         EncodedBatch(
             batch, encoded[i * per_batch : (i + 1) * per_batch], image_hws[i], box_slots[i], Table(values[i], *tables[i, 1:].tolist())
