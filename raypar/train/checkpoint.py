@@ -126,7 +126,9 @@ def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
     for name in found:
         try:
             return name, load(out, name, patience_s)
-        except (RuntimeError, EOFError, KeyError) as error:  # torch's, of a damaged file
+        except OSError:
+            raise
+        except Exception as error:  # torch's or pickle's, of a damaged file
             print(f"train: {name} cannot be read and is passed over: {' '.join(str(error).split())[:200]}", flush=True)
     if found:
         raise ValueError(f"none of the checkpoints {', '.join(found)} in {out.uri} can be read: restore one, or train.overwrite=true")
