@@ -1,7 +1,7 @@
 """JPEG bytes -> augmented batch on the GPU: raypar's `augment: gpu` / Ultralytics' loader with all cores.   python benchmarks/gpu_ingest.py
 
 Both read the same JPEG files (640x480, about 130 KB, 7 boxes each), draw Ultralytics' default augmentation and end with uint8 batches on the
-device. raypar: processes read files and draw the geometry, as the stream's tasks do; the device decodes into a ring and renders.
+device. raypar: the stream as it is in training: Ray Data tasks read shards and draw the geometry; the worker's device decodes into a ring and renders.
 Ultralytics: `build_dataloader` with a worker a core, and a copy to the device. Turns are alternated; what a loader has ready when its turn
 begins is thrown away, and not counted. Without a GPU there is nothing to measure: the last line says so.
 """
@@ -10,47 +10,31 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import os
 import statistics
 import tempfile
 import time
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import dataclass
 from functools import partial
-from itertools import count
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-os.environ |= {"YOLO_OFFLINE": "true", "YOLO_AUTOINSTALL": "false", "YOLO_VERBOSE": "false"}
+os.environ.update(
+    YOLO_OFFLINE="true", YOLO_AUTOINSTALL="false", YOLO_VERBOSE="false", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+)  # fmt: skip
+REPOSITORY = Path(__file__).resolve().parent.parent
+os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 
-import cv2
-import numpy as np
+import _data
 
-CLASSES, BOXES, HW = 8, 7, (480, 640)
-RING_IMAGES = 512
+from raypar.dataset.manifest import Split
+from raypar.quiet import quiet_ray
+from raypar.storage import Folder
+
 CORES = len(os.sched_getaffinity(0))
-
-
-def make_dataset(folder: Path, num_images: int) -> None:
-    """images/*.jpg and labels/*.txt, as Ultralytics reads them."""
-    rng = np.random.default_rng(0)
-    for name in ("images", "labels"):
-        (folder / name).mkdir(parents=True)
-    for i in range(num_images):
-        image = np.full((*HW, 3), 120, np.float32)
-        for cells, contrast in ((4, 60), (12, 35), (40, 20), (160, 11)):
-            image += contrast * cv2.resize(
-                rng.standard_normal((cells, cells, 3)).astype(np.float32), HW[::-1], interpolation=cv2.INTER_CUBIC
-            )
-        image += rng.normal(0, 5, image.shape).astype(np.float32)
-        cv2.imwrite(str(folder / "images" / f"{i:05d}.jpg"), image.clip(0, 255).astype(np.uint8), [cv2.IMWRITE_JPEG_QUALITY, 94])
-        wh = rng.uniform(0.05, 0.4, (BOXES, 2))
-        boxes = np.concatenate([rng.uniform(wh / 2, 1 - wh / 2), wh], 1)
-        lines = [f"{c} " + " ".join(f"{v:.6f}" for v in box) for c, box in zip(rng.integers(CLASSES, size=BOXES), boxes, strict=True)]
-        (folder / "labels" / f"{i:05d}.txt").write_text("\n".join(lines))
+JPEG_BYTES = 130_000
 
 
 def settings(imgsz: int) -> Any:
@@ -62,8 +46,9 @@ def settings(imgsz: int) -> Any:
 def theirs(folder: Path, batch: int, imgsz: int, device: str) -> Iterator[int]:
     """Ultralytics' batches on the device, for ever; yields the number of images."""
     from ultralytics.data import build_dataloader, build_yolo_dataset
+    from ultralytics.data.utils import check_det_dataset
 
-    data = {"nc": CLASSES, "names": {i: str(i) for i in range(CLASSES)}, "channels": 3, "train": str(folder / "images")}
+    data = check_det_dataset(str(folder / "data.yaml"))
     dataset = build_yolo_dataset(settings(imgsz), data["train"], batch, data, mode="train")
     loader = build_dataloader(dataset, batch, CORES, shuffle=True, drop_last=True, device=device)
     while True:
@@ -71,102 +56,27 @@ def theirs(folder: Path, batch: int, imgsz: int, device: str) -> Iterator[int]:
             yield len(made["img"].to(device, non_blocking=True))
 
 
-@dataclass
-class Labelled:
-    """Labels of a source, which has no pixels yet."""
+def ours(folder: Path, split: Split, batch: int, imgsz: int, device: str, num_batches: int) -> Iterator[int]:
+    """So many of raypar's batches on the device, as a training worker gets them; yields the number of images."""
+    from raypar.augment.geometry import Recipe
+    from raypar.dataset.encoded import LOOK_AHEAD_BYTES, _task, unpack
+    from raypar.dataset.plan import Plan
+    from raypar.dataset.rendered import Feed, rendered
+    from raypar.dataset.stream import StreamSpec, _start
+    from raypar.train.loop import to_tensors
 
-    class_ids: np.ndarray
-    boxes_xywhn: np.ndarray
-    hw: tuple[int, int]
-    polygons: None = None
-    keypoints: None = None
-
-
-class Tasks:
-    """What Ray Data tasks do for the stream: the encoded images of a step, and the numbers by which to render it."""
-
-    def __init__(self, folder: Path, batch: int, imgsz: int):
-        from raypar.augment.geometry import Recipe
-
-        self.batch, self.recipe = batch, Recipe.from_yolo(vars(settings(imgsz)))
-        self.images = sorted((folder / "images").iterdir())
-        labels = [np.loadtxt(folder / "labels" / f"{path.stem}.txt", ndmin=2) for path in self.images]
-        hw = tuple(min(side, round(side * imgsz / max(HW))) for side in HW)
-        self.labels = [Labelled(table[:, 0].astype(np.int32), table[:, 1:].astype(np.float32), hw) for table in labels]
-
-    def encoded(self, step: int) -> tuple[list[int], list[bytes]]:
-        """The slots and the bytes of the images that a step shows for the first time."""
-        positions = range(step * self.batch, (step + 1) * self.batch)
-        return [p % RING_IMAGES for p in positions], [self.images[p % len(self.images)].read_bytes() for p in positions]
-
-    def step(self, step: int) -> Any:
-        """Mosaic partners are any of the ring's images: those of the steps before, and of this one."""
-        from raypar.augment.geometry import draw, generator
-        from raypar.augment.labels import batch_labels, move_labels
-        from raypar.augment.pack import pack
-
-        slots, encoded = self.encoded(step)
-        last = (step + 1) * self.batch
-        there = [self.labels[(last - 1 - (last - 1 - slot) % RING_IMAGES) % len(self.images)] for slot in range(RING_IMAGES)]
-        samples = [draw(self.recipe, generator(0, step, slot), slot, RING_IMAGES, mosaic_on=True) for slot in slots]
-        moved = [move_labels(self.recipe, sample, there) for sample in samples]
-        table = pack(self.recipe, samples, [source.hw for source in there], range(RING_IMAGES), [m.cut for m in moved])
-        return slots, encoded, table, batch_labels(moved)
+    dataset = Folder.at(str(folder / "shards"))
+    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=batch, epochs=100_000)
+    recipe = Recipe.from_yolo(vars(settings(imgsz)))
+    spec = StreamSpec.of(dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1)
+    items = list(islice(plan.items(), -(-num_batches // plan.steps_per_window)))
+    (shard,) = _start(spec, items, _task, LOOK_AHEAD_BYTES)
+    tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+    for _, tensors in rendered((one for table in tables for one in unpack(table)), Feed(spec, device, to_tensors), 0):
+        yield len(tensors["img"])
 
 
-_tasks: Tasks
-
-
-def start(*how: Any) -> None:
-    global _tasks
-    cv2.setNumThreads(0)
-    _tasks = Tasks(*how)
-
-
-def run_step(step: int) -> Any:
-    return _tasks.step(step)
-
-
-def ours(folder: Path, batch: int, imgsz: int, device: str) -> Iterator[int]:
-    """raypar's batches on the device, for ever; yields the number of images."""
-    import torch
-
-    from raypar.augment.gpu import GpuRenderer
-    from raypar.augment.ring import Ring, decode_batch, prefetched
-
-    tasks = Tasks(folder, batch, imgsz)
-    ring, renderer = Ring(RING_IMAGES, imgsz, device), GpuRenderer(tasks.recipe, device)
-
-    def fill(slots: list[int], encoded: list[bytes]) -> None:
-        images, grey = decode_batch(encoded, [HW] * len(encoded), imgsz, device)
-        assert not grey
-        ring.put(slots, images)
-
-    def prepare(item: Any) -> dict[str, torch.Tensor]:
-        slots, encoded, table, labels = item
-        fill(slots, encoded)
-        flat = {name: torch.from_numpy(getattr(labels, name)) for name in ("class_ids", "boxes_xywhn", "image_index")}
-        if device == "cuda":
-            flat = {name: values.pin_memory().to(device, non_blocking=True) for name, values in flat.items()}
-        return flat | {"img": renderer.render(table, ring)}
-
-    first = RING_IMAGES // batch
-    for step in range(first):  # as after a resume
-        fill(*tasks.encoded(step))
-    with ProcessPoolExecutor(CORES, multiprocessing.get_context("spawn"), start, (folder, batch, imgsz)) as pool:
-
-        def steps() -> Iterator[Any]:
-            waiting: deque[Future[Any]] = deque()
-            for step in count(first):
-                waiting.append(pool.submit(run_step, step))
-                if len(waiting) > 2 * CORES:
-                    yield waiting.popleft().result()
-
-        for made in prefetched(steps(), prepare, device):
-            yield len(made["img"])
-
-
-def images_per_s(side: Callable[[], Iterator[int]], warm_up: int, measured: int, device: str) -> float:
+def images_per_s(side: Callable[[], Iterator[int]], warm_up: int, measured: int, device: str, *, batches_end: bool) -> float:
     """Of a side that is started afresh, after so many batches as it may have ready by then."""
     import torch
 
@@ -181,7 +91,10 @@ def images_per_s(side: Callable[[], Iterator[int]], warm_up: int, measured: int,
         wait()
         return num_images / (time.perf_counter() - began)
     finally:
-        batches.close()  # type: ignore[attr-defined]
+        if not batches_end:
+            batches.close()  # type: ignore[attr-defined]
+        for _ in batches:  # what is left of a stream, so that the next turn has the machine to itself
+            pass
 
 
 def main() -> None:
@@ -191,26 +104,40 @@ def main() -> None:
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--measured", type=int, default=64, help="batches a turn")
+    parser.add_argument("--warm-up", type=int, help="batches before; nothing: as many as a side may have ready")
     parser.add_argument("--device", default="cuda", help="cpu only shows that the script works: its numbers mean nothing")
     args = parser.parse_args()
     row: dict[str, Any] = {"benchmark": "gpu_ingest", "claim": ">= 4", "ratio": None, "cores": CORES}
     import torch
+
+    from raypar.dataset.encoded import LOOK_AHEAD_BYTES
 
     if args.device == "cuda" and not torch.cuda.is_available():
         print("no GPU on this machine: nothing was measured")
         print(json.dumps(row))
         return
     name = torch.cuda.get_device_name() if args.device == "cuda" else "cpu: not a measurement"
-    with tempfile.TemporaryDirectory() as made:
+    quiet_ray()
+    import ray
+
+    ray.init(address="local", num_cpus=CORES + 1, include_dashboard=False, logging_level="warning", object_store_memory=2 << 30)
+    with tempfile.TemporaryDirectory(prefix="raypar-gpu-ingest-") as made:
         folder = Path(made)
-        make_dataset(folder, args.images)
-        how = (folder, args.batch, args.imgsz, args.device)
-        ready = CORES * 4 + 4  # Ultralytics' prefetch_factor
+        split = _data.shards(_data.generated(folder, args.images), Folder.at(str(folder / "shards")))
+        how = (args.batch, args.imgsz, args.device)
+        ready = {"ultralytics": CORES * 4 + 4, "raypar": 8 + LOOK_AHEAD_BYTES // (args.batch * JPEG_BYTES)}  # prefetch_factor; the stream's
+        if args.warm_up is not None:
+            ready = dict.fromkeys(ready, args.warm_up)
+        turns = {
+            "raypar": partial(ours, folder, split, *how, ready["raypar"] + args.measured),
+            "ultralytics": partial(theirs, folder, *how),
+        }
         pairs = []
         for i in range(args.pairs):
-            turns = {"raypar": partial(ours, *how), "ultralytics": partial(theirs, *how)}
             order = list(turns) if i % 2 == 0 else list(turns)[::-1]
-            rates = {side: images_per_s(turns[side], ready, args.measured, args.device) for side in order}
+            rates = {
+                side: images_per_s(turns[side], ready[side], args.measured, args.device, batches_end=side == "raypar") for side in order
+            }
             pairs.append((rates["raypar"], rates["ultralytics"]))
             print(
                 f"pair {i + 1}: raypar {pairs[-1][0]:.0f} images/s, Ultralytics {pairs[-1][1]:.0f} images/s, ratio {pairs[-1][0] / pairs[-1][1]:.2f}"

@@ -124,7 +124,11 @@ def _decode_on_gpu(encoded: Sequence[Any], device: torch.device) -> list[Tensor]
         from torchvision.io import ImageReadMode  # loads the operator, whose Python wrapper is deprecated and says so each time
 
         data = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in encoded]
+        stream = torch.cuda.current_stream(device)
+        # The decoder writes on a stream of its own, which waits for nobody: not for those who still read what this memory was before.
+        stream.synchronize()
         planes = torch.ops.image.decode_jpegs_cuda(data, ImageReadMode.RGB.value, device)
+        stream.synchronize()  # until here it may read the bytes
     except (ImportError, AttributeError, RuntimeError):  # no torchvision, one without nvJPEG, or an image it refuses
         return []
     return [image.permute(1, 2, 0) for image in planes]
