@@ -32,6 +32,9 @@ class Feed:
         spec: of the stream.
         device: of the ring and of batches.
         to_tensors: a batch's labels as the loss wants them, on the host; ``img`` among them is replaced.
+
+    Raises:
+        ValueError: the device has no memory for the ring.
     """
 
     def __init__(self, spec: StreamSpec, device: torch.device | str, to_tensors: ToTensors):
@@ -40,8 +43,19 @@ class Feed:
         self.steps_per_epoch, self.depth = spec.plan.steps_per_epoch, depth_of(spec)
         self.renderer = GpuRenderer(spec.recipe, device)
         capacity = self.depth * spec.images_per_batch
-        self.ring = Ring(capacity, self.imgsz, device, is_enlarged=not spec.recipe.is_axis_aligned)
+        self.ring = self._ring(capacity, is_enlarged=not spec.recipe.is_axis_aligned)
         self.is_grey = np.zeros(capacity, np.bool_)  # of each slot, whether its image could not be decoded
+
+    def _ring(self, capacity: int, *, is_enlarged: bool) -> Ring:
+        try:
+            return Ring(capacity, self.imgsz, self.device, is_enlarged=is_enlarged)
+        except RuntimeError as error:  # torch's errors of CUDA and of the host have no other class in common
+            if "memory" not in str(error):
+                raise
+            raise ValueError(
+                f"train.augment=gpu keeps the worker's last {capacity} images, {4 * capacity * self.imgsz**2 / 1e9:.1f} GB, on {self.device}, "
+                f"which has not so much left: take train.augment=cpu, more workers, or a smaller train.batch or train.yolo.imgsz"
+            ) from error
 
     def put(self, given: EncodedBatch) -> int:
         """Decodes a step's images into the ring. Returns how many could not be: they are grey."""

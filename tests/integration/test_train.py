@@ -140,6 +140,11 @@ def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, traine
 def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
     """On CPU tensors: what runs on a GPU is the same program."""
     config = with_train(trained_run, "device", augment="gpu")
+    value = config.model_dump(mode="json")
+    value["train"]["cache"] = "ram"
+    with pytest.raises(ValueError, match=r"train\.augment=gpu cannot be had: train\.cache=ram"):
+        raypar.train.check(RunConfig.model_validate(value))
+    raypar.train.check(config)
     raypar.train.run(config)
     folder, before = train_folder(config), lines(trained_run)
     found = lines(config)

@@ -15,14 +15,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_stream_properties import RECIPE, cases, folder, spec_of, stream
+from test_tasks import prepared
 
 from raypar.augment.albu import make
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.labels import batch_labels
 from raypar.dataset import encoded as encoded_module
+from raypar.dataset import rendered as rendered_module
 from raypar.dataset.batch import Batch
 from raypar.dataset.encoded import EncodedBatch, depth_of, encoded_blocks, in_lane, pack, refuse, unpack
+from raypar.dataset.plan import Plan
 from raypar.dataset.rendered import Feed, Rendered, rendered, without
 from raypar.dataset.stream import StreamSpec, _read, render
 from raypar.storage import Folder
@@ -185,6 +188,39 @@ def test_albumentations_of_the_pixels_are_those_of_the_other_stream(folder: Path
         assert np.abs(tensors["img"].numpy().astype(float) - item.images).mean() <= 2
         grey += [bool((image.max(0) - image.min(0) <= 1).all()) for image in item.images.astype(int)]
     assert 0.25 < np.mean(grey) < 0.75
+
+
+@pytest.mark.parametrize("task", ["segment", "pose", "obb"])
+def test_labels_of_every_task_follow_and_do_not_depend_on_the_number_of_workers(tmp_path: Path, task: str) -> None:
+    manifest = prepared(tmp_path, task, 20)
+    split, more = manifest.split("train"), {"task": task, "num_keypoints": (manifest.keypoint_shape or (0,))[0]}
+    plan = Plan(split.shards[0].row_groups, seed=1, global_batch=4, epochs=2, window_images=8)
+
+    def spec_with(recipe: Recipe, world_size: int) -> StreamSpec:
+        return StreamSpec.of(Folder.at(tmp_path), split, plan, recipe, mosaic_epochs=2, albumentations=[], world_size=world_size)
+
+    still = spec_with(Recipe(64, scale=0.3, fliplr=0.5, **more), 1)  # type: ignore[arg-type]
+    names = ("class_ids", "boxes_xywhn", "image_index", "masks", "keypoints", "boxes_xywhr")
+    for expected, (batch, _) in zip([b for i in plan.items() for b in render(still, i)], shown(still), strict=True):
+        for name in names:
+            if (value := getattr(expected, name)) is not None:
+                np.testing.assert_allclose(getattr(batch, name), value, atol=1e-4)
+    alone, shared = (shown(spec_with(Recipe(64, mosaic=1.0, scale=0.3, **more), n)) for n in (1, 2))  # type: ignore[arg-type]
+    special = {"segment": "masks", "pose": "keypoints", "obb": "boxes_xywhr"}[task]
+    for step, (batch, tensors) in enumerate(alone):
+        pair = shared[2 * step : 2 * step + 2]
+        assert torch.equal(torch.cat([t["img"] for _, t in pair]), tensors["img"])
+        for name in ("class_ids", special):
+            assert np.array_equal(np.concatenate([getattr(b, name) for b, _ in pair]), getattr(batch, name)), name
+
+
+def test_a_ring_that_does_not_fit_is_told_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 7 GiB")
+
+    monkeypatch.setattr(rendered_module, "Ring", full)
+    with pytest.raises(ValueError, match=r"last 40 images, 0\.0 GB, on cpu.*train\.augment=cpu"):
+        Feed(spec_of(folder, 23, 7, 1, seed=0, global_batch=8, epochs=1), "cpu", to_tensors)
 
 
 def damage(spec: StreamSpec, into: Path, row: int) -> StreamSpec:
