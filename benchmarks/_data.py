@@ -6,10 +6,11 @@ from pathlib import Path
 
 import cv2
 import numpy as np
+import pyarrow.parquet as pq
 
 from raypar.dataset.formats import voc, yolo
 from raypar.dataset.ingest import ShardJob, write_shard
-from raypar.dataset.manifest import Split
+from raypar.dataset.manifest import Manifest, Split
 from raypar.images import encode_jpeg, header_hw
 from raypar.storage import Folder
 
@@ -64,12 +65,25 @@ def shards(data_yaml: Path, dataset: Folder) -> Split:
     return Split(shards=tuple(made), num_images=sum(sum(shard.row_groups) for shard in made))
 
 
-def _write(folder: Path, name: str, image: bytes, class_ids: np.ndarray, boxes_xywhn: np.ndarray) -> None:
+def as_yolo(dataset: Path, folder: Path) -> tuple[Path, int]:
+    """The images and labels of a prepared dataset as Ultralytics wants them: its data.yaml, and how many images the train split has."""
+    manifest = Manifest.load(Folder.at(str(dataset)))
+    for name in ("train", "val"):
+        for shard in manifest.split(name).shards:
+            for i, row in enumerate(pq.read_table(dataset / shard.path).to_pylist()):
+                boxes = np.reshape(row["boxes_xywhn"], (-1, 4))
+                _write(folder, f"{Path(shard.path).stem}_{i:05d}", row["image"], row["class_ids"], boxes, name)
+    path = folder / "data.yaml"
+    path.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {list(manifest.class_names)}\n")
+    return path, manifest.split("train").num_images
+
+
+def _write(folder: Path, name: str, image: bytes, class_ids: np.ndarray, boxes_xywhn: np.ndarray, split: str = "train") -> None:
     for kind in ("images", "labels"):
-        (folder / kind / "train").mkdir(parents=True, exist_ok=True)
-    (folder / f"images/train/{name}.jpg").write_bytes(image)
+        (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    (folder / f"images/{split}/{name}.jpg").write_bytes(image)
     lines = [f"{c} {' '.join(f'{x:.6f}' for x in box)}" for c, box in zip(class_ids, boxes_xywhn, strict=True)]
-    (folder / f"labels/train/{name}.txt").write_text("\n".join(lines))
+    (folder / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
 
 
 def _yaml(folder: Path, names: list[str]) -> Path:
