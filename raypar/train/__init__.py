@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"  # written last: where it is, the training is complete
 SETTINGS = "settings.json"  # what a run must keep to be resumed
-GROW_EVERY_S = 60.0  # how often an elastic run looks for more room
+GROW_EVERY_S = 30.0  # how often an elastic run looks for more room
 SPLITS = ("train", "val")  # that training reads
 
 

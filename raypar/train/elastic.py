@@ -56,11 +56,17 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]  # Ray is untyped her
         return decision
 
     def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
-        """Never resizes under running workers: it asks them to save and leave. Lost workers are the failure policy's."""
+        """Grows by asking the workers to save and leave. Shrinks at once, when what is left cannot feed so many; lost workers are the
+        failure policy's."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)
-        if isinstance(decision, ResizeDecision) and decision.num_workers > worker_group_state.num_workers:
+        if not isinstance(decision, ResizeDecision):
+            return decision
+        if decision.num_workers > worker_group_state.num_workers:
             pulse.post(self.run_id, "wish", "grow")
-        return NoopDecision()
+            return NoopDecision()
+        print(f"train: the cluster has room for {decision.num_workers} workers now and not for {worker_group_state.num_workers}: "
+              "they start again from the newest checkpoint", flush=True)  # fmt: skip
+        return decision
 
 
 def largest(world_sizes: list[int], possible: int, *, cpus: float, cpus_per_worker: float) -> int:

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 BEAT_S = 1.0
+COMPLAIN_EVERY_S = 60.0
 NAMESPACE = b"raypar"
 
 
@@ -98,7 +99,7 @@ class Pulse:
         self.run_id, self.rank, self.world_size = run_id, rank, world_size
         self.host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         self.cursor = self._count = 0
-        self._stage, self._since = "start", time.monotonic()
+        self._stage, self._since, self._complaints = "start", time.monotonic(), 0
         self._wishes: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raypar-pulse", daemon=True)
@@ -112,7 +113,7 @@ class Pulse:
 
     @stage.setter
     def stage(self, stage: str) -> None:
-        self._stage, self._since = stage, time.monotonic()
+        self._stage, self._since, self._complaints = stage, time.monotonic(), 0
 
     def wishes(self) -> set[str]:
         """What was asked of the run (on rank 0: ``stop``, ``grow``, ``save``), and ``preempted`` when a node is to be taken away."""
@@ -129,6 +130,7 @@ class Pulse:
             try:
                 self._beat()
                 self._listen()
+                self._complain()
             except Exception:  # the store is away for a while; what matters fails elsewhere, with a better reason
                 continue
 
@@ -138,6 +140,13 @@ class Pulse:
         beat = Beat(self.rank, self.world_size, self.host, os.getpid(), self._stage, time.monotonic() - self._since, self.cursor,
                     self._count, memory_gb)  # fmt: skip
         post(self.run_id, f"beat:{self.rank}", json.dumps(asdict(beat)))
+
+    def _complain(self) -> None:
+        """A line a minute while nothing moves: no hang is silent."""
+        waited_s = time.monotonic() - self._since
+        if self.rank == 0 and waited_s > COMPLAIN_EVERY_S * (self._complaints + 1):
+            self._complaints += 1
+            print(f"train: nothing moved for {waited_s:.0f} s: {self}", flush=True)
 
     def _listen(self) -> None:
         if _preemption() is not None:
