@@ -16,7 +16,7 @@ VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve"
 OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
     "project": "storage", "name": "name", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
-    "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
+    "pretrained": "train.init_from", "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
     "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "nothing: every epoch ends with a checkpoint",
     "split": "evaluate.split", "source": "predict.source", "format": "export.format",
 }  # fmt: skip
@@ -108,6 +108,9 @@ class TrainConfig(Section):
     """A dataset and a model -> trained weights."""
 
     model: str = Field("yolov8n.yaml", description="a model yaml (from scratch) or weights (.pt) to start from")
+    init_from: str | None = Field(
+        None, description="weights (.pt, URI) that a model yaml takes over layer by layer, where they fit; nothing: random ones"
+    )
     num_workers: PositiveInt | NumWorkers = Field(
         1, description="training workers, or {min, max} to go on with what is there; each takes one GPU or a share of the CPUs"
     )
@@ -152,6 +155,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch {self.batch} cannot be shared equally by {self.max_workers} workers: make it a multiple of {self.max_workers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _starts_from_one_thing(self) -> Self:
+        if self.init_from is not None and not self.model.endswith((".yaml", ".yml")):
+            raise ValueError(f"init_from fills a model yaml with weights, and model {self.model} has its own: keep one of them")
         return self
 
     @property

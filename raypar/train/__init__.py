@@ -27,6 +27,7 @@ SUMMARY = "summary.json"  # written last: where it is, the training is complete
 SETTINGS = "settings.json"  # what a run must keep to be resumed
 GROW_EVERY_S = 30.0  # how often an elastic run looks for more room
 SPLITS = ("train", "val")  # that training reads
+INITIAL = "init.pt"  # weights that training starts from
 
 
 def check(config: RunConfig) -> None:
@@ -49,6 +50,8 @@ def check(config: RunConfig) -> None:
 
         refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=transforms.move_pixels)
     _model(config.train.model)
+    if config.train.init_from is not None:
+        _model(config.train.init_from, "train.init_from")
 
 
 def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
@@ -89,6 +92,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     manifest = Manifest.load(config.folder / "dataset")
     verify.check_sums(config.folder / "dataset", manifest, SPLITS)
     model = _stage(_model(train.model), out)
+    if train.init_from is not None:
+        _stage(_model(train.init_from, "train.init_from"), out)
     out.write_json(SETTINGS, settings)
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache)
@@ -129,6 +134,7 @@ def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest,
             "folder": config.folder.uri,
             "seed": config.seed,
             "model": model,
+            "init_from": None if train.init_from is None else INITIAL,
             "train": train.model_dump(mode="json"),
             "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
             "cache": None if cache is None else dataclasses.asdict(cache),
@@ -184,7 +190,7 @@ def _finish(out: Folder) -> dict[str, Any]:
     return summary
 
 
-def _model(name: str) -> str | dict[str, Any]:
+def _model(name: str, key: str = "train.model") -> str | dict[str, Any]:
     """A model yaml's content, or the local path of weights.
 
     Raises:
@@ -204,9 +210,9 @@ def _model(name: str) -> str | dict[str, Any]:
             name = str(Path(attempt_download_asset(name)).absolute())
             task = load_checkpoint(name)[0].task
     except Exception as error:
-        raise ValueError(f"train.model: {name} cannot be read: {' '.join(str(error).split())[:300]}") from error
+        raise ValueError(f"{key}: {name} cannot be read: {' '.join(str(error).split())[:300]}") from error
     if task != "detect":
-        raise ValueError(f"train.model: {name} is a model for '{task}', the dataset is for 'detect'")
+        raise ValueError(f"{key}: {name} is a model for '{task}', the dataset is for 'detect'")
     return content if name.endswith((".yaml", ".yml")) else name
 
 
@@ -214,8 +220,9 @@ def _stage(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
     """Puts weights into storage once, where every node can read them; returns their name there."""
     if isinstance(model, dict):
         return model
-    out.upload(model, "init.pt")
-    return "init.pt"
+    if not (out.exists(SETTINGS) and out.exists(INITIAL)):  # a run that goes on does so with what it was begun with
+        out.upload(model, INITIAL)
+    return INITIAL
 
 
 def _fingerprint(config: RunConfig) -> dict[str, Any]:
@@ -224,7 +231,7 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
     train = config.train
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
             "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
-            "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
+            "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
 
 
 def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:

@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 import ultralytics.utils
 from torch import Tensor
+from ultralytics.nn.tasks import load_checkpoint
 
 from raypar.augment.geometry import Recipe
 from raypar.dataset.batch import Batch
@@ -89,6 +90,8 @@ class Worker:
         manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=device)  # fmt: skip
+        if config["init_from"]:
+            lender.model.load(load_checkpoint(_staged(config["init_from"], self.out))[0], verbose=False)
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
         self.args, self.class_names = lender.args, list(lender.data["names"].values())
