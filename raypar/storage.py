@@ -114,6 +114,15 @@ class Folder:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
+    def reading(self, name: str, do: Callable[[BinaryIO], Result]) -> Result:
+        """What comes of reading a file. A remote store that fails is asked again for a while; a local file that fails is damaged."""
+
+        def read() -> Result:
+            with self.open(name) as file:
+                return do(file)
+
+        return read() if self.is_local else patiently(read, f"read {self.uri}/{name}")
+
     def write(self, name: str, data: bytes | memoryview | str) -> None:
         """Writes a whole file; readers see the old one or the new one."""
         target, beside = self._full(name), self._beside(name)

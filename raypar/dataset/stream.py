@@ -152,8 +152,8 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
     path, index = spec.groups[group]
     cache = None if spec.cache is None else node_cache(spec.cache)
     images = None if cache is None else cache.get(str(group))
-    with spec.dataset.open(path) as file:
-        table = pq.ParquetFile(file).read_row_group(index, columns=["image"] * (images is None) + spec.label_columns)
+    columns = ["image"] * (images is None) + spec.label_columns
+    table = spec.dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=columns))
     if images is not None:
         return table, images
     encoded = cells(table["image"])

@@ -7,9 +7,11 @@ seconds (see ``docs/decisions/0003-validation.md``). Images pass through the one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
@@ -98,8 +100,8 @@ class Validator:
                 first += num_rows
                 if not mine:
                     continue
-                with self.dataset.open(shard.path) as file:
-                    rows = pq.ParquetFile(file).read_row_group(group).slice(mine.start, len(mine)).to_pylist()
+                table = self.dataset.reading(shard.path, partial(_row_group, group))
+                rows = table.slice(mine.start, len(mine)).to_pylist()
                 for row in rows:
                     class_ids = np.asarray(row["class_ids"], np.int32) * (0 if self.single_cls else 1)
                     boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
@@ -110,6 +112,10 @@ class Validator:
                         images, labels = [], []
         if images:
             yield images, labels
+
+
+def _row_group(number: int, file: BinaryIO) -> pa.Table:
+    return pq.ParquetFile(file).read_row_group(number)
 
 
 def _loss(model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:

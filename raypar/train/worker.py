@@ -174,6 +174,7 @@ class Worker:
             tensors["cls"].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
             pictures.training_batch(self.out, replace(batch, images=tensors["img"].cpu().numpy()), self.class_names, step)
+        torch.manual_seed(hash((self.args.seed, step, self.rank)))  # for models that draw (dropout): a resume draws alike
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
         self.epoch.stepped(parts, batch)
