@@ -9,14 +9,12 @@ import io
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import cv2
 import numpy as np
 import pyarrow.parquet as pq
 
 from raypar.boxes import xywhn_to_xyxy
-from raypar.dataset.batch import Batch
 from raypar.dataset.stream import StreamSpec, render
-from raypar.draw import boxes_on, contact_sheet, outlines_on, points_on
+from raypar.draw import batch_image, boxes_on, contact_sheet, outlines_on, points_on
 from raypar.images import Image, decode, encode_png
 from raypar.inspect import statistics
 from raypar.inspect.speed import STAGES
@@ -37,7 +35,7 @@ def samples(spec: StreamSpec, class_names: Sequence[str], num_samples: int) -> t
     for item in spec.plan.items():
         for batch in render(spec, item):
             for i, row in enumerate(batch.rows[: num_samples - len(rows)]):
-                augmented.append(_augmented(batch, i, class_names))
+                augmented.append(batch_image(batch, i, class_names))
                 rows.append(int(row))
         if len(rows) >= num_samples or item.epoch:
             break
@@ -70,31 +68,6 @@ def _raw(spec: StreamSpec, row: int, class_names: Sequence[str]) -> tuple[str, I
     if len(class_ids) and "keypoints" in found:
         image = points_on(image, np.reshape(found["keypoints"], (len(class_ids), -1, 3)).astype(np.float32) * [*wh, 1])
     return found["image_id"], image
-
-
-def _augmented(batch: Batch, i: int, class_names: Sequence[str]) -> Image:
-    """An image of a batch with its labels."""
-    image = np.ascontiguousarray(batch.images[i].transpose(1, 2, 0))
-    if not len(batch.boxes_xywhn):  # a class at most, which the title says
-        return image
-    mine, size = batch.image_index == i, image.shape[0]
-    class_ids = batch.class_ids[mine]
-    image = boxes_on(image, xywhn_to_xyxy(batch.boxes_xywhn[mine], (size, size)), class_ids, class_names)
-    if batch.masks is not None:
-        for k, class_id in enumerate(class_ids):
-            image = outlines_on(image, contours := _contours(batch.masks[i] == k + 1, size), np.full(len(contours), class_id))
-    if batch.boxes_xywhr is not None:
-        turned = batch.boxes_xywhr[mine] * np.array([size, size, size, size, 180 / np.pi], np.float32)
-        image = outlines_on(image, [cv2.boxPoints(((x, y), (w, h), angle)) for x, y, w, h, angle in turned.tolist()], class_ids)
-    if batch.keypoints is not None:
-        image = points_on(image, batch.keypoints[mine] * np.array([size, size, 1], np.float32))
-    return image
-
-
-def _contours(mask: Any, size: int) -> list[Any]:
-    """Outlines of a mask, in px of an image of this side."""
-    found, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
-    return [(outline.reshape(-1, 2) + 0.5) * size / mask.shape[0] for outline in found]
 
 
 def histograms(found: Statistics, class_names: Sequence[str], imgsz: int, title: str, speed: dict[str, Any] | None) -> bytes:

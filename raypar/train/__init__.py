@@ -19,6 +19,7 @@ from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.storage import Folder
+from raypar.train.scores import SCORES, scores_of
 
 if TYPE_CHECKING:
     from raypar.train import launch
@@ -37,21 +38,21 @@ def check(config: RunConfig) -> None:
         ValueError: with what is wrong and how to mend it.
     """
     manifest = Manifest.load(config.folder / "dataset")  # first: what follows imports torch and Ultralytics, which takes seconds
-    if manifest.task != "detect":
-        raise ValueError(f"the dataset's task is '{manifest.task}': this version trains detect")
     verify.check_sizes(config.folder / "dataset", manifest, SPLITS)
     from raypar.augment import albu
+    from raypar.dataset.stream import recipe_of
     from raypar.train.recipe import settings
 
-    args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed)
-    transforms = albu.make(config.train.albumentations)
+    args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
+    recipe_of(vars(args), manifest)
+    transforms = albu.make(config.train.albumentations, manifest.task)
     if config.train.augment == "gpu":
         from raypar.dataset.encoded import refuse
 
         refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=transforms.move_pixels)
-    _model(config.train.model)
+    _model(config.train.model, manifest.task)
     if config.train.init_from is not None:
-        _model(config.train.init_from, "train.init_from")
+        _model(config.train.init_from, manifest.task, "train.init_from")
 
 
 def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
@@ -91,9 +92,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         return summary
     manifest = Manifest.load(config.folder / "dataset")
     verify.check_sums(config.folder / "dataset", manifest, SPLITS)
-    model = _stage(_model(train.model), out)
+    model = _stage(_model(train.model, manifest.task), out)
     if train.init_from is not None:
-        _stage(_model(train.init_from, "train.init_from"), out)
+        _stage(_model(train.init_from, manifest.task, "train.init_from"), out)
     out.write_json(SETTINGS, settings)
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache)
@@ -180,18 +181,18 @@ def _finish(out: Folder) -> dict[str, Any]:
     history = [json.loads(line) for line in out.read("metrics.jsonl").splitlines()]
     best = max(history, key=lambda line: line.get("fitness", -1.0))
     summary = {
-        "best_epoch": best["epoch"], "map50": best.get("map50"), "map50_95": best.get("map50_95"), "num_epochs": len(history),
+        "best_epoch": best["epoch"], **{key: best[key] for key in SCORES if key in best}, "num_epochs": len(history),
         "images_seen": history[-1]["images_seen"], "world_size": history[-1]["world_size"], "compute_dtype": history[-1]["compute_dtype"],
         "seconds": sum(x["wait_s"] + x["step_s"] + x["validate_s"] for x in history),
     }  # fmt: skip
     out.write_json(SUMMARY, summary)
-    print(f"train: best epoch {summary['best_epoch']} of {summary['num_epochs']}: mAP50 {summary['map50']:.3f}, mAP50-95 {summary['map50_95']:.3f}\n"
+    print(f"train: best epoch {summary['best_epoch']} of {summary['num_epochs']}: {scores_of(summary)}\n"
           f"train: weights {out.uri}/best.pt, curves results.png, what the model saw batch_*.png", flush=True)  # fmt: skip
     return summary
 
 
-def _model(name: str, key: str = "train.model") -> str | dict[str, Any]:
-    """A model yaml's content, or the local path of weights.
+def _model(name: str, wanted: str, key: str = "train.model") -> str | dict[str, Any]:
+    """A model yaml's content, or the local path of weights; for the task ``wanted``.
 
     Raises:
         ValueError: it cannot be found or read, or is for another task.
@@ -211,8 +212,9 @@ def _model(name: str, key: str = "train.model") -> str | dict[str, Any]:
             task = load_checkpoint(name)[0].task
     except Exception as error:
         raise ValueError(f"{key}: {name} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if task != "detect":
-        raise ValueError(f"{key}: {name} is a model for '{task}', the dataset is for 'detect'")
+    if task != wanted:
+        suffix = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}.get(wanted, "")
+        raise ValueError(f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': write e.g. yolov8n{suffix}.yaml")
     return content if name.endswith((".yaml", ".yml")) else name
 
 

@@ -24,15 +24,46 @@ from raypar.train.recipe import Lender
 
 
 def to_tensors(batch: Batch) -> dict[str, Tensor]:
-    """A batch as Ultralytics' losses want it: img uint8 (B, 3, S, S) RGB, cls (M, 1), bboxes (M, 4) xywhn, batch_idx (M,)."""
+    """A batch as the losses of Ultralytics' tasks want it: img uint8 (B, 3, S, S) RGB, cls (M, 1), bboxes (M, 4) xywhn, batch_idx (M,).
+
+    obb: bboxes (M, 5) xywhr. pose: keypoints (M, K, 3). segment: masks (B, S/4, S/4), i + 1 where an image's i-th instance is seen, and
+    sem_masks of the same shape, its class. classify: img and cls (B,) alone.
+    """
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # a view of Ray's shared memory
-        return {
-            "img": torch.from_numpy(batch.images),
-            "cls": torch.from_numpy(batch.class_ids).float().view(-1, 1),
-            "bboxes": torch.from_numpy(batch.boxes_xywhn).clone(),
-            "batch_idx": torch.from_numpy(batch.image_index).float(),
+        images, class_ids = torch.from_numpy(batch.images), torch.from_numpy(batch.class_ids)
+        if len(batch.boxes_xywhn) != len(class_ids):
+            return {"img": images, "cls": class_ids.long()}
+        boxes = batch.boxes_xywhn if batch.boxes_xywhr is None else batch.boxes_xywhr
+        image_index = torch.from_numpy(batch.image_index)
+        tensors = {
+            "img": images,
+            "cls": class_ids.float().view(-1, 1),
+            "bboxes": torch.from_numpy(boxes).clone(),
+            "batch_idx": image_index.float(),
         }
+        if batch.keypoints is not None:
+            tensors["keypoints"] = torch.from_numpy(batch.keypoints).clone()
+        if batch.masks is not None:
+            masks = torch.from_numpy(batch.masks.astype(np.int32))
+            tensors |= {"masks": masks, "sem_masks": class_of_pixels(masks, class_ids, image_index)}
+        return tensors
+
+
+def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Tensor:
+    """Class of the instance that each pixel shows, float32 (B, H, W); where there is none, of the image's last one (as in Ultralytics).
+
+    Args:
+        masks: (B, H, W), i + 1 where an image's i-th instance is seen.
+        class_ids, image_index: (M,), in the order of images and of their instances.
+    """
+    ends = torch.bincount(image_index.long(), minlength=len(masks)).cumsum(0)
+    found = torch.zeros(masks.shape)
+    for image, end in enumerate(ends.tolist()):
+        mine = class_ids[ends[image - 1] if image else 0 : end]
+        if len(mine):
+            found[image] = mine[masks[image].long() - 1].float()
+    return found
 
 
 class Loop:
@@ -51,6 +82,7 @@ class Loop:
     ):
         self.lender, self.args, self.device = lender, lender.args, lender.device
         self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
+        self.loss_scale = 1 if lender.manifest.task == "classify" else world_size
         self.channels_last = self.device.type == "cuda" or precision != torch.float32
         if self.channels_last:
             lender.model.to(memory_format=torch.channels_last)
@@ -112,8 +144,8 @@ class Loop:
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 predictions = self.model(images)
             loss, parts = self.lender.model.loss(batch, _float(predictions))
-            # The loss is a sum over this rank's images. DDP takes the mean over ranks: undo that, as Ultralytics does.
-            self.scaler.scale(loss.sum() * self.world_size).backward()
+            # The loss is a sum over this rank's images (of classify a mean). DDP takes the mean over ranks: undo that, as Ultralytics does.
+            self.scaler.scale(loss.sum() * self.loss_scale).backward()
         if is_update:
             self._update(global_step)
         return {name: value.detach() for name, value in parts.items()}

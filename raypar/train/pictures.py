@@ -12,20 +12,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.batch import Batch
 from raypar.dataset.plan import Plan
-from raypar.draw import boxes_on, contact_sheet
+from raypar.draw import batch_image, contact_sheet
 from raypar.images import encode_png
 from raypar.storage import Folder
+from raypar.train.scores import ULTRALYTICS_NAMES
 
 SHEETS = 3  # steps shown at the start and after mosaic closes
-# Columns of results.csv as Ultralytics names them, so that its plots and its users' scripts read ours.
-ULTRALYTICS_NAMES = {
-    "precision": "metrics/precision(B)", "recall": "metrics/recall(B)", "map50": "metrics/mAP50(B)", "map50_95": "metrics/mAP50-95(B)",
-}  # fmt: skip
 
 
 def wants(batch: Batch, plan: Plan, mosaic_epochs: int) -> bool:
@@ -34,13 +28,10 @@ def wants(batch: Batch, plan: Plan, mosaic_epochs: int) -> bool:
 
 
 def training_batch(out: Folder, batch: Batch, class_names: list[str], step: int) -> None:
-    """Writes ``batch_{step}.png``: up to 16 images exactly as the model gets them, boxes drawn."""
+    """Writes ``batch_{step}.png``: up to 16 images exactly as the model gets them, labels drawn."""
     sheet = []
     for i in range(min(16, len(batch.images))):
-        image = np.ascontiguousarray(batch.images[i].transpose(1, 2, 0))
-        mine = batch.image_index == i
-        boxes = xywhn_to_xyxy(batch.boxes_xywhn[mine], (image.shape[0], image.shape[1]))
-        sheet.append(boxes_on(image, boxes, batch.class_ids[mine], class_names))
+        sheet.append(batch_image(batch, i, class_names, with_class=True))
     out.write(f"batch_{step}.png", encode_png(contact_sheet(sheet)))
 
 

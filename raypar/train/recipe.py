@@ -18,7 +18,11 @@ import numpy as np
 import torch
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
+from ultralytics.models.yolo.obb import OBBTrainer
+from ultralytics.models.yolo.pose import PoseTrainer
+from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest
@@ -55,8 +59,8 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
     return args
 
 
-class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
-    """Ultralytics' detection trainer, for its methods only: ``train()`` is never called.
+class Lender:
+    """Ultralytics' trainer for the dataset's task, for its methods only: ``train()`` is never called.
 
     Args:
         yolo: the user's settings.
@@ -67,6 +71,16 @@ class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
         device: where the model goes.
     """
 
+    args: Any  # the rest of what Ultralytics' trainers have
+    data: dict[str, Any]
+    model: Any
+    build_optimizer: Any
+    preprocess_batch: Any
+    set_class_weights: Any
+
+    def __new__(cls, *_: Any, manifest: Manifest, **__: Any) -> Lender:
+        return super().__new__(LENDERS[manifest.task] if cls is Lender else cls)
+
     def __init__(
         self, yolo: dict[str, Any], *, model: str | dict[str, Any], manifest: Manifest, batch: int, seed: int, device: torch.device
     ):
@@ -76,15 +90,15 @@ class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
         args = settings(
             yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task
         )
-        super().__init__(overrides=vars(args))
+        super().__init__(overrides=vars(args))  # type: ignore[call-arg]  # of Ultralytics' trainer
         self.device = device
         init_seeds(seed, deterministic=self.args.deterministic)
         if isinstance(model, dict):
-            self.model = self.get_model(cfg=model, weights=None, verbose=False)
+            self.model = self.get_model(cfg=model, weights=None, verbose=False)  # type: ignore[attr-defined]
         else:
-            self.setup_model()
+            self.setup_model()  # type: ignore[attr-defined]
         self.model.to(device)
-        self.set_model_attributes()
+        self.set_model_attributes()  # type: ignore[attr-defined]
         self.stride = max(int(self.model.stride.max()), 32)
         self._freeze()
 
@@ -93,7 +107,8 @@ class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
 
     def get_dataset(self) -> dict[str, Any]:
         names = dict(enumerate(["item"] if self.args.single_cls else self.manifest.class_names))
-        return {"train": "", "val": "", "names": names, "nc": len(names), "channels": 3}
+        pose = {"kpt_shape": list(self.manifest.keypoint_shape)} if self.manifest.keypoint_shape else {}
+        return {"train": "", "val": "", "names": names, "nc": len(names), "channels": 3, **pose}
 
     def get_class_counts(self) -> Any:
         counts = np.asarray(self.manifest.split("train").boxes_per_class, np.float32)
@@ -108,6 +123,35 @@ class Lender(DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
             parameter.requires_grad = parameter.dtype.is_floating_point and not any(x in name for x in self.freeze_layer_names)
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"train.yolo.freeze={freeze} leaves nothing to train")
+
+
+class DetectLender(Lender, DetectionTrainer):  # type: ignore[misc]  # Ultralytics is untyped
+    pass
+
+
+class SegmentLender(Lender, SegmentationTrainer):  # type: ignore[misc]
+    pass
+
+
+class PoseLender(Lender, PoseTrainer):  # type: ignore[misc]
+    pass
+
+
+class ObbLender(Lender, OBBTrainer):  # type: ignore[misc]
+    pass
+
+
+class ClassifyLender(Lender, ClassificationTrainer):  # type: ignore[misc]
+    def preprocess_batch(self, batch: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """To the device; images as Ultralytics' transforms leave them: float32 in [0, 1] (its mean is 0, its deviation 1)."""
+        batch = super().preprocess_batch(batch)
+        batch["img"] = batch["img"].float() / 255
+        return batch
+
+
+LENDERS: dict[str, type[Lender]] = {
+    "detect": DetectLender, "segment": SegmentLender, "pose": PoseLender, "obb": ObbLender, "classify": ClassifyLender,
+}  # fmt: skip
 
 
 def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, metrics: dict[str, float]) -> bytes:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raypar.dataset.batch import Batch
+from raypar.train.scores import scores_of
 
 if TYPE_CHECKING:
     from raypar.train.worker import Worker
@@ -38,7 +39,7 @@ def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
     losses = " ".join(f"{k.removeprefix('train/')} {v:.3f}" for k, v in line.items() if k.startswith("train/"))
     rate = line["images_per_s"]
     seconds = (worker.plan.total_positions - worker.cursor) / rate + (worker.args.epochs - line["epoch"]) * line["validate_s"]
-    scores = f"mAP50 {line['map50']:.3f} mAP50-95 {line['map50_95']:.3f}" if "map50" in line else "not validated"
+    scores = scores_of(line) or "not validated"
     print(f"train: epoch {line['epoch']}/{worker.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
           f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
     if line["images_replaced"]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any, BinaryIO, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +23,10 @@ from raypar.dataset.plan import contiguous_share
 from raypar.detector import Detector, Letterboxed
 from raypar.metrics import Scorer
 from raypar.storage import Folder
+from raypar.train.recipe import Lender
+
+if TYPE_CHECKING:
+    from raypar.train.lent_validator import LentValidator
 
 CACHE_BYTES = 512 << 20  # letterboxed images a rank keeps between epochs
 
@@ -39,21 +43,16 @@ class Validator:
     """One rank's part of the validation split.
 
     Args:
+        lender: Ultralytics' settings, and the class names.
         dataset: where the shards are.
-        split: of the manifest.
-        class_names: in the order of class ids.
-        imgsz: px of the longer side.
         batch: images a forward pass.
-        max_det: boxes kept an image.
-        iou: of NMS.
-        single_cls: whether all classes count as one.
     """
 
-    def __init__(self, dataset: Folder, split: Split, class_names: list[str], *, rank: int, world_size: int, imgsz: int, batch: int,
-                 max_det: int, iou: float, single_cls: bool = False):  # fmt: skip
-        self.dataset, self.split, self.class_names = dataset, split, class_names
-        self.rows = contiguous_share(split.num_images, rank, world_size)
-        self.imgsz, self.batch, self.max_det, self.iou, self.single_cls = imgsz, batch, max_det, iou, single_cls
+    def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
+        self.lender, self.dataset, self.split = lender, dataset, lender.manifest.split("val")
+        self.class_names = list(lender.data["names"].values())
+        self.rows = contiguous_share(self.split.num_images, rank, world_size)
+        self.args, self.batch = lender.args, batch
         self.cache: list[tuple[list[Letterboxed], list[Labels]]] | None = None
 
     def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
@@ -64,8 +63,8 @@ class Validator:
             loss_of: the training model, whose criterion measures the validation loss.
             device: where the model is.
         """
-        detector = Detector(model, self.class_names, imgsz=self.imgsz, stride=max(int(model.stride.max()), 32), device=device,
-                            conf=0.001, iou=self.iou, max_det=self.max_det, pad=0.5)  # fmt: skip
+        detector = Detector(model, self.class_names, imgsz=self.args.imgsz, stride=max(int(model.stride.max()), 32), device=device,
+                            conf=0.001, iou=self.args.iou, max_det=self.args.max_det, pad=0.5)  # fmt: skip
         scorer = Scorer(self.class_names)
         losses: dict[str, float] = {}
         num_images = 0
@@ -93,29 +92,43 @@ class Validator:
 
     def _read(self) -> Iterator[tuple[list[bytes], list[Labels]]]:
         """This rank's rows, in batches of encoded images and their labels."""
-        first, images, labels = 0, [], []
-        for shard in self.split.shards:
-            for group, num_rows in enumerate(shard.row_groups):
-                mine = range(max(self.rows.start - first, 0), min(self.rows.stop - first, num_rows))
-                first += num_rows
-                if not mine:
-                    continue
-                table = self.dataset.reading(shard.path, partial(_row_group, group))
-                rows = table.slice(mine.start, len(mine)).to_pylist()
-                for row in rows:
-                    class_ids = np.asarray(row["class_ids"], np.int32) * (0 if self.single_cls else 1)
-                    boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
-                    images.append(row["image"])
-                    labels.append(Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"]))))
-                    if len(images) == self.batch:
-                        yield images, labels
-                        images, labels = [], []
-        if images:
+        for table in tables(self.dataset, self.split, self.rows, self.batch):
+            images, labels = [], []
+            for row in table.to_pylist():
+                class_ids = np.asarray(row["class_ids"], np.int32) * (0 if self.args.single_cls else 1)
+                boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
+                images.append(row["image"])
+                labels.append(Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"]))))
             yield images, labels
+
+
+def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator | LentValidator:
+    """The validator of the dataset's task; ``share``: rank, world_size and batch."""
+    from raypar.train.lent_validator import LentValidator
+
+    return (Validator if lender.manifest.task == "detect" else LentValidator)(lender, dataset, **share)
 
 
 def _row_group(number: int, file: BinaryIO) -> pa.Table:
     return pq.ParquetFile(file).read_row_group(number)
+
+
+def tables(dataset: Folder, split: Split, rows: range, batch: int) -> Iterator[pa.Table]:
+    """Some rows of a split, at most ``batch`` at a time."""
+    first, waiting = 0, list[pa.Table]()
+    for shard in split.shards:
+        for group, num_rows in enumerate(shard.row_groups):
+            mine = range(max(rows.start - first, 0), min(rows.stop - first, num_rows))
+            first += num_rows
+            if not mine:
+                continue
+            waiting.append(dataset.reading(shard.path, partial(_row_group, group)).slice(mine.start, len(mine)))
+            table = pa.concat_tables(waiting)
+            whole = table.num_rows // batch * batch
+            yield from (table.slice(i, batch) for i in range(0, whole, batch))
+            waiting = [table.slice(whole)]
+    if waiting and waiting[0].num_rows:
+        yield waiting[0]
 
 
 def _loss(model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:
@@ -137,17 +150,28 @@ def _loss(model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device
 
 def _join(scorer: Scorer, losses: dict[str, float], num_images: int, expected: int) -> dict[str, Any]:
     """Gathers every rank's part; the same answer everywhere."""
-    parts: list[Any] = [(scorer.state(), losses, num_images)]
+    whole = Scorer(scorer.class_names)
+    states, means = gathered(scorer.state(), losses, num_images, expected)
+    for state in states:
+        whole.merge(state)
+    return {**whole.compute(), **means}
+
+
+def gathered(state: Any, losses: dict[str, float], num_images: int, expected: int) -> tuple[list[Any], dict[str, float]]:
+    """What every rank has found, in their order, and ``val/...`` losses as means over all images; the same answer everywhere.
+
+    Args:
+        state: what this rank has found; can be pickled.
+        losses: sums over this rank's images.
+        num_images: of this rank.
+        expected: images of all ranks.
+    """
+    parts: list[Any] = [(state, losses, num_images)]
     if dist.is_initialized() and dist.get_world_size() > 1:
         parts = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, (scorer.state(), losses, num_images))
-    whole = Scorer(scorer.class_names)
-    for state, _, _ in parts:
-        whole.merge(state)
+        dist.all_gather_object(parts, (state, losses, num_images))
     total = sum(n for _, _, n in parts)
     if total != expected:
         raise RuntimeError(f"validation saw {total} images of {expected}")
     names = dict.fromkeys(name for _, part, _ in parts for name in part)
-    means = {f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names}
-    metrics = whole.compute()
-    return {**metrics, **means}
+    return [state for state, _, _ in parts], {f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names}

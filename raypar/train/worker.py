@@ -23,13 +23,12 @@ import ultralytics.utils
 from torch import Tensor
 from ultralytics.nn.tasks import load_checkpoint
 
-from raypar.augment.geometry import Recipe
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.rendered import Rendered, rendered_batches
-from raypar.dataset.stream import StreamSpec, batches
+from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
@@ -40,7 +39,7 @@ from raypar.train.loop import Loop, to_tensors
 from raypar.train.pulse import Pulse
 from raypar.train.recipe import Lender, weights_file
 from raypar.train.saver import Saver
-from raypar.train.validate import Validator
+from raypar.train.validate import make_validator
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
@@ -99,16 +98,14 @@ class Worker:
         self.precision = pick_precision(train["precision"], device)
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision)  # fmt: skip
-        recipe = Recipe.from_yolo(vars(self.args))
+        recipe = recipe_of(vars(self.args), manifest)
         cache = CacheSpec(**config["cache"]) if config["cache"] else None
         self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
         self.spec = StreamSpec.of(
             dataset, manifest.split("train"), self.plan, recipe, mosaic_epochs=self.args.epochs - self.args.close_mosaic,
             albumentations=train["albumentations"], world_size=self.world_size, cache=cache)  # fmt: skip
-        self.validator = Validator(
-            dataset, manifest.split("val"), self.class_names, rank=self.rank, world_size=self.world_size, imgsz=self.args.imgsz,
-            batch=max(1, 2 * train["batch"] // self.world_size), max_det=self.args.max_det, iou=self.args.iou,
-            single_cls=self.args.single_cls)  # fmt: skip
+        self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
+                                        batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
         self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
         self.saver = Saver(train["storage_timeout_s"]) if self.rank == 0 else None
         self.finite = FiniteWatch()
