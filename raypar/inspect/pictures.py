@@ -13,8 +13,9 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from raypar.boxes import xywhn_to_xyxy
+from raypar.dataset.show import batch_image
 from raypar.dataset.stream import StreamSpec, render
-from raypar.draw import batch_image, boxes_on, contact_sheet, outlines_on, points_on
+from raypar.draw import boxes_on, contact_sheet, outlines_on, points_on
 from raypar.images import Image, decode, encode_png
 from raypar.inspect import statistics
 from raypar.inspect.speed import STAGES

@@ -14,7 +14,8 @@ from typing import Any
 
 from raypar.dataset.batch import Batch
 from raypar.dataset.plan import Plan
-from raypar.draw import batch_image, contact_sheet
+from raypar.dataset.show import batch_image
+from raypar.draw import contact_sheet
 from raypar.images import encode_png
 from raypar.storage import Folder
 from raypar.train.scores import ULTRALYTICS_NAMES

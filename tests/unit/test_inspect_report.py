@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from raypar.dataset.batch import Batch
+from raypar.dataset.show import batch_image
 from raypar.images import decode
 from raypar.inspect import pictures, report
 from raypar.inspect.speed import STAGES, Rate, train_steps
@@ -156,8 +157,8 @@ def test_labels_of_the_other_tasks_are_drawn_where_they_are() -> None:
     for name, value in extra.items():
         batch = Batch(0, 0, 0, images, **labels, rows=np.zeros(1, np.int64), **{name: value})
         plain = Batch(0, 0, 0, images, **labels, rows=np.zeros(1, np.int64))
-        changed = (pictures._augmented(batch, 0, ["a"]) != 200).any(-1)
-        where = np.argwhere(changed & ~(pictures._augmented(plain, 0, ["a"]) != 200).any(-1))
+        changed = (batch_image(batch, 0, ["a"]) != 200).any(-1)
+        where = np.argwhere(changed & ~(batch_image(plain, 0, ["a"]) != 200).any(-1))
         if name == "keypoints":
             assert len(where) > 4
             assert abs(where - [16, 48]).max() <= 3, "the visible one, not the other"
