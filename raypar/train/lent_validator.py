@@ -74,12 +74,31 @@ class LentValidator:
             for name, value in parts.items():
                 losses[name] = losses.get(name, 0.0) + float(value) * count
             num_images += count
-            judge.update_metrics(judge.postprocess(raw), batch)
+            judge.update_metrics(self._found(raw, count), batch)
         state = (judge.pred, judge.targets) if self.task == "classify" else judge.metrics.stats
         states, means = gathered(state, losses, num_images, self.split.num_images)
         self._merge(states)
         found = judge.get_stats()
-        return {**{_name(key): float(value) for key, value in found.items()}, "num_images": self.split.num_images, **means}
+        return {**{_name(key): float(value) for key, value in found.items()}, "num_images": self.split.num_images,
+                "per_class": self._per_class(), **means}  # fmt: skip
+
+    def _found(self, raw: Any, count: int) -> Any:
+        """What the judge reads from the model's output. One image at a time: NMS gives a batch some seconds, after which the rest of it
+        has no boxes."""
+        if self.task == "classify":
+            return self.judge.postprocess(raw)
+        first = raw[0]  # of segment boxes and prototypes, otherwise boxes; raw[1] is for the loss
+        return [found for i in range(count) for found in self.judge.postprocess([_one(first, i)])]
+
+    def _per_class(self) -> list[dict[str, Any]]:
+        """Of each class that has labels, as :class:`raypar.metrics.Scorer` says it; of masks and keypoints too. Nothing for classify."""
+        if self.task == "classify":
+            return []
+        metrics, names = self.judge.metrics, list(self.lender.data["names"].values())
+        keys = [_name(key) for key in metrics.keys]  # a list, not of a dict
+        return [{"class_name": names[int(c)], "num_boxes": int(metrics.nt_per_class[int(c)]),
+                 **dict(zip(keys, map(float, metrics.class_result(i)), strict=True))}
+                for i, c in enumerate(metrics.ap_class_index)]  # fmt: skip
 
     def _merge(self, states: list[Any]) -> None:
         if self.task == "classify":
@@ -146,6 +165,11 @@ class LentValidator:
             return np.zeros((hw[0] // ratio, hw[1] // ratio), np.uint8), np.zeros(0, np.intp)
         mask, order = polygons2masks_overlap(hw, list(polygons), downsample_ratio=ratio)
         return mask, order
+
+
+def _one(output: Any, i: int) -> Any:
+    """The i-th image of a model's output, still a batch."""
+    return tuple(value[i : i + 1] for value in output) if isinstance(output, tuple) else output[i : i + 1]
 
 
 def _name(key: str) -> str:
