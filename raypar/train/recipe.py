@@ -50,6 +50,8 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
             raise ValueError(f"train.yolo.{key}: Ultralytics has no such setting" + (f"; did you mean '{near[0]}'?" if near else ""))
         if key in NOT_YET and value not in (None, False, DEFAULT_CFG_DICT[key]):
             raise ValueError(f"train.yolo.{key}={value!r} is not supported: {NOT_YET[key]}")
+    if owned.get("task") == "classify":
+        yolo = {"imgsz": 224, **yolo}  # its trainer's default
     try:
         args = get_cfg(overrides={**yolo, **owned})
     except (TypeError, ValueError, SyntaxError) as error:

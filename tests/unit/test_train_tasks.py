@@ -22,7 +22,7 @@ from raypar.dataset.rows import row_labels
 from raypar.dataset.stream import StreamSpec, recipe_of, render
 from raypar.storage import Folder
 from raypar.train.loop import Loop, class_of_pixels, to_tensors
-from raypar.train.recipe import Lender, weights_file
+from raypar.train.recipe import Lender, settings, weights_file
 from raypar.train.scores import ULTRALYTICS_NAMES
 from raypar.train.validate import make_validator
 
@@ -132,6 +132,10 @@ def test_the_class_of_each_pixel() -> None:
     assert found[0].tolist() == [[1, 3], [1, 1]]  # where there is none, as in Ultralytics: the last one
     assert not found[1].any()
     assert found[2].tolist() == [[2, 2], [2, 2]]
+
+
+def test_classify_trains_at_its_trainers_size_unless_told_otherwise() -> None:
+    assert (settings({}, task="classify").imgsz, settings({"imgsz": 64}, task="classify").imgsz, settings({}).imgsz) == (224, 64, 640)
 
 
 def test_tensors_of_classify_are_images_and_classes() -> None:
