@@ -107,13 +107,14 @@ class Detector:
 
     @classmethod
     def load(cls, weights: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", imgsz: int | None = None,
-             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0) -> Self:  # fmt: skip
+             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0, task: str = "detect") -> Self:  # fmt: skip
         """A detector from a local ``.pt``, or from anything that Ultralytics' ``AutoBackend`` loads (ONNX, OpenVINO ...).
 
         Args:
             weights: local path.
             device: where it runs; ``auto``: a GPU if this process has one.
             imgsz: px; nothing: as trained or exported.
+            task: that the weights are for; of others than detect only :meth:`letterbox` and :meth:`forward` have a meaning.
 
         Raises:
             ValueError: there is no such file, it cannot be read, or it is for another task, size or precision.
@@ -126,8 +127,10 @@ class Detector:
             found = read(str(weights), device)
         except Exception as error:  # whatever unpickling foreign bytes, or a runtime, raises
             raise ValueError(f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
-        if found.task != "detect":
-            raise ValueError(f"weights {weights} are for '{found.task}': this version detects")
+        if found.task != task:
+            raise ValueError(f"weights {weights} are for '{found.task}', not for '{task}'")
+        if task != "detect" and (found.is_export or precision not in ("auto", "fp32")):
+            raise ValueError(f"weights {weights} are for '{task}', which is computed from a .pt in fp32 only")
         if found.is_fixed and imgsz not in (None, found.imgsz):
             raise ValueError(f"{weights} was exported for imgsz {found.imgsz}, not {imgsz}: leave imgsz out, or export it again")
         if found.is_export:

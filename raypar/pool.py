@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 MAX_BLOCKS = 1000  # more would cost Ray Data more than they spread the work
 
 
-def read_facts(weights: Weights, imgsz: int | None) -> tuple[list[str], int, str]:
+def read_facts(weights: Weights, imgsz: int | None, task: str = "detect") -> tuple[list[str], int, str]:
     """Class names, image size in px and checksum: read once by the driver, which fails at once.
 
     Raises:
@@ -28,7 +28,7 @@ def read_facts(weights: Weights, imgsz: int | None) -> tuple[list[str], int, str
 
     with weights.local() as path:
         try:
-            detector = Detector.load(path, imgsz=imgsz)
+            detector = Detector.load(path, imgsz=imgsz, task=task)
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), weights.uri)) from error
     return detector.class_names, detector.imgsz, detector.sha256

@@ -18,8 +18,8 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
+from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
-from raypar.train.scores import SCORES, scores_of
 
 if TYPE_CHECKING:
     from raypar.train import launch

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from ultralytics.utils.torch_utils import TORCH_2_13, EarlyStopping, ModelEMA
 
 from raypar.dataset.batch import Batch
+from raypar.judge import class_of_pixels
 from raypar.train.recipe import Lender
 
 
@@ -48,22 +49,6 @@ def to_tensors(batch: Batch) -> dict[str, Tensor]:
             masks = torch.from_numpy(batch.masks.astype(np.int32))
             tensors |= {"masks": masks, "sem_masks": class_of_pixels(masks, class_ids, image_index)}
         return tensors
-
-
-def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Tensor:
-    """Class of the instance that each pixel shows, float32 (B, H, W); where there is none, of the image's last one (as in Ultralytics).
-
-    Args:
-        masks: (B, H, W), i + 1 where an image's i-th instance is seen.
-        class_ids, image_index: (M,), in the order of images and of their instances.
-    """
-    ends = torch.bincount(image_index.long(), minlength=len(masks)).cumsum(0)
-    found = torch.zeros(masks.shape)
-    for image, end in enumerate(ends.tolist()):
-        mine = class_ids[ends[image - 1] if image else 0 : end]
-        if len(mine):
-            found[image] = mine[masks[image].long() - 1].float()
-    return found
 
 
 class Loop:

@@ -17,8 +17,8 @@ from raypar.dataset.plan import Plan
 from raypar.dataset.show import batch_image
 from raypar.draw import contact_sheet
 from raypar.images import encode_png
+from raypar.scores import ULTRALYTICS_NAMES
 from raypar.storage import Folder
-from raypar.train.scores import ULTRALYTICS_NAMES
 
 SHEETS = 3  # steps shown at the start and after mosaic closes
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raypar.dataset.batch import Batch
-from raypar.train.scores import scores_of
+from raypar.scores import scores_of
 
 if TYPE_CHECKING:
     from raypar.train.worker import Worker

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -20,13 +21,13 @@ from numpy.typing import NDArray
 from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import contiguous_share
+from raypar.dataset.rows import cells
 from raypar.detector import Detector, Letterboxed
+from raypar.images import decode
+from raypar.judge import Judge
 from raypar.metrics import Scorer
 from raypar.storage import Folder
 from raypar.train.recipe import Lender
-
-if TYPE_CHECKING:
-    from raypar.train.lent_validator import LentValidator
 
 CACHE_BYTES = 512 << 20  # letterboxed images a rank keeps between epochs
 
@@ -102,11 +103,37 @@ class Validator:
             yield images, labels
 
 
-def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator | LentValidator:
-    """The validator of the dataset's task; ``share``: rank, world_size and batch."""
-    from raypar.train.lent_validator import LentValidator
+class JudgedValidator:
+    """One rank's part of the validation split of another task, by Ultralytics' own validator; arguments as of :class:`Validator`."""
 
-    return (Validator if lender.manifest.task == "detect" else LentValidator)(lender, dataset, **share)
+    def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
+        self.dataset, self.split, self.args, self.batch = dataset, lender.manifest.split("val"), lender.args, batch
+        self.rows = contiguous_share(self.split.num_images, rank, world_size)
+        self.judge = Judge(lender.manifest, lender.args, Path(lender.args.save_dir))
+
+    def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
+        """Metrics of the whole split, equal on every rank; with ``val/...`` losses. Arguments as of :class:`Validator`."""
+        stride = max(int(model.stride.max()), 32)
+        detector = Detector(model, list(self.judge.names.values()), imgsz=self.args.imgsz, stride=stride, device=device, pad=0.5)
+        self.judge.clear(model)
+        losses: dict[str, float] = {}
+        for table in tables(self.dataset, self.split, self.rows, self.batch):
+            images = [decode(image) for image in cells(table["image"])]
+            for batch in self.judge.batches(table, images, detector):
+                with torch.no_grad():
+                    raw = detector.model(batch["img"])
+                    parts = loss_of.loss(batch, raw)[1]
+                for name, value in parts.items():
+                    losses[name] = losses.get(name, 0.0) + float(value) * len(batch["img"])
+                self.judge.update(raw, batch)
+        states, means = gathered(self.judge.state(), losses, self.judge.num_images, self.split.num_images)
+        self.judge.join(states)
+        return {**self.judge.compute(), **means}
+
+
+def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator | JudgedValidator:
+    """The validator of the dataset's task; ``share``: rank, world_size and batch."""
+    return (Validator if lender.manifest.task == "detect" else JudgedValidator)(lender, dataset, **share)
 
 
 def _row_group(number: int, file: BinaryIO) -> pa.Table:

@@ -17,7 +17,8 @@ from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest, Split
-from raypar.train.loop import Loop, class_of_pixels
+from raypar.judge import class_of_pixels
+from raypar.train.loop import Loop
 from raypar.train.recipe import Lender
 
 Tensors = dict[str, torch.Tensor]

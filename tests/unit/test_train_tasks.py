@@ -20,10 +20,11 @@ from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Plan
 from raypar.dataset.rows import row_labels
 from raypar.dataset.stream import StreamSpec, recipe_of, render
+from raypar.judge import class_of_pixels
+from raypar.scores import ULTRALYTICS_NAMES
 from raypar.storage import Folder
-from raypar.train.loop import Loop, class_of_pixels, to_tensors
+from raypar.train.loop import Loop, to_tensors
 from raypar.train.recipe import Lender, settings, weights_file
-from raypar.train.scores import ULTRALYTICS_NAMES
 from raypar.train.validate import make_validator
 
 NUM_IMAGES, BATCH, STEPS, SIZE = 12, 6, 40, 96

@@ -1,0 +1,218 @@
+"""How good a model of another task than detect is: Ultralytics' own validators judge, over images that may be shown anywhere.
+
+Runs in: training workers (validation), Ray Data actors (evaluate), and the driver, which joins their states. The validators' loops and
+loaders are not used, only what they do with a batch; so the figures are theirs. Images are letterboxed by
+:class:`raypar.detector.Detector`, one by one, as ``YOLO.val`` does with ``batch=1``.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from copy import copy
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from ultralytics.data.augment import classify_transforms
+from ultralytics.data.utils import polygons2masks_overlap
+from ultralytics.models.yolo.classify import ClassificationValidator
+from ultralytics.models.yolo.obb import OBBValidator
+from ultralytics.models.yolo.pose import PoseValidator
+from ultralytics.models.yolo.segment import SegmentationValidator
+
+from raypar.augment.outlines import boxes_xywhr
+from raypar.dataset.manifest import Manifest
+from raypar.dataset.rows import row_labels
+from raypar.detector import Detector, Letterboxed
+from raypar.images import Image
+
+VALIDATORS: dict[str, Any] = {
+    "segment": SegmentationValidator, "pose": PoseValidator, "obb": OBBValidator, "classify": ClassificationValidator,
+}  # fmt: skip
+NAMES = {
+    "precision": "precision",
+    "recall": "recall",
+    "mAP50": "map50",
+    "mAP50-95": "map50_95",
+    "accuracy_top1": "top1",
+    "accuracy_top5": "top5",
+}
+OF = {"(B)": "", "(M)": "mask_", "(P)": "pose_"}  # boxes, masks, keypoints
+
+
+class Judge:
+    """Ultralytics' validator of a dataset's task.
+
+    Args:
+        manifest: of the dataset: task, class names, keypoints.
+        args: Ultralytics' settings: imgsz, conf (nothing: 0.001, for obb 0.01), iou, max_det, mask_ratio, single_cls ...
+        folder: local; where pictures go.
+        plots: whether curves, confusion matrices and samples are drawn.
+    """
+
+    def __init__(self, manifest: Manifest, args: SimpleNamespace, folder: Path, *, plots: bool = False):
+        self.task, self.args, self.plots = manifest.task, args, plots
+        self.names = dict(enumerate(["item"] if args.single_cls else manifest.class_names))
+        self.num_keypoints = manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
+        args = copy(args)
+        args.plots, args.save_json, args.save_txt = plots, False, False
+        self.validator = VALIDATORS[self.task](save_dir=folder, args=vars(args))
+        pose = {"kpt_shape": list(manifest.keypoint_shape)} if manifest.keypoint_shape else {}
+        self.validator.data = {"train": "", "val": "", "names": self.names, "nc": len(self.names), "channels": 3, **pose}
+        self.clear(SimpleNamespace(names=self.names))
+
+    def clear(self, model: Any) -> None:
+        """Forgets all images; ``model`` is judged next."""
+        self.num_images = 0
+        self.validator.init_metrics(model)
+
+    def batches(self, table: pa.Table, images: Sequence[Image], detector: Detector) -> Iterator[dict[str, Any]]:
+        """Rows of shards with their decoded images as batches for the model, the loss and :meth:`update`, on the detector's device."""
+        made = [self._classified(table, images)] if self.task == "classify" else (
+            self._boxed(table, group) for group in detector.letterbox(images))  # fmt: skip
+        for batch in made:
+            yield {name: value.to(detector.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+
+    def update(self, raw: Any, batch: dict[str, Any], *, sample: bool = False) -> None:
+        """Adds what the model, in evaluation mode, made of a batch's ``img``.
+
+        Args:
+            raw: the model's own output.
+            batch: of :meth:`batches`.
+            sample: whether labels and predictions of the batch are drawn.
+        """
+        validator = self.validator
+        validator.device = batch["img"].device
+        predictions = self._found(raw, len(batch["img"]))
+        self.num_images += len(batch["img"])
+        validator.update_metrics(predictions, batch)
+        if sample and self.plots:
+            before = set(threading.enumerate())
+            validator.plot_val_samples(batch, 0)
+            validator.plot_predictions(batch, predictions, 0)
+            for thread in set(threading.enumerate()) - before:  # Ultralytics draws in threads of its own
+                thread.join()
+
+    def _found(self, raw: Any, count: int) -> Any:
+        """What the validator reads from the model's output. One image at a time: NMS gives a batch some seconds, after which the rest of
+        it has no boxes."""
+        if self.task == "classify":
+            return self.validator.postprocess(raw)
+        first = raw[0]  # of segment boxes and prototypes, otherwise boxes; raw[1] is for the loss
+        return [found for i in range(count) for found in self.validator.postprocess([_one(first, i)])]
+
+    def state(self) -> dict[str, Any]:
+        """Everything, as values that can be pickled."""
+        validator = self.validator
+        stats = {"pred": validator.pred, "targets": validator.targets} if self.task == "classify" else validator.metrics.stats
+        return {"stats": stats, "confusion": validator.confusion_matrix.matrix, "num_images": self.num_images}
+
+    def join(self, states: Sequence[dict[str, Any]]) -> None:
+        """Takes other judges' states, in order, instead of its own."""
+        validator = self.validator
+        stats = {name: [x for state in states for x in state["stats"][name]] for name in states[0]["stats"]}
+        if self.task == "classify":
+            validator.pred, validator.targets = stats["pred"], stats["targets"]
+        else:
+            validator.metrics.stats = stats
+        validator.confusion_matrix.matrix = sum(state["confusion"] for state in states)
+        self.num_images = sum(state["num_images"] for state in states)
+
+    def compute(self) -> dict[str, Any]:
+        """Metrics of all images, by the names of ``metrics.jsonl``; ``per_class`` of classes that have labels. Draws, if it is to."""
+        validator = self.validator
+        validator.finalize_metrics()
+        found = {_name(key): float(value) for key, value in validator.get_stats().items()}
+        return {**found, "num_images": self.num_images, "per_class": self._per_class()}
+
+    def _per_class(self) -> list[dict[str, Any]]:
+        metrics = self.validator.metrics
+        if self.task == "classify":
+            return []
+        names = [_name(key) for key in metrics.keys]
+        return [{"class_name": self.names[int(c)], "num_boxes": int(metrics.nt_per_class[c]),
+                 **{name: float(value) for name, value in zip(names, metrics.class_result(i), strict=True)}}
+                for i, c in enumerate(metrics.ap_class_index)]  # fmt: skip
+
+    def _classified(self, table: pa.Table, images: Sequence[Image]) -> dict[str, Any]:
+        import PIL.Image
+
+        transform = classify_transforms(size=self.args.imgsz)
+        shown = torch.stack([transform(PIL.Image.fromarray(image)) for image in images])
+        names = table["image_id"].to_pylist()
+        return {"img": shown, "cls": torch.from_numpy(table["class_id"].to_numpy().astype(np.int64)), "im_file": names}
+
+    def _boxed(self, table: pa.Table, group: Letterboxed) -> dict[str, Any]:
+        """Images of one shape, with their labels in their letterboxes' own coordinates."""
+        height, width = group.images.shape[2:]
+        side = np.array([width, height], np.float32)
+        found: dict[str, list[NDArray[Any]]] = {"cls": [], "bboxes": [], "batch_idx": []}
+        for place, i in enumerate(group.indices):
+            class_ids, boxes, polygons, keypoints = row_labels(table, i, self.task, self.num_keypoints)
+            scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)  # px of the scaled image
+            shift = group.pads[place]
+            boxes = (np.concatenate([boxes[:, :2] * scale + shift, boxes[:, 2:] * scale], 1) / np.tile(side, 2)).astype(np.float32)
+            if polygons is not None:
+                polygons = (polygons * scale + shift).astype(np.float32)
+            if self.task == "obb" and polygons is not None:
+                boxes = (boxes_xywhr(polygons) / np.append(np.tile(side, 2), 1)).astype(np.float32)
+            if self.task == "segment" and polygons is not None:
+                mask, order = self._mask(polygons, (height, width))
+                class_ids, boxes = class_ids[order], boxes[order]
+                found.setdefault("masks", []).append(mask)
+            if keypoints is not None:
+                found.setdefault("keypoints", []).append(keypoints / np.append(side, 1) * np.append(scale, 1) + np.append(shift / side, 0))
+            found["cls"].append((class_ids * (0 if self.args.single_cls else 1)).reshape(-1, 1))
+            found["bboxes"].append(boxes)
+            found["batch_idx"].append(np.full(len(class_ids), place))
+        labels = {name: torch.from_numpy((np.stack if name == "masks" else np.concatenate)(values).astype(np.float32))
+                  for name, values in found.items()}  # fmt: skip
+        if "masks" in labels:
+            labels["sem_masks"] = class_of_pixels(labels["masks"].int(), labels["cls"][:, 0], labels["batch_idx"])
+        names = table["image_id"].to_pylist()
+        pads = [((float(g[0]), float(g[1])), (float(p[0]), float(p[1]))) for g, p in zip(group.gains, group.pads, strict=True)]
+        return {"img": group.images.float() / 255, **labels, "ori_shape": group.image_hws, "ratio_pad": pads,
+                "im_file": [names[i] for i in group.indices]}  # fmt: skip
+
+    def _mask(self, polygons: NDArray[np.float32], hw: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
+        ratio = self.args.mask_ratio
+        if not len(polygons):
+            return np.zeros((hw[0] // ratio, hw[1] // ratio), np.uint8), np.zeros(0, np.intp)
+        mask, order = polygons2masks_overlap(hw, list(polygons), downsample_ratio=ratio)
+        return mask, order
+
+
+def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Tensor:
+    """Class of the instance that each pixel shows, float32 (B, H, W); where there is none, of the image's last one (as in Ultralytics).
+
+    Args:
+        masks: (B, H, W), i + 1 where an image's i-th instance is seen.
+        class_ids, image_index: (M,), in the order of images and of their instances.
+    """
+    ends = torch.bincount(image_index.long(), minlength=len(masks)).cumsum(0)
+    found = torch.zeros(masks.shape)
+    for image, end in enumerate(ends.tolist()):
+        mine = class_ids[ends[image - 1] if image else 0 : end]
+        if len(mine):
+            found[image] = mine[masks[image].long() - 1].float()
+    return found
+
+
+def _one(output: Any, i: int) -> Any:
+    """The i-th image of a model's output, still a batch."""
+    return tuple(value[i : i + 1] for value in output) if isinstance(output, tuple) else output[i : i + 1]
+
+
+def _name(key: str) -> str:
+    """``metrics/mAP50-95(M)`` -> ``mask_map50_95``."""
+    name = key.removeprefix("metrics/")
+    for suffix, prefix in OF.items():
+        if name.endswith(suffix):
+            return prefix + NAMES[name.removesuffix(suffix)]
+    return NAMES.get(name, name)
