@@ -26,14 +26,16 @@ def fold_gradients(loop: Loop) -> None:
 
     So rank 0's are everybody's, and a checkpoint can hold them. It must be done in every run at the same steps.
     """
-    gradients = [p.grad for p in loop.lender.model.parameters() if p.grad is not None]
+    parameters = [p for p in loop.lender.model.parameters() if p.grad is not None]
+    gradients = [p.grad for p in parameters if p.grad is not None]
     if loop.world_size == 1 or not gradients:
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
     flat /= loop.world_size
-    for gradient, mean in zip(gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    for parameter, gradient, mean in zip(parameters, gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+        # A tensor of its own, as after a resume: DDP divides what lies in its buckets, and multiplies what it copies there.
+        parameter.grad = torch.empty_like(gradient).copy_(mean.view_as(gradient))
 
 
 def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:

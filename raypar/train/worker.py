@@ -36,6 +36,7 @@ from raypar.train import checkpoint, failure, memory, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
+from raypar.train.prime import settle_buckets
 from raypar.train.pulse import Pulse
 from raypar.train.recipe import Lender, weights_file
 from raypar.train.saver import Saver
@@ -116,6 +117,7 @@ class Worker:
     def _resume(self) -> None:
         """Everything from the newest checkpoint, which rank 0 chooses."""
         self.pulse.stage = "resume"
+        settle_buckets(self.loop)
         patience_s = self.train["storage_timeout_s"]
         found = checkpoint.newest(self.out, patience_s) if self.rank == 0 else None
         state: dict[str, Any] | None = None
