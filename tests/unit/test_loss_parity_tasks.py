@@ -17,7 +17,6 @@ from ultralytics.models.yolo.segment import SegmentationTrainer
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest, Split
-from raypar.judge import class_of_pixels
 from raypar.train.loop import Loop
 from raypar.train.recipe import Lender
 
@@ -53,10 +52,13 @@ def _batch(task: str, rng: np.random.Generator) -> Tensors:
         batch["keypoints"] = torch.from_numpy(np.concatenate([points, rng.integers(0, 3, (total, POINTS, 1))], 2)).float()
     if task == "segment":
         masks = torch.zeros(BATCH, IMGSZ // 4, IMGSZ // 4, dtype=torch.int32)
+        sem_masks = torch.zeros(masks.shape)
         for image in range(BATCH):
+            mine = class_ids[index == image].float()
             for i, (x, y, w, h) in enumerate(boxes[index.numpy() == image] * IMGSZ / 4):
-                masks[image, round(y - h / 2) : round(y + h / 2), round(x - w / 2) : round(x + w / 2)] = i + 1
-        batch |= {"masks": masks, "sem_masks": class_of_pixels(masks, class_ids, index)}
+                area = slice(round(y - h / 2), round(y + h / 2)), slice(round(x - w / 2), round(x + w / 2))
+                masks[image][area], sem_masks[image][area] = i + 1, mine[i]
+        batch |= {"masks": masks, "sem_masks": sem_masks}
     return batch
 
 
