@@ -119,6 +119,11 @@ class TrainConfig(Section):
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
     batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the chip has it")
+    parallel: Literal["ddp", "fsdp"] = Field(
+        "ddp",
+        description="how workers share the model; ddp: each holds all of it; fsdp: each holds a share, for models that outgrow one device",
+    )
+    sync_bn: bool = Field(False, description="batch norm by the statistics of all workers' images; for few images a worker")
     augment: Literal["auto", "cpu", "gpu"] = Field(
         "auto", description="where to augment; cpu: in Ray Data tasks; gpu: on the training workers' devices, which decode too; auto: cpu"
     )
@@ -155,6 +160,12 @@ class TrainConfig(Section):
             raise ValueError(
                 f"batch {self.batch} cannot be shared equally by {self.max_workers} workers: make it a multiple of {self.max_workers}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _compiles_plain_models(self) -> Self:
+        if self.yolo.get("compile") and (self.parallel == "fsdp" or self.sync_bn):
+            raise ValueError("yolo.compile goes with neither parallel=fsdp nor sync_bn: leave one of them out")
         return self
 
     @model_validator(mode="after")

@@ -76,7 +76,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     import ray.train
 
-    from raypar.train import launch
+    from raypar.train import chronicle, launch
+    from raypar.train.watch import Bar
 
     train, out = config.train, config.folder / "train"
     if train.overwrite:
@@ -99,18 +100,26 @@ def run(config: RunConfig) -> dict[str, Any]:
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache)
     try:
-        result = trainer.fit()
+        with Bar(trainer.run_id):
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise RuntimeError(
-            f"training failed: {launch.cause(trainer.run_id, error)}; what was saved is in {out.uri}, and the same command goes on from there"
-        ) from error
+        chronicle.happened(out, trainer.run_id)  # what the controller has told, before its words are taken away
+        cause = launch.cause(trainer.run_id, error)
+        chronicle.close(out, trainer.run_id, config.name, "failed", f"failed: {cause}")
+        raise RuntimeError(f"training failed: {cause}; what was saved is in {out.uri}, and the same command goes on from there") from error
     finally:
         if cache is not None:
             drop_everywhere(cache)
     if (stopped := (result.return_value or {}).get("stopped")) is not None:
+        chronicle.close(out, trainer.run_id, config.name, "stopped", f"stopped on demand after {stopped:,} images, all of it saved")
         print(f"train: stopped after {stopped} images, all of it saved; the same command goes on from there", flush=True)
         raise KeyboardInterrupt
-    return _finish(out)
+    summary = _finish(out)
+    chronicle.close(
+        out, trainer.run_id, config.name, "finished", f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}"
+    )
+    print(f"train: everything on one page: {out.uri}/report.html", flush=True)
+    return summary
 
 
 def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest, cache: CacheSpec | None) -> launch.Trainer:

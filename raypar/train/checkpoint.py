@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raypar.storage import Folder, patiently
+from raypar.train import parallel
 from raypar.train.loop import Loop
 
 STATE = "state.pt"
@@ -28,7 +29,7 @@ def fold_gradients(loop: Loop) -> None:
     """
     parameters = [p for p in loop.lender.model.parameters() if p.grad is not None]
     gradients = [p.grad for p in parameters if p.grad is not None]
-    if loop.world_size == 1 or not gradients:
+    if loop.world_size == 1 or loop.is_sharded or not gradients:  # shares are summed over ranks at every step
         return
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
@@ -45,14 +46,18 @@ def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
         loop: whose state it is. Every rank must call, since a sharded model is gathered here; rank 0's copy is the one to write.
         has_gradients: whether gradients wait for more steps (folded before).
     """
-    criterion = getattr(loop.lender.model, "criterion", None)
+    model = loop.lender.model
+    criterion = getattr(model, "criterion", None)
+    weights, optimizer = (
+        parallel.captured(model, loop.optimizer) if loop.spread == "fsdp" else (model.state_dict(), loop.optimizer.state_dict())
+    )
     state = {
-        "model": loop.lender.model.state_dict(),
+        "model": weights,
         "ema": loop.ema.ema.state_dict(),
         "ema_updates": loop.ema.updates,
-        "optimizer": loop.optimizer.state_dict(),
+        "optimizer": optimizer,
         "scaler": loop.scaler.state_dict(),
-        "gradients": {n: p.grad for n, p in loop.lender.model.named_parameters() if p.grad is not None} if has_gradients else {},
+        "gradients": parallel.whole_gradients(model) if has_gradients else {},
         "criterion": {k: v for k, v in vars(criterion).items() if isinstance(v, int | float)} if criterion is not None else {},
         "stopper": {k: v for k, v in vars(loop.stopper).items() if k != "patience"},
         "best_fitness": loop.best_fitness,
@@ -72,14 +77,17 @@ def is_finite(state: dict[str, Any]) -> bool:
 def restore(loop: Loop, state: dict[str, Any]) -> None:
     """Puts a captured state into a loop of the same run, whatever the number of ranks was."""
     model = loop.lender.model
-    model.load_state_dict(state["model"])
+    if loop.spread == "fsdp":
+        parallel.restore(model, loop.optimizer, state["model"], state["optimizer"])
+    else:
+        model.load_state_dict(state["model"])
+        loop.optimizer.load_state_dict(state["optimizer"])
     loop.ema.ema.load_state_dict(state["ema"])
     loop.ema.updates = state["ema_updates"]
-    loop.optimizer.load_state_dict(state["optimizer"])
     loop.scaler.load_state_dict(state["scaler"])
     for name, parameter in model.named_parameters():
         if name in state["gradients"]:
-            parameter.grad = state["gradients"][name].to(parameter.device, copy=True)
+            parallel.set_gradient(parameter, state["gradients"][name])
     if state["criterion"]:
         model.criterion = model.init_criterion()
         vars(model.criterion).update(state["criterion"])

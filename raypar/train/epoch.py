@@ -16,7 +16,7 @@ from torch import Tensor
 from raypar.dataset.batch import Batch
 from raypar.train.agree import Agreement
 
-SAY_EVERY_S = 20.0
+SAY_EVERY_S = 60.0
 
 
 class Epoch:

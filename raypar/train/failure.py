@@ -6,6 +6,8 @@ Runs in: the workers (they explain their errors), and Ray Train's controller (it
 from __future__ import annotations
 
 import errno
+import json
+import time
 from typing import Any
 
 import ray
@@ -111,8 +113,11 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
                   "grow": -1, "not finite": -1}  # fmt: skip  # the workers count the last one
         limit = limits.get(kind, 0)
         is_retry = limit < 0 or count <= limit
+        then = _what_next(kind, count, limit) if is_retry else "training ends"
+        event = {"time": time.time(), "what": f"{cause}; {then}", "kind": kind, "count": count, "limit": limit}
+        pulse.post(self.run_id, f"failure:{time.time():020.6f}", json.dumps(event))  # the next rank 0, or the driver, keeps it
         if is_retry:
-            print(f"train: {cause}; {_what_next(kind, count, limit)}", flush=True)
+            print(f"train: {cause}; {then}", flush=True)
             pulse.clear(self.run_id, "beat:")
             pulse.clear(self.run_id, "wish")
         elif kind == "start":

@@ -17,10 +17,11 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ultralytics.utils.torch_utils import TORCH_2_13, EarlyStopping, ModelEMA
+from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
 from raypar.dataset.batch import Batch
 from raypar.judge import class_of_pixels
+from raypar.train import parallel
 from raypar.train.recipe import Lender
 
 
@@ -60,24 +61,28 @@ class Loop:
         steps_per_epoch: of the plan.
         world_size: ranks; above 1 a process group must be up.
         precision: dtype of forward and backward; master weights are fp32.
+        spread: how the ranks share the model, ``ddp`` or ``fsdp``.
+        sync_bn: whether batch norm takes the statistics of all ranks' images.
     """
 
-    def __init__(
-        self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1, precision: torch.dtype = torch.float32
-    ):
+    def __init__(self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1,
+                 precision: torch.dtype = torch.float32, spread: str = "ddp", sync_bn: bool = False):  # fmt: skip
         self.lender, self.args, self.device = lender, lender.args, lender.device
         self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
         self.loss_scale = 1 if lender.manifest.task == "classify" else world_size
         self.channels_last = self.device.type == "cuda" or precision != torch.float32
-        if self.channels_last:
+        self.spread, self.is_sharded = spread, spread == "fsdp" and world_size > 1
+        if self.channels_last and not self.is_sharded:  # FSDP2 shares out dense weights only
             lender.model.to(memory_format=torch.channels_last)
         lender.set_class_weights()
         self.ema = ModelEMA(lender.model)
+        if sync_bn and world_size > 1:
+            parallel.synchronise_batch_norm(lender.model, self.device)
         self.model: Any = lender.model
+        if self.args.compile:
+            self.model = parallel.compiled(lender.model, self.args.compile, is_multi_scale=bool(self.args.multi_scale), device=self.device)
         if world_size > 1:
-            ids = [self.device.index] if self.device.type == "cuda" else None
-            no_buffers: dict[str, Any] = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
-            self.model = nn.parallel.DistributedDataParallel(lender.model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
+            self.model = (parallel.spread_fsdp if self.is_sharded else parallel.spread_ddp)(self.model, self.device)
         nominal, batch = self.args.nbs, self.args.batch
         self.nominal_accumulate = min(max(round(nominal / batch), 1), steps_per_epoch * self.args.epochs)
         self.accumulate = self.nominal_accumulate
@@ -85,6 +90,10 @@ class Loop:
             model=lender.model, name=self.args.optimizer, lr=self.args.lr0, momentum=self.args.momentum,
             decay=self.args.weight_decay * batch * max(round(nominal / batch), 1) / nominal,
             iterations=math.ceil(num_images / max(batch, nominal)) * self.args.epochs)  # fmt: skip
+        if self.is_sharded:
+            parallel.refuse_for_fsdp(self.optimizer)
+        else:
+            self.optimizer = parallel.fused(self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         self.stopper = EarlyStopping(patience=self.args.patience)
         warmup_epochs = min(self.args.warmup_epochs, max(self.args.epochs - 1, 0))
@@ -106,7 +115,7 @@ class Loop:
         """Puts the model into training mode, with batch-norm statistics of frozen layers held."""
         self.model.train()
         for name, module in self.lender.model.named_modules():
-            if isinstance(module, nn.BatchNorm2d) and any(x in name for x in self.lender.freeze_layer_names):
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and any(x in name for x in self.lender.freeze_layer_names):
                 module.eval()
 
     def step(self, batch: dict[str, Tensor], global_step: int) -> dict[str, Tensor]:
@@ -121,7 +130,7 @@ class Loop:
         """
         self._schedule(global_step)
         is_update = global_step - self.last_optimizer_step >= self.accumulate
-        with nullcontext() if is_update or self.world_size == 1 else self.model.no_sync():
+        with nullcontext() if is_update or self.world_size == 1 or self.is_sharded else self.model.no_sync():
             if self.args.multi_scale:
                 random.seed(f"{self.args.seed}:{global_step}")  # Ultralytics draws the size from here: alike on every rank
             batch = self.lender.preprocess_batch(dict(batch))
@@ -164,11 +173,14 @@ class Loop:
 
     def _update(self, global_step: int) -> None:
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.model.parameters(), max_norm=10.0)
+        nn.utils.clip_grad_norm_(self.lender.model.parameters(), max_norm=10.0, foreach=True)
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()
-        self.ema.update(self.lender.model)
+        if self.is_sharded:
+            parallel.update_ema(self.ema, self.lender.model)
+        else:
+            self.ema.update(self.lender.model)
         self.last_optimizer_step = global_step
 
 

@@ -36,8 +36,10 @@ def advice(loop: Any, batch: dict[str, Tensor], *, world_size: int, who: str) ->
             raise
     # Outside of the handler, so that nothing of the failed step is held by its traceback.
     num_images = len(batch["img"])
-    fits = largest_that_fits(loop, batch)
     what = f"{who}: out of memory on {loop.device} with {num_images} images a worker (train.batch={num_images * world_size})"
+    if loop.is_sharded:  # trying would need the other ranks
+        raise OutOfMemoryError(f"{what}: take a smaller train.batch, or more workers")
+    fits = largest_that_fits(loop, batch)
     if not fits:
         raise OutOfMemoryError(f"{what}; not even one image fits: take a smaller train.yolo.imgsz or a smaller train.model")
     raise OutOfMemoryError(f"{what}; {fits} fit: train.batch={fits * world_size}, more workers, or a smaller train.yolo.imgsz")

@@ -12,6 +12,7 @@ import resource
 import socket
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -30,6 +31,7 @@ class Beat:
         cursor: images seen by all ranks.
         count: of beats.
         memory_gb: the most that the process has held.
+        total: images of the whole run, when that is known.
     """
 
     rank: int
@@ -41,6 +43,7 @@ class Beat:
     cursor: int
     count: int
     memory_gb: float
+    total: int = 0
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} in stage '{self.stage}' for {self.since_s:.0f} s, after {self.cursor} images"
@@ -68,13 +71,18 @@ def clear(run_id: str, name: str = "") -> None:
     _internal_kv_del(f"{run_id}:{name}".encode(), del_by_prefix=True, namespace=NAMESPACE)
 
 
-def beats(run_id: str) -> list[Beat]:
-    """The last sign of life of each rank, by rank."""
+def words(run_id: str, prefix: str) -> list[str]:
+    """The words under all names that begin so, by name."""
     from ray.experimental.internal_kv import _internal_kv_list
 
-    names = [key.decode().removeprefix(f"{run_id}:") for key in _internal_kv_list(f"{run_id}:beat:".encode(), namespace=NAMESPACE)]
-    texts = [text for name in names if (text := read(run_id, name)) is not None]
-    return sorted((Beat(**json.loads(text)) for text in texts), key=lambda beat: beat.rank)
+    keys = _internal_kv_list(f"{run_id}:{prefix}".encode(), namespace=NAMESPACE)
+    names = sorted(key.decode().removeprefix(f"{run_id}:") for key in keys)
+    return [text for name in names if (text := read(run_id, name)) is not None]
+
+
+def beats(run_id: str) -> list[Beat]:
+    """The last sign of life of each rank, by rank."""
+    return sorted((Beat(**json.loads(text)) for text in words(run_id, "beat:")), key=lambda beat: beat.rank)
 
 
 def silent(run_id: str, *, wait_s: float = 3 * BEAT_S) -> list[Beat]:
@@ -98,8 +106,10 @@ class Pulse:
 
         self.run_id, self.rank, self.world_size = run_id, rank, world_size
         self.host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-        self.cursor = self._count = 0
+        self.cursor = self.total = self._count = 0
+        self.on_beat: Callable[[Pulse], None] | None = None  # called once a second, in the pulse's own thread
         self._stage, self._since, self._complaints = "start", time.monotonic(), 0
+        self._seconds: dict[str, float] = {}  # by the first word of the stage
         self._wishes: set[str] = set()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="raypar-pulse", daemon=True)
@@ -113,7 +123,17 @@ class Pulse:
 
     @stage.setter
     def stage(self, stage: str) -> None:
-        self._stage, self._since, self._complaints = stage, time.monotonic(), 0
+        now, kind = time.monotonic(), self._stage.split(" ", 1)[0]
+        self._seconds[kind] = self._seconds.get(kind, 0.0) + now - self._since
+        self._stage, self._since, self._complaints = stage, now, 0
+
+    def seconds(self) -> dict[str, float]:
+        """Time by the first word of the stage: ``wait``, ``step``, ``validation``, ``checkpoint`` ...; of stages that ended."""
+        return dict(self._seconds)
+
+    def memory_gb(self) -> float:
+        """The most that the process has held."""
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
 
     def wishes(self) -> set[str]:
         """What was asked of the run (on rank 0: ``stop``, ``grow``, ``save``), and ``preempted`` when a node is to be taken away."""
@@ -131,14 +151,15 @@ class Pulse:
                 self._beat()
                 self._listen()
                 self._complain()
+                if self.on_beat is not None:
+                    self.on_beat(self)
             except Exception:  # the store is away for a while; what matters fails elsewhere, with a better reason
                 continue
 
     def _beat(self) -> None:
         self._count += 1
-        memory_gb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         beat = Beat(self.rank, self.world_size, self.host, os.getpid(), self._stage, time.monotonic() - self._since, self.cursor,
-                    self._count, memory_gb)  # fmt: skip
+                    self._count, self.memory_gb(), self.total)  # fmt: skip
         post(self.run_id, f"beat:{self.rank}", json.dumps(asdict(beat)))
 
     def _complain(self) -> None:

@@ -31,7 +31,6 @@ from raypar.dataset.manifest import Manifest
 NOT_YET = {
     "time": "raypar trains whole epochs",
     "fraction": "prepare a smaller dataset",
-    "compile": "the model is trained uncompiled",
     "distill_model": "distillation is not supported",
     "profile": "profile with Ultralytics",
     "quantize": "quantisation-aware training is not supported",

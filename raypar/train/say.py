@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from raypar.dataset.batch import Batch
+from raypar.progress import clock
 from raypar.scores import scores_of
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def progress(worker: Worker, batch: Batch) -> None:
         rate = (batch.step + 1) * worker.plan.global_batch / worker.epoch.seconds
         left = (worker.plan.total_positions - worker.cursor) / rate
         print(f"train: epoch {batch.epoch + 1}/{worker.args.epochs} step {batch.step + 1}/{worker.plan.steps_per_epoch} "
-              f"{rate:.1f} images/s, {_clock(left)} left", flush=True)  # fmt: skip
+              f"{rate:.1f} images/s, {clock(left)} left", flush=True)  # fmt: skip
 
 
 def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
@@ -41,14 +42,8 @@ def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
     seconds = (worker.plan.total_positions - worker.cursor) / rate + (worker.args.epochs - line["epoch"]) * line["validate_s"]
     scores = scores_of(line) or "not validated"
     print(f"train: epoch {line['epoch']}/{worker.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
-          f"{rate:.1f} images/s, {_clock(seconds)} left", flush=True)  # fmt: skip
+          f"{rate:.1f} images/s, {clock(seconds)} left", flush=True)  # fmt: skip
     if line["images_replaced"]:
         instead = "grey ones without labels" if worker.train["augment"] == "gpu" else "others"
         print(f"train: {line['images_replaced']} image(s) of epoch {line['epoch']} cannot be decoded; {instead} were shown in their place",
               flush=True)  # fmt: skip
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"

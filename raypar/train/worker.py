@@ -41,6 +41,7 @@ from raypar.train.pulse import Pulse
 from raypar.train.recipe import Lender, weights_file
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
+from raypar.train.watch import Watch
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
@@ -133,6 +134,7 @@ class Worker:
 
     def run(self) -> dict[str, Any] | None:
         say.introduce(self)
+        self.watch = Watch(self, self.pulse.run_id)
         self.loop.start_epoch()
         first_cursor = self.cursor
         self.pulse.stage = "wait for data"
@@ -160,6 +162,7 @@ class Worker:
         if self.saver is not None:
             self.saver.flush()
             self.saver.end()
+        self.watch.end()
         return self.history[-1] if self.rank == 0 and self.history else None
 
     def _batches(self) -> Iterator[Rendered]:
@@ -217,12 +220,13 @@ class Worker:
             is_best, stop = False, is_last
         line = {
             "epoch": number + 1, **{k: v for k, v in sums.items() if k.startswith("train/")},
-            **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(),
+            **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(), **self.watch.line(),
             "images_per_s": self.plan.positions_per_epoch / reduced["seconds"], **sums,
             "validate_s": time.monotonic() - began, "world_size": self.world_size, "images_seen": self.cursor,
             "compute_dtype": str(self.precision).removeprefix("torch."),
         }  # fmt: skip
         self._save_epoch(line, is_best, is_finished=stop, has_gradients=has_gradients)
+        self.watch.epoch(line, self.history, metrics["per_class"] if is_best else None)
         say.epoch(self, line, is_best)
         return stop
 

@@ -1,0 +1,180 @@
+"""How a model is spread over ranks: DDP, or FSDP2 with every rank holding a share; batch norm over all ranks; compiled forward.
+
+Runs in: every training worker. Why the averaged weights stay whole, and what is checkpointed: ``docs/decisions/0014-parallel.md``.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.checkpoint import state_dict as sharded
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from ultralytics.optim import MuSGD
+from ultralytics.utils.torch_utils import TORCH_2_13
+
+
+def compiled(model: nn.Module, mode: bool | str, *, is_multi_scale: bool, device: torch.device) -> Any:
+    """The model with its forward pass compiled; its own state and names stay what they are.
+
+    Raises:
+        ValueError: this node has no C++ compiler, which torch needs on a CPU.
+    """
+    if device.type == "cpu":
+        from torch._inductor.cpp_builder import get_cpp_compiler
+
+        try:
+            get_cpp_compiler()
+        except Exception as error:
+            raise ValueError(
+                "train.yolo.compile: torch compiles for a CPU with a C++ compiler, and this node has none: install g++"
+            ) from error
+    return torch.compile(model, mode="default" if mode is True else str(mode), dynamic=is_multi_scale)
+
+
+def spread_ddp(model: Any, device: torch.device) -> nn.Module:
+    """Every rank holds the whole model; gradients are averaged at the last step before an update."""
+    ids = [device.index] if device.type == "cuda" else None
+    no_buffers: dict[str, Any] = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
+    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
+
+
+def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
+    """Every rank holds a share of each layer's weights, gradients and optimizer state. In place: the modules stay the same objects."""
+    mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    for layer in model.model:
+        if any(True for _ in layer.parameters()):
+            fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model  # type: ignore[no-any-return]
+
+
+@contextmanager
+def whole(model: nn.Module) -> Iterator[None]:
+    """While it lasts, every rank sees all of a sharded model's weights. All ranks must enter."""
+    layers = [m for m in model.modules() if isinstance(m, FSDPModule)]
+    for layer in layers:
+        layer.unshard()
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.reshard()
+
+
+def update_ema(ema: Any, model: nn.Module) -> None:
+    """Ultralytics' update, from a sharded model: its layers are gathered for it, as for a forward pass. All ranks must call."""
+    with whole(model), torch.no_grad():
+        now = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+        pairs = [(v, now[k]) for k, v in ema.ema.state_dict().items() if v.is_floating_point()]
+        ema._pairs = [a for a, _ in pairs], [b for _, b in pairs]
+        ema.update(model)
+
+
+def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    """The same optimizer in torch's one kernel a group, where there is one (SGD, Adam, AdamW); else as it is."""
+    kind = type(optimizer)
+    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+        return optimizer
+    known = inspect.signature(kind).parameters
+    groups = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in optimizer.param_groups]
+    arguments = {k: v for k, v in optimizer.defaults.items() if k in known and k not in ("fused", "foreach")}
+    return kind(groups, **arguments, fused=True)
+
+
+def refuse_for_fsdp(optimizer: torch.optim.Optimizer) -> None:
+    """MuSGD makes matrices orthogonal, and a rank has only some of their rows.
+
+    Raises:
+        ValueError: the optimizer cannot work on shares.
+    """
+    if isinstance(optimizer, MuSGD):
+        raise ValueError("train.parallel=fsdp: the optimizer MuSGD needs whole matrices: write train.yolo.optimizer=SGD or AdamW (and lr0)")
+
+
+def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Weights and optimizer state by names, whole, on the CPU of rank 0. All ranks must call."""
+    options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return sharded.get_model_state_dict(model, options=options), sharded.get_optimizer_state_dict(model, optimizer, options=options)
+
+
+def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]) -> None:
+    """Every rank takes its share of what :func:`captured` gave, whatever the number of ranks was."""
+    options = sharded.StateDictOptions(full_state_dict=True)
+    sharded.set_model_state_dict(model, dict(weights), options=options)  # copies: it puts shares in place of what it is given
+    own: dict[str, Any] = {
+        "state": {n: dict(v) for n, v in state["state"].items()},
+        "param_groups": [dict(group) for group in state["param_groups"]],
+    }
+    sharded.set_optimizer_state_dict(model, optimizer, own, options=options)
+
+
+def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
+    """Gradients that wait for more steps, whole, by the parameters' names. All ranks must call."""
+    return {n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for n, p in model.named_parameters() if p.grad is not None}
+
+
+def set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:
+    """Of a parameter that may be a share: its part of the whole gradient."""
+    if hasattr(parameter, "device_mesh"):
+        from torch.distributed.tensor import distribute_tensor
+
+        mesh, placements = parameter.device_mesh, parameter.placements  # type: ignore[attr-defined]
+        parameter.grad = distribute_tensor(gradient.to(parameter.device), mesh, placements)
+    else:
+        parameter.grad = gradient.to(parameter.device, copy=True)
+
+
+def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
+    """Batch norm by the statistics of all ranks' images, in place: torch's where it has it (GPUs), else :class:`BatchNormOverRanks`."""
+    if device.type == "cuda":
+        nn.SyncBatchNorm.convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        return
+    for module in model.modules():
+        if type(module) is nn.BatchNorm2d:
+            module.__class__ = BatchNormOverRanks
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over all ranks, on every rank; so is its gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        total = gradients[0].clone()
+        dist.all_reduce(total)
+        return total
+
+
+class BatchNormOverRanks(nn.BatchNorm2d):
+    """``nn.SyncBatchNorm`` for CPUs, where torch has none. All ranks must have equally many images of one size."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(input)
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.num_batches_tracked is not None
+        values = input.float()
+        count = values.numel() // values.shape[1] * dist.get_world_size()
+        mean = _SumOverRanks.apply(values.sum((0, 2, 3))) / count
+        centred = values - mean.view(1, -1, 1, 1)
+        variance = _SumOverRanks.apply(centred.square().sum((0, 2, 3))) / count
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            share = self.momentum if self.momentum is not None else 1 / float(self.num_batches_tracked)
+            self.running_mean.lerp_(mean, share)
+            self.running_var.lerp_(variance * (count / max(count - 1, 1)), share)
+        scale = torch.rsqrt(variance + self.eps) * self.weight
+        return (centred * scale.view(1, -1, 1, 1) + self.bias.view(1, -1, 1, 1)).to(input.dtype)

@@ -1,0 +1,193 @@
+"""Two ranks (gloo): DDP reduces once an update, FSDP trains as DDP does, batch norm over ranks is that of the whole batch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import Tensor, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+from raypar.config import TrainConfig
+from raypar.dataset.manifest import Manifest, Split
+from raypar.train import checkpoint, parallel
+from raypar.train.loop import Loop
+from raypar.train.recipe import Lender
+
+BATCH, IMGSZ, STEPS = 4, 64, 4
+YOLO = {"epochs": 10, "imgsz": IMGSZ, "nbs": 4, "optimizer": "SGD", "lr0": 0.002, "warmup_epochs": 0.0, "deterministic": False}
+
+
+def make_loop(world_size: int = 1, spread: str = "ddp", sync_bn: bool = False, **yolo: Any) -> Loop:
+    manifest = Manifest(task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * STEPS)}, source="")
+    device = torch.device("cpu")
+    lender = Lender({**YOLO, **yolo}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=device)
+    torch.set_num_threads(1)
+    loop = Loop(lender, num_images=BATCH * STEPS, steps_per_epoch=STEPS, world_size=world_size, spread=spread, sync_bn=sync_bn)
+    loop.start_epoch()
+    return loop
+
+
+def make_batch(step: int, rank: int = 0, world_size: int = 1) -> dict[str, Tensor]:
+    """A rank's share of a step's images, two boxes each."""
+    rng = np.random.default_rng(step)
+    share = BATCH // world_size
+    mine = slice(rank * share, (rank + 1) * share)
+    wh = rng.uniform(0.2, 0.5, (BATCH, 2, 2))
+    boxes = np.concatenate([rng.uniform(wh / 2, 1 - wh / 2), wh], 2).astype(np.float32)
+    return {
+        "img": torch.from_numpy(rng.integers(0, 256, (BATCH, 3, IMGSZ, IMGSZ), np.uint8)[mine].copy()),
+        "cls": torch.from_numpy(rng.integers(0, 2, (BATCH, 2))[mine].reshape(-1, 1)).float(),
+        "bboxes": torch.from_numpy(boxes[mine].reshape(-1, 4)),
+        "batch_idx": torch.arange(share).repeat_interleave(2).float(),
+    }
+
+
+def trained(loop: Loop, rank: int, steps: range) -> list[float]:
+    losses = []
+    for step in steps:
+        total = sum(loop.step(make_batch(step, rank, loop.world_size), step).values())
+        losses.append(float(total))
+    return losses
+
+
+def _ranks(rank: int, folder: str, results: Any) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    found: dict[str, Any] = {}
+    counts = {"reductions": 0, "bytes": 0}
+
+    def counting(_: None, bucket: dist.GradBucket) -> Any:
+        counts["reductions"] += 1
+        counts["bytes"] += bucket.buffer().nbytes
+        return allreduce_hook(None, bucket)  # type: ignore[arg-type]
+
+    counting.__annotations__.clear()  # torch wants the types themselves, or none
+    ddp = make_loop(2)
+    ddp.model.register_comm_hook(None, counting)
+    found["ddp losses"] = trained(ddp, rank, range(STEPS))
+    found["ddp"] = checkpoint.capture(ddp, has_gradients=False)
+    found["gradient bytes"] = sum(p.numel() * 4 for p in ddp.lender.model.parameters() if p.requires_grad)
+    counts["bytes"] = 0
+    ddp.accumulate = ddp.nominal_accumulate = 2
+    trained(ddp, rank, range(STEPS, STEPS + 2))
+    found["bytes of an update after two steps"] = counts["bytes"]
+
+    fsdp = make_loop(2, "fsdp")
+    share = sum(p.to_local().numel() for p in fsdp.lender.model.parameters())  # type: ignore[attr-defined]
+    found["share"] = share / sum(p.numel() for p in fsdp.lender.model.parameters())
+    found["fsdp losses"] = trained(fsdp, rank, range(STEPS))
+    states = [checkpoint.capture(fsdp, has_gradients=False)]
+    dist.broadcast_object_list(states, 0)  # in a training each rank reads it from storage
+    found["fsdp"] = states[0]
+    found["fsdp goes on"] = trained(fsdp, rank, range(STEPS, STEPS + 2))
+    again = make_loop(2, "fsdp")
+    checkpoint.restore(again, states[0])
+    found["fsdp resumes"] = trained(again, rank, range(STEPS, STEPS + 2))
+
+    over_ranks = make_loop(2, sync_bn=True)
+    found["sync losses"] = trained(over_ranks, rank, range(2))
+    found["sync"] = checkpoint.capture(over_ranks, has_gradients=False)
+    results[rank] = found
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two ranks found."""
+    with mp.Manager() as manager:
+        results = manager.dict()
+        mp.spawn(_ranks, (str(tmp_path_factory.mktemp("store")), results), nprocs=2)
+        return [results[rank] for rank in (0, 1)]
+
+
+def assert_close(mine: dict[str, Tensor], other: dict[str, Tensor], atol: float) -> None:
+    assert list(mine) == list(other)
+    for name, value in mine.items():
+        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def test_gradients_are_reduced_once_an_update(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["bytes of an update after two steps"] == found["gradient bytes"]
+
+
+def test_fsdp_trains_as_ddp_does_and_each_rank_holds_half(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["fsdp losses"] == pytest.approx(found["ddp losses"], rel=1e-4)
+        assert found["ddp losses"][0] != found["ddp losses"][-1]
+    assert sum(found["share"] for found in two) == pytest.approx(1.0)
+    assert 0.4 < two[0]["share"] < 0.6
+    for part in ("model", "ema"):
+        assert_close(two[0]["fsdp"][part], two[0]["ddp"][part], 1e-5)
+
+
+def test_fsdp_resumes_with_the_same_bits_and_on_one_rank(two: list[dict[str, Any]]) -> None:
+    for found in two:
+        assert found["fsdp resumes"] == found["fsdp goes on"]
+    alone = make_loop(1, "fsdp")
+    checkpoint.restore(alone, two[0]["fsdp"])
+    state = checkpoint.capture(alone, has_gradients=False)
+    for part in ("model", "ema"):
+        assert_close(state[part], two[0]["fsdp"][part], 0.0)
+    for name, value in two[0]["fsdp"]["optimizer"]["state"].items():
+        assert torch.equal(state["optimizer"]["state"][name]["momentum_buffer"], value["momentum_buffer"]), name
+    assert all(np.isfinite(trained(alone, 0, range(STEPS, STEPS + 1))))
+
+
+def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(two: list[dict[str, Any]]) -> None:
+    whole = make_loop(1)
+    trained(whole, 0, range(2))
+    assert two[0]["sync losses"] != two[1]["sync losses"]
+    state = checkpoint.capture(whole, has_gradients=False)
+    names = [name for name in state["model"] if "running" in name]
+    for name in names:
+        torch.testing.assert_close(two[1]["sync"]["model"][name], state["model"][name], rtol=1e-3, atol=1e-4)
+        assert torch.equal(two[0]["sync"]["model"][name], two[1]["sync"]["model"][name])
+    name = names[0]
+    assert not torch.allclose(two[0]["ddp"]["model"][name], two[1]["ddp"]["model"][name], rtol=1e-3)  # each rank's own, without it
+
+
+@pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
+def test_the_fused_optimizer_takes_the_same_steps(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = make_loop(optimizer=optimizer)
+    assert mine.optimizer.defaults["fused"]
+    monkeypatch.setattr(parallel, "fused", lambda plain: plain)
+    plain = make_loop(optimizer=optimizer)
+    assert not plain.optimizer.defaults["fused"]
+    keys = ("lr", "momentum", "betas", "weight_decay", "nesterov", "param_group", "initial_lr")
+    assert [[g.get(k) for k in keys] for g in mine.optimizer.param_groups] == [
+        [g.get(k) for k in keys] for g in plain.optimizer.param_groups
+    ]
+    assert trained(mine, 0, range(3)) == pytest.approx(trained(plain, 0, range(3)), rel=1e-4)
+
+
+def test_compiling_leaves_names_and_losses_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    compile_model, asked = torch.compile, []
+
+    def eagerly(model: nn.Module, **how: Any) -> Any:  # the graph is captured; no machine code, which takes a minute
+        asked.append(how)
+        return compile_model(model, backend="eager", dynamic=how["dynamic"])
+
+    monkeypatch.setattr(torch, "compile", eagerly)
+    plain, compiled = make_loop(), make_loop(compile=True)
+    assert asked == [{"mode": "default", "dynamic": False}]
+    assert type(compiled.model).__name__ == "OptimizedModule"
+    assert trained(compiled, 0, range(2)) == pytest.approx(trained(plain, 0, range(2)), rel=1e-3)
+    state = checkpoint.capture(compiled, has_gradients=False)
+    assert list(state["model"]) == list(checkpoint.capture(plain, has_gradients=False)["model"])
+
+
+def test_no_compiler_and_what_does_not_go_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch._inductor.cpp_builder as builder
+
+    monkeypatch.setattr(builder, "get_cpp_compiler", lambda: (_ for _ in ()).throw(RuntimeError("none")))
+    with pytest.raises(ValueError, match=r"train\.yolo\.compile.*install g\+\+"):
+        parallel.compiled(nn.Linear(1, 1), True, is_multi_scale=False, device=torch.device("cpu"))
+    with pytest.raises(ValueError, match=r"yolo\.compile goes with neither"):
+        TrainConfig(parallel="fsdp", yolo={"compile": True})
+    with pytest.raises(ValueError, match=r"fsdp: the optimizer MuSGD"):
+        parallel.refuse_for_fsdp(make_loop(optimizer="MuSGD").optimizer)

@@ -1,0 +1,340 @@
+"""Watching without Ray: events files read back, loggers that fail, the report's page, the dashboard, the bar."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import struct
+import threading
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from raypar import progress
+from raypar.progress import Progress
+from raypar.storage import Folder
+from raypar.train import charts, pulse, report
+from raypar.train.loggers import Aside, Loggers, TensorBoard, values
+from raypar.train.watch import COUNTERS, GAUGES, PREFIX, Bar, Figures
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+def line(epoch: int, **more: Any) -> dict[str, Any]:
+    return {"epoch": epoch, "train/box_loss": 2.0 / epoch, "val/box_loss": 3.0 / epoch, "lr/pg0": 0.01 / epoch, "lr/pg1": 0.01 / epoch,
+            "map50": 0.1 * epoch, "map50_95": 0.05 * epoch, "precision": 0.5, "recall": 0.5, "fitness": 0.05 * epoch, "images_per_s": 90.0,
+            "wait_s": 1.0, "step_s": 8.0, "validate_s": 2.0, "checkpoint_s": 0.5, "world_size": 2, "images_seen": 48 * epoch,
+            "compute_dtype": "float32", **more}  # fmt: skip
+
+
+def crc32c(data: bytes) -> int:
+    """Castagnoli's, bit by bit: as the format's description has it, and by nobody's code that wrote the file."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    return crc ^ 0xFFFFFFFF
+
+
+def masked(data: bytes) -> int:
+    crc = crc32c(data)
+    return ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF
+
+
+def scalars(folder: Path) -> list[tuple[int, str, float]]:
+    """(step, name, value) of all events files of a folder, in the order of their names: records are length, crc, data, crc."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack("<Q", data[:8])
+            body = data[12 : 12 + length]
+            assert struct.unpack("<I", data[8:12]) == (masked(data[:8]),)
+            assert struct.unpack("<I", data[12 + length : 16 + length]) == (masked(body),)
+            event = Event.FromString(body)
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_files_hold_each_epoch_once_over_a_resume(tmp_path: Path) -> None:
+    history = [line(1), line(2), line(3)]
+    first = TensorBoard(Folder.at(tmp_path))
+    first(history[:1])
+    first(history[:2])
+    first(history)
+    stale = (tmp_path / "tensorboard/events.out.tfevents.0000000003.raypar").stat().st_mtime_ns
+    (tmp_path / "tensorboard/events.out.tfevents.0000000002.raypar").unlink()  # its start ended before that was written
+    again = TensorBoard(Folder.at(tmp_path), num_logged=2)  # goes back to the end of epoch 2
+    again([*history[:2], line(3, map50=0.7)])
+    found = scalars(tmp_path / "tensorboard")
+    assert [step for step, name, _ in found if name == "metrics/map50"] == [1, 2, 3]
+    assert {(s, n): v for s, n, v in found}[3, "metrics/map50"] == pytest.approx(0.7)
+    assert {(s, n) for s, n, _ in found} == {(e, n) for e in (1, 2, 3) for n in values(line(1))}
+    assert (tmp_path / "tensorboard/events.out.tfevents.0000000003.raypar").stat().st_mtime_ns != stale
+
+
+def test_tensorboard_itself_reads_them(tmp_path: Path) -> None:
+    loader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    TensorBoard(Folder.at(tmp_path))([line(1), line(2)])
+    seen = loader.EventAccumulator(str(tmp_path / "tensorboard"))
+    seen.Reload()
+    assert [(e.step, e.value) for e in seen.Scalars("train/box_loss")] == [(1, 2.0), (2, 1.0)]
+
+
+def test_mlflow_gets_each_epoch_once_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    mlflow = pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlflow")
+    monkeypatch.setenv("MLFLOW_ALLOW_FILE_STORE", "true")
+    out, history = Folder.at(tmp_path / "train"), [line(1), line(2), line(3)]
+    for epochs in ((1, 2), (2, 3)):  # killed after epoch 2, and again from epoch 1's checkpoint on
+        loggers = Loggers(out, "x", {"batch": 16, "yolo": {"lr0": 0.01}}, num_logged=epochs[0] - 1)
+        for epoch in epochs:
+            loggers.named["mlflow"](history[:epoch])
+        loggers.named["mlflow"].end()
+    client = mlflow.MlflowClient()
+    (run,) = client.search_runs([client.get_experiment_by_name("raypar").experiment_id])
+    assert [m.step for m in client.get_metric_history(run.info.run_id, "metrics/map50")] == [1, 2, 3]
+    assert run.data.params == {"batch": "16", "yolo.lr0": "0.01"}
+    assert run.info.status == "FINISHED"
+
+
+def test_wandb_gets_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("wandb")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    out = Folder.at(tmp_path / "train")
+    logger = Loggers(out, "x", {"batch": 16}).named["wandb"]
+    logger([line(1)])
+    logger([line(1), line(2)])
+    ids = out.read_json("loggers.json")
+    logger.end()
+    assert ids["wandb_epoch"] == 2
+    assert len(ids["wandb"]) == 12
+
+
+def test_loggers_follow_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("MLFLOW_TRACKING_URI", "WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    assert set(Loggers(Folder.at(tmp_path), "x", {}).named) == {"tensorboard"}
+
+
+def test_what_fails_aside_is_told_once_and_stops_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    aside, done = Aside(), list[str]()
+
+    def fail() -> None:
+        done.append("tried")
+        raise RuntimeError("no server\nat all")
+
+    for _ in range(3):
+        aside.submit("mlflow", fail)
+        aside.submit("tensorboard", lambda: done.append("logged"))
+    aside.end()
+    assert done == ["tried", "logged", "logged", "logged"]
+    assert capsys.readouterr().out.count("mlflow is given up, metrics.jsonl has all metrics: RuntimeError: no server\n") == 1
+
+
+def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+    aside, let_go = Aside(), threading.Event()
+    aside.submit("mlflow", let_go.wait)
+    aside.end(patience_s=0.1)
+    assert "not everything could be logged" in capsys.readouterr().out
+    let_go.set()
+
+
+class Page(HTMLParser):
+    """Tags that are closed in order, sources, and text."""
+
+    def __init__(self, text: str):
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+        self.words: list[str] = []
+        self.tags: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href")]
+        if tag not in ("meta", "img", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+
+def a_page(history: list[dict[str, Any]], **more: Any) -> str:
+    told: dict[str, Any] = {
+        "settings": {"batch": 16, "yolo": {"epochs": 3}}, "environment": {"raypar": "0", "workers": ["rank 0: a", "rank 1: b"]},
+        "events": [{"time": 0.0, "what": "worker 1 is lost & gone"}], "pictures": {"batch_0.png": b"\x89PNG"},
+        "per_class": [{"class_name": "<b>", "num_boxes": 3, "precision": 0.5, "recall": 0.5, "map50": 0.5, "map50_95": 0.25},
+                      {"class_name": "rare", "num_boxes": 0, "precision": None, "recall": None, "map50": None, "map50_95": None}],
+    }  # fmt: skip
+    return report.page("run <1>", "finished", history, **(told | more))
+
+
+def test_page_is_whole_and_needs_nothing_else() -> None:
+    text = a_page([line(1), line(2), line(3)])
+    page = Page(text)
+    assert not page.open
+    assert page.sources == ["data:image/png;base64,iVBORw=="]
+    assert "://" not in text
+    assert "@import" not in text
+    assert "<script" not in text
+    assert "<td>&lt;b&gt;</td>" in text
+    said = " ".join(page.words)
+    for words in (
+        "run <1>",
+        "<b>",
+        "worker 1 is lost & gone",
+        "rank 0: a; rank 1: b",
+        "yolo.epochs",
+        "box loss",
+        "wait for data",
+        "1970-01-01",
+    ):
+        assert words in said, words
+    assert page.tags.count("svg") == 7  # mAP, precision and recall, box loss, images/s, learning rate, seconds of epochs, seconds by stage
+
+
+@pytest.mark.parametrize(
+    "history",
+    [[], [line(1)], [line(1, map50=float("nan"))], [{**line(i), "train/box_loss": float("inf")} for i in (1, 2)], [line(i) for i in range(1, 1001)],
+     [{k: v for k, v in line(1).items() if "map" not in k and k != "fitness"}, line(2)], [line(1, world_size=1), line(2)],
+     [{**{k: v for k, v in line(1).items() if "map" not in k}, "top1": 0.8, "top5": 0.9}]],
+    ids=["none", "one", "nan", "inf", "many", "late", "elastic", "classify"],
+)  # fmt: skip
+def test_page_of_any_history(history: list[dict[str, Any]]) -> None:
+    text = a_page(history, settings={}, environment={}, events=[], pictures={}, per_class=[])
+    assert not Page(text).open
+    assert len(text) < 300_000
+    assert not re.search(r'points="[^"]*(nan|inf)', text)
+
+
+def test_report_is_drawn_from_a_folder(tmp_path: Path) -> None:
+    out = Folder.at(tmp_path)
+    report.write(out, "x")
+    assert "No epoch has ended yet" in out.read("report.html").decode()
+    out.write("metrics.jsonl", "".join(json.dumps(line(i)) + "\n" for i in (1, 2)))
+    out.write("batch_10.png", b"ten")
+    out.write("batch_2.png", b"two")
+    report.write(out, "x", "failed")
+    text = out.read("report.html").decode()
+    assert text.index("dHdv") < text.index("dGVu"), "steps in their order"
+    assert ">failed<" in text
+
+
+@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.013, 0.99), (-3.0, 7.0), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (1, 123456)])
+def test_ticks_are_round_and_cover(low: float, high: float) -> None:
+    found = charts.ticks(low, high)
+    assert found == sorted(found)
+    assert 2 <= len(found) <= 8
+    assert found[0] <= low
+    assert found[-1] >= high
+
+
+def a_figures(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> tuple[Figures, dict[str, float]]:
+    """Figures whose metrics are written to a dict."""
+    import ray.util.metrics
+
+    told: dict[str, float] = {}
+
+    class Metric:
+        def __init__(self, name: str, description: str, tag_keys: tuple[str, ...]):
+            self.name, self.tag_keys = name, tag_keys
+
+        def set_default_tags(self, tags: dict[str, str]) -> None:
+            assert set(tags) <= set(self.tag_keys)
+
+        def set(self, value: float) -> None:
+            told[self.name] = value
+
+        def inc(self, value: float, tags: dict[str, str]) -> None:
+            assert value > 0
+            name = f"{self.name} {tags['stage']}"
+            told[name] = told.get(name, 0.0) + value
+
+    monkeypatch.setattr(ray.util.metrics, "Gauge", Metric)
+    monkeypatch.setattr(ray.util.metrics, "Counter", Metric)
+    model = SimpleNamespace(_get_ddp_logging_data=lambda: {"avg_backward_comm_time": 2_500_000})
+    return Figures("x", rank, model), told
+
+
+def test_figures_say_what_the_pulse_knows(monkeypatch: pytest.MonkeyPatch) -> None:
+    figures, told = a_figures(monkeypatch)
+    life: Any = SimpleNamespace(seconds=lambda: {"wait": 1.0}, memory_gb=lambda: 2.0, cursor=100, total=1000, world_size=2)
+    now = [50.0]
+    monkeypatch.setattr("raypar.train.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
+    figures.on_beat(life)
+    now[0] += 2.0
+    life.cursor, life.seconds = 180, lambda: {"wait": 1.5, "step": 3.0}
+    figures.on_beat(life)
+    assert told == {
+        PREFIX + "stage_seconds wait": 1.5, PREFIX + "stage_seconds step": 3.0, PREFIX + "all_reduce_seconds": 0.0025,
+        PREFIX + "memory_gigabytes": 2.0, PREFIX + "images_per_second": 40.0, PREFIX + "images_seen": 180, PREFIX + "images_total": 1000,
+        PREFIX + "world_size": 2}  # fmt: skip
+    figures.on_epoch(line(2))
+    assert (told[PREFIX + "epoch"], told[PREFIX + "map50"], told[PREFIX + "loss"]) == (2, 0.2, 1.0)
+
+
+def test_dashboard_asks_for_what_is_exported() -> None:
+    board = json.loads((REPOSITORY / "docs/grafana.json").read_text())
+    expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
+    asked = {name for expression in expressions for name in re.findall(r"\bray_raypar_\w+", expression)}
+    exported = {f"ray_{PREFIX}{name}" for name in GAUGES} | {f"ray_{PREFIX}{name}_total" for name in COUNTERS}
+    assert asked == exported, "each figure is shown, and no other is asked for"
+    for expression in expressions:
+        assert expression.count("(") == expression.count(")"), expression
+        assert 'run=~"$run"' in expression, expression
+    assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def beat(cursor: int) -> pulse.Beat:
+    return pulse.Beat(0, 1, "a", 1, "step", 0.0, cursor, 1, 0.1, total=100)
+
+
+def test_bar_follows_the_signs_of_life_back_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    screen, now = Terminal(), [0.0]
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    bar = Bar("run")
+    for seconds, cursor in ((0, 20), (10, 40), (20, 30), (30, 50)):  # resumed at 20, then gone back to 30
+        now[0] = float(seconds)
+        bar.show(beat(cursor))
+    drawn = [text.strip() for text in screen.getvalue().split("\r") if text.strip()]
+    assert drawn == [
+        "train [########            ] 40/100 images, 2.0/s, 0:30 left",
+        "train [##########          ] 50/100 images, 2.0/s, 0:25 left",
+    ]
+    assert all(len(text) <= 79 for text in screen.getvalue().split("\r"))
+
+
+def test_lines_where_there_is_no_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, now = io.StringIO(), [0.0]
+    monkeypatch.setattr("sys.stderr", log)
+    monkeypatch.setattr(progress, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    work = Progress(10_000, "images", "predict")
+    for second in range(1, 21):
+        now[0] = float(second)
+        work.update(100)
+    assert log.getvalue().splitlines() == [
+        "predict: 1000/10000 images, 100.0/s, 1:30 left",
+        "predict: 2000/10000 images, 100.0/s, 1:20 left",
+    ]
