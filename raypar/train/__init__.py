@@ -242,6 +242,7 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
     train = config.train
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
             "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
+            "parallel": "fsdp" if train.parallel == "fsdp" else None, "sync_bn": train.sync_bn or None,
             "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
 
 

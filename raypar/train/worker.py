@@ -99,7 +99,7 @@ class Worker:
         self.plan = Plan(epochs=self.args.epochs, **config["plan"])
         self.precision = pick_precision(train["precision"], device)
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
-                         world_size=self.world_size, precision=self.precision)  # fmt: skip
+                         world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
         recipe = recipe_of(vars(self.args), manifest)
         cache = CacheSpec(**config["cache"]) if config["cache"] else None
         self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
@@ -143,7 +143,7 @@ class Worker:
             self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
-            if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1:
+            if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
                 assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
             self.asked |= self.agreement.step(self._wishes(parts))
