@@ -2,7 +2,7 @@
 
 Runs in: rank 0 of the training workers, in a thread of its own. TensorBoard's files are always written (``train/tensorboard/``); MLflow
 is told when ``mlflow`` is installed and ``MLFLOW_TRACKING_URI`` is set, Weights & Biases when ``wandb`` is installed and
-``WANDB_API_KEY`` or ``WANDB_MODE`` is set (see ``docs/decisions/0012-watching.md``).
+``WANDB_API_KEY`` or ``WANDB_MODE`` is set (see ``docs/decisions/0011-watching.md``).
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """How a model is spread over ranks: DDP, or FSDP2 with every rank holding a share; batch norm over all ranks; compiled forward.
 
-Runs in: every training worker. Why the averaged weights stay whole, and what is checkpointed: ``docs/decisions/0014-parallel.md``.
+Runs in: every training worker. Why the averaged weights stay whole, and what is checkpointed: ``docs/decisions/0012-parallel.md``.
 """
 
 from __future__ import annotations
