@@ -92,7 +92,7 @@ def _call(command: list[str], log: Path, **environment: str) -> float:
     return time.perf_counter() - began
 
 
-def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: int) -> float:
+def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: int, global_batch: int = BATCH) -> float:
     """Our loop on one batch that stays in memory: global steps a second, on any process group that is up."""
     import torch
 
@@ -108,10 +108,10 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
     dataset = Folder.at(prepared) / "dataset"
     manifest = Manifest.load(dataset)
     device = torch.device("cpu")
-    lender = Lender({"epochs": 100, "imgsz": imgsz}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=device)
+    lender = Lender({"epochs": 100, "imgsz": imgsz}, model="yolov8n.yaml", manifest=manifest, batch=global_batch, seed=0, device=device)
     torch.set_num_threads(threads)
     split = manifest.split("train")
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=BATCH, epochs=100)
+    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=global_batch, epochs=100)
     spec = StreamSpec.of(dataset, split, plan, Recipe.from_yolo(vars(lender.args)), mosaic_epochs=90, albumentations=None,
                          world_size=world_size)  # fmt: skip
     batch = to_tensors(next(b for b in render(spec, next(plan.items())) if b.rank == rank))
@@ -146,14 +146,14 @@ def _asked(command: list[str], threads: int) -> float:
     return float(next(line for line in found.stdout.splitlines() if line.startswith("rate ")).split()[1])
 
 
-def as_rank(prepared: str, imgsz: int, threads: int) -> None:
+def as_rank(prepared: str, imgsz: int, threads: int, global_batch: int = BATCH) -> None:
     """What torchrun starts, or one process alone."""
     import torch.distributed as dist
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
-    rate = steps_per_s(prepared, imgsz, rank, world_size, threads)
+    rate = steps_per_s(prepared, imgsz, rank, world_size, threads, global_batch)
     if rank == 0:
         print("rate", rate, flush=True)
     if world_size > 1:
@@ -256,6 +256,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--rank"], ["--ray"]):
-        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(sys.argv[2], int(sys.argv[3]), int(sys.argv[4]))
+        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(sys.argv[2], *map(int, sys.argv[3:]))
     else:
         main()
