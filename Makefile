@@ -23,8 +23,10 @@ $(READY): pyproject.toml constraints.txt
 demo: $(READY)  ## shapes: prepare, train on 2 workers, evaluate, predict, export and one request to the service
 	$(BIN)/python jobs/demo.py
 
-test: $(READY)  ## unit, integration and, where the machine can, multi-node tests
-	$(BIN)/python -m pytest -q -m "not gpu"
+test: $(READY)  ## unit, integration and, where the machine can, multi-node tests; the unit tests beside the others, which wait a lot
+	@log=$$(mktemp); nice -n 5 $(BIN)/python -m pytest -q tests/unit > $$log 2>&1 & unit=$$!; \
+	$(BIN)/python -m pytest -q -m "not gpu" tests/integration tests/multinode; status=$$?; \
+	wait $$unit || status=1; cat $$log; rm -f $$log; exit $$status
 
 test-multinode: $(READY)  ## only the tests with several Ray nodes
 	$(BIN)/python -m pytest -q -m multinode
