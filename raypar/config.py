@@ -47,7 +47,9 @@ class ShapesConfig(Section):
 class PrepareConfig(Section):
     """Images and labels -> checked Parquet shards."""
 
-    source: str | None = Field(None, description="data.yaml (yolo), folder or JSON (coco), folder (voc, folders); nothing for shapes")
+    source: str | None = Field(
+        None, description="data.yaml (yolo), folder or JSON (coco), folder (voc, folders): a path or s3://, gs:// ...; nothing for shapes"
+    )
     format: Literal["yolo", "coco", "voc", "folders", "shapes"] = Field(
         "yolo", description="how the labels are written; folders: a folder of images for each class"
     )

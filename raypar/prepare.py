@@ -25,7 +25,7 @@ import pyarrow.compute as pc
 
 import raypar
 from raypar.config import PrepareConfig, RunConfig
-from raypar.dataset import append, shards, verify
+from raypar.dataset import append, remote, shards, verify
 from raypar.dataset.formats import SPLITS, Listing, coco, folders, shapes, voc, yolo
 from raypar.dataset.ingest import ShardJob, ShardReport
 from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
@@ -34,6 +34,8 @@ from raypar.progress import Progress
 from raypar.storage import Folder
 
 REJECTED = "rejected.jsonl"
+CHECK_HOLDS_S = 60.0
+_checked: tuple[PrepareConfig, int, Listing, float] | None = None  # by the command line, which checks and then runs; and when
 
 
 def check(config: RunConfig) -> None:
@@ -42,7 +44,9 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: the source is missing, malformed, has no classes or an empty split; one line that says which.
     """
-    _list(_section(config), config.seed)
+    global _checked
+    section = _section(config)
+    _checked = (section, config.seed, _list(section, config.seed), time.monotonic())
 
 
 def run(config: RunConfig) -> Manifest:
@@ -72,7 +76,7 @@ def run(config: RunConfig) -> Manifest:
 def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before: Manifest | None) -> Manifest:
     """Writes the shards that are missing, then the manifest; ``before`` is what the dataset has, when images are added to it."""
     started_s = time.monotonic()
-    listing = _list(section, config.seed)
+    listing = _listed(section, config.seed)
     if before is not None:
         append.check(before, listing, dataset)
     dataset.check_writable()
@@ -80,15 +84,23 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
     listing = replace(listing, splits=splits)  # the lists go, the buffers stay
     template = ShardJob(
         dataset, "", "", section.format, len(listing.class_names), (), section.rows_per_group, section.max_pixels, config.seed,
-        (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape)  # fmt: skip
+        (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape,
+        listing.tree.store if listing.tree else None)  # fmt: skip
     taken, first = append.taken(dataset, before, splits) if before is not None else ({}, {})
-    wanted, repeated = shards.portions(splits, template, section, taken=taken, first=first)
-    reports = _write(wanted, splits, template)
+    wanted, repeated = shards.portions(splits, template, section, taken=taken, first=first, tree=listing.tree)
+    num_before = sum(split.num_images for split in before.splits.values()) if before is not None else 0
+    num_repeated = sum(map(len, repeated.values()))
+    num_images = num_before + num_repeated + sum(len(portion.rows) for portion in wanted)
+    found = _write(wanted, splits, template, section.max_rejected * num_images - num_repeated)
+    is_stopped = len(found) < len(wanted)
+    wanted, reports = [portion for portion in wanted if portion.path in found], list(found.values())
     rejected = _rejected(splits, repeated, reports)
     if before is not None:
+        num_images -= len(rejected)
         rejected = append.merged(dataset, rejected, wanted, splits, REJECTED)
+        num_images += len(rejected)  # with those of earlier runs
     dataset.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
-    _check_rejected(rejected, reports, section, dataset, before)
+    _check_rejected(rejected, reports, section, dataset, num_images, is_append=before is not None, is_stopped=is_stopped)
     manifest = _manifest(config, listing, reports, len(rejected))
     if before is not None:
         if not any(report.num_images for report in reports):
@@ -105,8 +117,11 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
     return manifest
 
 
-def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: ShardJob) -> list[ShardReport]:
-    """Has the shards written that an earlier, killed run did not finish; reports in the order of the shards."""
+def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: ShardJob, max_rejected: float) -> dict[str, ShardReport]:
+    """Has the shards written that an earlier, killed run did not finish; reports by path, in the order of the shards.
+
+    When more images were set aside than may be of all, the rest is not tried: reports are then fewer.
+    """
     reports = shards.finished(template.dataset, wanted)
     due = [portion for portion in wanted if portion.path not in reports]
     num_images = sum(len(portion.rows) for portion in due)
@@ -116,8 +131,10 @@ def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: S
     for portion, report in shards.write(due, splits, template):
         reports[portion.path] = report
         progress.update(len(portion.rows))
+        if sum(len(report.rejected) for report in reports.values()) > max_rejected:
+            break
     progress.close()
-    return [reports[portion.path] for portion in wanted]
+    return {portion.path: reports[portion.path] for portion in wanted if portion.path in reports}
 
 
 def _rejected(splits: dict[str, Records], repeated: dict[str, Any], reports: list[ShardReport]) -> list[dict[str, str]]:
@@ -152,7 +169,9 @@ def _section(config: RunConfig) -> PrepareConfig:
 
 
 def _source(section: PrepareConfig) -> str:
-    return "shapes" if section.source is None else str(Path(section.source).expanduser().absolute())
+    if section.source is None:
+        return "shapes"
+    return remote.shown(section.source) if "://" in section.source else str(Path(section.source).expanduser().absolute())
 
 
 def _list(section: PrepareConfig, seed: int) -> Listing:
@@ -161,28 +180,44 @@ def _list(section: PrepareConfig, seed: int) -> Listing:
             {split: getattr(section.shapes, split) for split in SPLITS}, "detect" if section.task == "auto" else section.task
         )
     assert section.source is not None
-    if "://" in section.source:
-        raise ValueError(f"prepare.source {section.source} is remote: prepare reads folders that the driver can open (mount or copy it)")
+    place = remote.place_of(section.source)
+    if isinstance(place, Path):
+        return _scan(place, section, seed)
+    try:
+        return replace(_scan(place, section, seed), tree=place.tree)
+    except OSError as error:
+        raise ValueError(f"prepare.source {remote.shown(section.source)} cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _scan(place: remote.Place, section: PrepareConfig, seed: int) -> Listing:
     if section.format == "voc":
-        return voc.scan(section.source, seed)
+        return voc.scan(place, seed)
     if section.format == "folders":
-        return folders.scan(section.source, seed)
-    return yolo.scan(section.source, section.task) if section.format == "yolo" else coco.scan(section.source, section.task)
+        return folders.scan(place, seed)
+    return yolo.scan(place, section.task) if section.format == "yolo" else coco.scan(place, section.task)
+
+
+def _listed(section: PrepareConfig, seed: int) -> Listing:
+    """What ``check`` has just listed, once; else a new listing."""
+    global _checked
+    checked, _checked = _checked, None
+    if checked and checked[:2] == (section, seed) and time.monotonic() - checked[3] < CHECK_HOLDS_S:
+        return checked[2]
+    return _list(section, seed)
 
 
 def _check_rejected(
-    rejected: list[dict[str, str]], reports: list[ShardReport], section: PrepareConfig, dataset: Folder, before: Manifest | None
-) -> None:
-    num_before = sum(split.num_images for split in before.splits.values()) if before is not None else 0
+    rejected: list[dict[str, str]], reports: list[ShardReport], section: PrepareConfig, dataset: Folder, num_images: int,
+    *, is_append: bool, is_stopped: bool,
+) -> None:  # fmt: skip
     num_rejected = len(rejected)
-    num_images = num_before + sum(report.num_images for report in reports) + num_rejected
     where = f"{dataset.uri}/{REJECTED} names each"
     if num_rejected > section.max_rejected * num_images:
         raise ValueError(
-            f"{num_rejected} of {num_images} images cannot be used, prepare.max_rejected={section.max_rejected:g} allows "
+            f"{'at least ' if is_stopped else ''}{num_rejected} of {num_images} images cannot be used, prepare.max_rejected={section.max_rejected:g} allows "
             f"{int(section.max_rejected * num_images)}: {'; '.join(_top_reasons(rejected))}. {where}"
         )
-    if before is not None:
+    if is_append:
         return
     for split in dict.fromkeys(report.split for report in reports):
         if not any(report.num_images for report in reports if report.split == split):

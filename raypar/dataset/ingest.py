@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import io
 import stat
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,7 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
-from raypar.dataset.formats import Labels, Record, coco, folders, shapes, voc, yolo
+from raypar.dataset import remote
+from raypar.dataset.formats import MAX_LABEL_BYTES, Fetched, Labels, Record, coco, folders, label_file, shapes, voc, yolo
 from raypar.dataset.manifest import Shard
 from raypar.dataset.schema import row_schema
 from raypar.dataset.tidy import columns, tidy
@@ -50,6 +53,7 @@ class ShardJob:
     shapes_hw: tuple[int, int] = (0, 0)
     task: str = "detect"
     keypoint_shape: tuple[int, int] | None = None
+    source: Folder | None = None  # opens the store that records are in, if they are in one
 
 
 @dataclass
@@ -97,8 +101,8 @@ def write_shard(job: ShardJob) -> ShardReport:
             row_groups.append(len(rows))
             rows.clear()
 
-        for record in job.records:
-            row = _row_or_reject(job, record, report)
+        for record, fetched in _read_ahead(job):
+            row = _row_or_reject(job, record, report, fetched)
             if row is not None:
                 rows.append(row)
                 if len(rows) == job.rows_per_group:
@@ -112,12 +116,51 @@ def write_shard(job: ShardJob) -> ShardReport:
     return report
 
 
-def _row_or_reject(job: ShardJob, record: Record, report: ShardReport) -> dict[str, object] | None:
+def _read_ahead(job: ShardJob) -> Iterator[tuple[Record, Fetched | None]]:
+    """Each record, with its files where they come from a store: of a dozen others the reading goes on meanwhile.
+
+    Raises:
+        ValueError: the store fails. An image is never set aside for that.
+    """
+    if job.source is None:
+        yield from ((record, None) for record in job.records)
+        return
+    waiting: deque[tuple[Record, Future[Fetched]]] = deque()
+    threads = ThreadPoolExecutor(remote.THREADS)
+    try:
+        for record in job.records:
+            waiting.append((record, threads.submit(_fetch, job.source, record)))
+            if len(waiting) > remote.THREADS:
+                first, future = waiting.popleft()
+                yield first, future.result()
+        for first, future in waiting:
+            yield first, future.result()
+    except OSError as error:
+        reason = " ".join(str(error).split())
+        raise ValueError(f"prepare.source fails: {reason}; shards that are whole are kept: the same command goes on from there") from error
+    finally:
+        threads.shutdown(cancel_futures=True)
+
+
+def _fetch(source: Folder, record: Record) -> Fetched:
+    limits = {record.image_path: MAX_FILE_BYTES}
+    if labels := label_file(record):
+        limits[labels] = MAX_LABEL_BYTES
+    found: dict[str, bytes | ValueError | None] = {}
+    for path, limit in limits.items():
+        try:
+            found[path] = remote.read_file(source, path, limit)
+        except ValueError as error:
+            found[path] = error
+    return found
+
+
+def _row_or_reject(job: ShardJob, record: Record, report: ShardReport, fetched: Fetched | None) -> dict[str, object] | None:
     """A row, counted in the report; None when the record was set aside."""
     try:
         if not record.image_id.isascii():
             _check_name(record.image_id)
-        picture, labels = _read(job, record)
+        picture, labels = _read(job, record, fetched)
         labels, repairs = tidy(labels, job.task)
     except ValueError as error:
         report.rejected.append({"split": job.split, "image_id": record.image_id, "file": record.image_path, "reason": str(error)})
@@ -145,34 +188,35 @@ def _check_name(image_id: str) -> None:
         raise ValueError("its name is not text in UTF-8") from error
 
 
-def _read(job: ShardJob, record: Record) -> tuple[Picture, Labels]:
+def _read(job: ShardJob, record: Record, fetched: Fetched | None) -> tuple[Picture, Labels]:
     if job.format == "shapes":
         image, labels = shapes.draw(job.seed, job.split, record.labels, *job.shapes_hw, task=job.task)
         return Picture(shapes.encode(image), job.shapes_hw), labels
-    picture = read_picture(record.image_path, job.max_pixels)
+    picture = read_picture(record.image_path, job.max_pixels, fetched)
     try:
-        return picture, read_labels(job, record, picture.image_hw)
+        return picture, read_labels(job, record, picture.image_hw, fetched)
     except OSError as error:
         raise ValueError(f"labels cannot be read ({error.strerror or error})") from error
 
 
-def read_labels(job: ShardJob, record: Record, image_hw: tuple[int, int]) -> Labels:
+def read_labels(job: ShardJob, record: Record, image_hw: tuple[int, int], fetched: Fetched | None = None) -> Labels:
     """An image's labels, as its format writes them."""
     if job.format == "voc":
-        return voc.read_labels(record, job.num_classes, image_hw)
+        return voc.read_labels(record, job.num_classes, image_hw, fetched)
     if job.format == "folders":
         return folders.read_labels(record)
-    read = {"yolo": yolo.read_labels, "coco": coco.read_labels}[job.format]
-    return read(record, job.num_classes, image_hw, job.task, job.keypoint_shape)
+    if job.format == "coco":
+        return coco.read_labels(record, job.num_classes, image_hw, job.task, job.keypoint_shape)
+    return yolo.read_labels(record, job.num_classes, image_hw, job.task, job.keypoint_shape, fetched)
 
 
-def read_picture(path: str, max_pixels: int) -> Picture:
+def read_picture(path: str, max_pixels: int, fetched: Fetched | None = None) -> Picture:
     """Reads and checks an image file; mends what can be mended.
 
     Raises:
         ValueError: it is missing, no image, truncated, too small or too large, with the reason.
     """
-    data = _read_file(path)
+    data = _read_file(path) if fetched is None else _of(fetched[path])
     if not data:
         raise ValueError("file is empty")
     kind, (width, height) = _header(data)
@@ -207,6 +251,15 @@ def _read_file(path: str) -> bytes:
         raise ValueError("file is missing") from error
     except OSError as error:
         raise ValueError(f"file cannot be read ({error.strerror or error})") from error
+
+
+def _of(found: bytes | ValueError | None) -> bytes:
+    """What was read ahead, with the errors of ``_read_file``."""
+    if found is None:
+        raise ValueError("file is missing")
+    if isinstance(found, ValueError):
+        raise found
+    return found
 
 
 def _header(data: bytes) -> tuple[str, tuple[int, int]]:

@@ -23,10 +23,11 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from raypar.config import PrepareConfig
-from raypar.dataset.formats import SPLITS, shapes
+from raypar.dataset.formats import SPLITS, Record, label_file, shapes
 from raypar.dataset.ingest import ShardJob, ShardReport, write_shard
 from raypar.dataset.manifest import Shard
 from raypar.dataset.records import Records
+from raypar.dataset.remote import Tree
 from raypar.storage import Folder
 
 PARTS = "parts"
@@ -53,7 +54,13 @@ class Portion:
 
 
 def portions(
-    splits: dict[str, Records], template: ShardJob, section: PrepareConfig, *, taken: dict[str, pa.Array], first: dict[str, int]
+    splits: dict[str, Records],
+    template: ShardJob,
+    section: PrepareConfig,
+    *,
+    taken: dict[str, pa.Array],
+    first: dict[str, int],
+    tree: Tree | None = None,
 ) -> tuple[list[Portion], dict[str, NDArray[np.int64]]]:
     """Shuffles each split and cuts it into portions of about ``prepare.shard_mb``.
 
@@ -63,6 +70,7 @@ def portions(
         section: the run's.
         taken: image ids, large_binary, that are in the dataset already.
         first: the number of the first new shard.
+        tree: where the files are, if not on a disk.
 
     Returns:
         The portions, and for each split the indices of records that were listed twice.
@@ -74,7 +82,7 @@ def portions(
             is_taken = pc.is_in(records.image_ids.take(pa.array(order)), value_set=taken[split])
             order = order[~is_taken.to_numpy(zero_copy_only=False)]
         order = order[np.random.default_rng([template.seed, SPLITS.index(split)]).permutation(len(order))]
-        files = _files(records, order, template)
+        files = _files(records, order, template, tree)
         for number, part in enumerate(cut(files[:, 0], section.shard_mb * 1e6, section.rows_per_group), first.get(split, 0)):
             rows = order[part.start : part.stop]
             path = f"{split}/{number:05d}.parquet"
@@ -97,35 +105,37 @@ def cut(sizes: NDArray[np.float64], shard_bytes: float, rows_per_group: int) -> 
     return [range(int(a), int(b)) for a, b in zip(firsts, [*firsts[1:], len(sizes)], strict=True)]
 
 
-def _files(records: Records, order: NDArray[np.int64], template: ShardJob) -> NDArray[np.float64]:
+def _files(records: Records, order: NDArray[np.int64], template: ShardJob, tree: Tree | None) -> NDArray[np.float64]:
     """float64 (N, 3): bytes of each image, and when it and its labels were changed; zeros for what is missing."""
     if template.format == "shapes":
         size = shapes.BYTES_PER_PIXEL * template.shapes_hw[0] * template.shapes_hw[1]
         return np.tile([size, 0.0, 0.0], (len(order), 1))
 
     def look(rows: NDArray[np.int64]) -> NDArray[np.float64]:
-        return np.array([_stat(record) for record in records.take(rows)], np.float64).reshape(-1, 3)
+        return np.array([_stat(record, tree) for record in records.take(rows)], np.float64).reshape(-1, 3)
 
     with ThreadPoolExecutor(STAT_THREADS) as threads:  # a network's file system answers slowly, but to many at once
         found = list(threads.map(look, [order[i : i + STAT_CHUNK] for i in range(0, len(order), STAT_CHUNK)]))
     return np.concatenate(found) if found else np.zeros((0, 3))
 
 
-def _stat(record: Any) -> tuple[float, float, float]:
-    labels = record.labels[0] if isinstance(record.labels, tuple) else record.labels  # of coco and folders: no path
-    image, label = _info(record.image_path), _info(labels) if isinstance(labels, str) else None
-    return (image.st_size if image else 0.0, image.st_mtime if image else 0.0, label.st_mtime if label else 0.0)
+def _stat(record: Record, tree: Tree | None) -> tuple[float, float, float]:
+    look = tree.file_info if tree else _info
+    labels = label_file(record)
+    size, changed_s = look(record.image_path) or (0.0, 0.0)
+    return size, changed_s, (look(labels) or (0.0, 0.0))[1] if labels else 0.0
 
 
-def _info(path: str) -> os.stat_result | None:
+def _info(path: str) -> tuple[float, float] | None:
     try:
-        return os.stat(path)  # noqa: PTH116 (a million of them: without a Path each)
+        info = os.stat(path)  # noqa: PTH116 (a million of them: without a Path each)
     except (OSError, ValueError):
         return None
+    return info.st_size, info.st_mtime
 
 
 def _fingerprint(records: Records, rows: NDArray[np.int64], files: NDArray[np.float64], template: ShardJob, path: str) -> str:
-    settings = {k: v for k, v in asdict(replace(template, path=path)).items() if k != "dataset"}
+    settings = {k: v for k, v in asdict(replace(template, path=path)).items() if k not in ("dataset", "source")}
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(np.ascontiguousarray(files).tobytes())
     digest.update(records.digest(rows))
@@ -209,12 +219,12 @@ def _report(value: dict[str, Any]) -> ShardReport:
 
 
 def _placement(template: ShardJob) -> dict[str, Any]:
-    """Local files are read and written on the driver's node, whichever node has room for more tasks."""
+    """Local files are read and written on the driver's node, whichever node has room for more tasks; a store is reached from any."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) == 1 or (template.format == "shapes" and not template.dataset.is_local):
+    if len(nodes) == 1 or ((template.format == "shapes" or template.source) and not template.dataset.is_local):
         return {"num_cpus": 1}
     node_id = ray.get_runtime_context().get_node_id()
     here = next((node for node in nodes if node["NodeID"] == node_id), None)

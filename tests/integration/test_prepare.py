@@ -257,9 +257,8 @@ def test_too_many_rejected_is_an_error_without_a_manifest(tmp_path: Path) -> Non
         raypar.prepare.run(config_of(tmp_path, source=source))
     assert "\n" not in str(caught.value)
     config = config_of(tmp_path, source=source, max_rejected=0.2)
-    assert files_under(dataset_folder(config)) == [
-        "parts/train/00000.json", "parts/val/00000.json", "rejected.jsonl", "train/00000.parquet", "val/00000.parquet",
-    ]  # fmt: skip
+    kept = {"parts/train/00000.json", "rejected.jsonl", "train/00000.parquet"}
+    assert kept <= set(files_under(dataset_folder(config))) <= kept | {"parts/val/00000.json", "val/00000.parquet"}  # val may not be tried
     assert raypar.prepare.run(config).num_rejected == 1  # 1 of 5 is just allowed
 
 
@@ -435,7 +434,7 @@ def test_source_without_a_single_box_is_an_error(tmp_path: Path) -> None:
         ({"source": "/nowhere/data.yaml"}, "does not exist"),
         ({"source": "/nowhere", "format": "coco"}, "does not exist"),
         ({"source": "/nowhere", "format": "voc"}, "does not exist"),
-        ({"source": "s3://bucket/data.yaml"}, "remote"),
+        ({"source": "s3://bucket/data.yaml?endpoint_override=127.0.0.1:9&scheme=http"}, "s3://bucket/data.yaml cannot be reached"),
     ],
 )
 def test_check_says_what_is_wrong(prepare: dict[str, Any] | None, message: str) -> None:

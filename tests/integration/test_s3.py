@@ -16,6 +16,7 @@ import boto3
 import numpy as np
 import pytest
 from moto.server import ThreadedMotoServer
+from PIL import Image
 
 import raypar.evaluate
 import raypar.predict
@@ -24,7 +25,9 @@ import raypar.train
 from raypar import cli
 from raypar.config import RunConfig
 from raypar.dataset import verify
+from raypar.dataset.formats import coco, voc, yolo
 from raypar.dataset.manifest import Manifest
+from raypar.dataset.remote import place_of
 from raypar.storage import Folder
 from tests.conftest import start_ray
 
@@ -192,6 +195,124 @@ def test_a_wrong_key_is_said(endpoint: str, tmp_path: Path, capsys: pytest.Captu
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
         said = error_of(f"s3://runs/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys)
+    finally:
+        server.shutdown()
+    assert "ACCESS_DENIED" in said or "INVALID_ACCESS_KEY" in said.upper()
+
+
+# A source in a bucket
+
+
+def source_tree(root: Path) -> Path:
+    """Images with labels in three formats; one image is damaged, one has no labels."""
+    annotations = []
+    for i, split in enumerate(["train"] * 12 + ["val"] * 8):
+        path = root / "JPEGImages" / split / f"{i:02d}.png"
+        for folder in (path.parent, root / "images" / split, root / "labels" / split, root / "Annotations" / split, root / "annotations"):
+            folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.full((20, 30, 3), 7 * i, np.uint8)).save(path)
+        data = b"\x89PNG no image" if i == 5 else path.read_bytes()
+        (root / "images" / split / path.name).write_bytes(data)
+        if i != 3:
+            (root / "labels" / split / f"{i:02d}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
+        box = "<xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>20</ymax>"
+        xml = f"<annotation><object><name>cat</name><bndbox>{box}</bndbox></object></annotation>"
+        (root / "Annotations" / split / f"{i:02d}.xml").write_text(xml)
+        annotations.append({"id": i, "file_name": path.name})
+    (root / "data.yaml").write_text("names: [cat]\npath: .\ntrain: images/train\nval: images/val\n")
+    boxes = [{"image_id": i, "category_id": 1, "bbox": [1, 2, 9, 9]} for i in range(20)]
+    for split, images in (("train", annotations[:12]), ("val", annotations[12:])):
+        data = {"images": images, "annotations": boxes, "categories": [{"id": 1, "name": "cat"}]}
+        (root / "annotations" / f"instances_{split}.json").write_text(json.dumps(data))
+    return root
+
+
+@pytest.fixture(scope="module")
+def sources(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A local folder that lies in the bucket too, as ``s3://runs/source``."""
+    root = source_tree(tmp_path_factory.mktemp("source"))
+    client = boto3.client("s3")
+    for file in sorted(root.rglob("*.*")):
+        client.put_object(Bucket="runs", Key=f"source/{file.relative_to(root).as_posix()}", Body=file.read_bytes())
+    return root
+
+
+def sourced(source: str, storage: str, **prepare: Any) -> RunConfig:
+    section = {"source": source, "max_rejected": 0.2, "rows_per_group": 4, "shard_mb": 0.0002, **prepare}
+    return RunConfig.model_validate({"name": "x", "storage": storage, "prepare": section})
+
+
+@pytest.mark.usefixtures("ray_with_s3")
+def test_a_source_in_a_bucket_gives_the_shards_of_a_local_one(
+    endpoint: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    here = raypar.prepare.run(sourced(str(sources / "data.yaml"), str(tmp_path / "here")))
+    config = sourced(f"s3://runs/source/data.yaml?endpoint_override={endpoint}&scheme=http", "s3://runs/sourced")
+    dataset = config.folder / "dataset"
+    with monkeypatch.context() as patch:
+        patch.setattr(raypar.prepare, "_manifest", killed)
+        with pytest.raises(KeyboardInterrupt):
+            raypar.prepare.run(config)
+    assert not dataset.exists("manifest.json")
+    dataset.delete("train/00000.parquet")
+    capsys.readouterr()
+    there = raypar.prepare.run(config)
+    num_shards = sum(len(split.shards) for split in here.splits.values())
+    assert f"in 1 shards -> {dataset.uri}; {num_shards - 1} are done already" in capsys.readouterr().out
+    assert there.model_copy(update={"source": here.source}) == here
+    assert len(here.splits["train"].shards) > 1
+    assert there.source == "s3://runs/source/data.yaml"
+    rejected = [json.loads(line) for line in dataset.read("rejected.jsonl").splitlines()]
+    assert [line["file"] for line in rejected] == ["s3://runs/source/images/train/05.png"]
+    voc_manifest = raypar.prepare.run(sourced("s3://runs/source", str(tmp_path / "voc"), format="voc"))
+    assert sum(split.num_images for split in voc_manifest.splits.values()) == 20
+
+
+@pytest.mark.parametrize(("scan", "name"), [(yolo.scan, "data.yaml"), (coco.scan, ""), (lambda place: voc.scan(place, 0), "")])
+def test_a_bucket_is_listed_as_a_folder_is(sources: Path, scan: Any, name: str) -> None:
+    here, there = scan(sources / name if name else sources), scan(place_of(f"s3://runs/source/{name}".rstrip("/")))
+    assert (here.class_names, list(here.splits)) == (there.class_names, list(there.splits))
+    for split, records in here.splits.items():
+        found = list(there.splits[split])
+        assert [r.image_id for r in found] == [r.image_id for r in records]
+        assert [r.image_path for r in found] == [r.image_path.replace(str(sources), "s3://runs/source") for r in records]
+
+
+def source_error(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
+    """What the command line says to a source that does not work; within seconds, and on one line."""
+    (tmp_path / "run.yaml").write_text(f"name: x\nstorage: {tmp_path}\nprepare: {{source: '{source}'}}\n")
+    began = time.monotonic()
+    assert cli.main(["prepare", str(tmp_path / "run.yaml")]) == 2
+    assert time.monotonic() - began < 30
+    said = capsys.readouterr().err.strip()
+    assert said.startswith("error: ")
+    assert "\n" not in said
+    return said
+
+
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("s3://nowhere/data.yaml", "there is no bucket 'nowhere'"),
+        ("s3://runs/source/none.yaml", "s3://runs/source/none.yaml does not exist"),
+        ("s3://runs/source/images/train", "is a folder with 0 yaml files"),
+        ("s3://runs/source/annotations/instances_val.json", "has no 'train'"),
+    ],
+)
+def test_a_source_that_is_not_there_is_said(
+    sources: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], source: str, said: str
+) -> None:
+    assert said in source_error(source, tmp_path, capsys)
+
+
+def test_a_key_that_may_not_read_the_source_is_said(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    server = HTTPServer(("127.0.0.1", 0), Refusal)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        said = source_error(f"s3://runs/data.yaml?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys)
     finally:
         server.shutdown()
     assert "ACCESS_DENIED" in said or "INVALID_ACCESS_KEY" in said.upper()

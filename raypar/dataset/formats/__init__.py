@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from raypar.dataset.remote import Place, Tree
+
 SPLITS = ("train", "val", "test")
 # What Ultralytics lists as images, raypar lists.
 IMAGE_SUFFIXES = frozenset(
@@ -18,6 +20,8 @@ IMAGE_SUFFIXES = frozenset(
 )
 MAX_VALUE = 1e9  # of a coordinate or class id
 MAX_LABEL_BYTES = 32 << 20  # of a label file: a million boxes
+# Files of a store that were read ahead, by path: bytes, nothing where there is no such file, or what is wrong with it.
+Fetched = Mapping[str, bytes | ValueError | None]
 
 
 @dataclass(frozen=True)
@@ -26,7 +30,7 @@ class Record:
 
     Attributes:
         image_id: path relative to its split's image root, forward slashes.
-        image_path: absolute local path; empty when the image is generated.
+        image_path: absolute local path, or ``s3://bucket/folder/name`` without options; empty when the image is generated.
         labels: what the format's ``read_labels`` needs: a path, the boxes themselves, an index.
     """
 
@@ -46,6 +50,7 @@ class Listing:
         task: of ``raypar.dataset.schema.TASKS``.
         keypoint_shape: pose: (K, D), keypoints of an instance and numbers of each (x, y and perhaps visibility).
         flip_idx: pose: where each keypoint of a mirrored image comes from; empty where the source does not say.
+        tree: where the files are, if not on a disk; it knows their sizes.
     """
 
     class_names: tuple[str, ...]
@@ -54,6 +59,7 @@ class Listing:
     task: str = "detect"
     keypoint_shape: tuple[int, int] | None = None
     flip_idx: tuple[int, ...] = ()
+    tree: Tree | None = None
 
 
 @dataclass(frozen=True)
@@ -109,6 +115,17 @@ def names_below(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterato
         yield from names_below(path, (*above, here))
 
 
+def all_below(place: Place) -> Iterator[str]:
+    """``names_below`` of a folder, wherever it is."""
+    return names_below(str(place)) if isinstance(place, Path) else place.names_below()
+
+
+def label_file(record: Record) -> str | None:
+    """The file that has a record's labels, where they are in one of their own."""
+    labels = record.labels[0] if isinstance(record.labels, tuple) else record.labels  # of coco and folders: no path
+    return labels if isinstance(labels, str) else None
+
+
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
@@ -116,13 +133,18 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
         return False
 
 
-def read_label_file(path: str | Path) -> bytes | None:
+def read_label_file(path: str | Path, fetched: Fetched | None = None) -> bytes | None:
     """A label file's bytes; None where there is no file of that name (a folder or a pipe is none).
 
     Raises:
         ValueError: it is too large to be labels of one image.
         OSError: it cannot be read.
     """
+    if fetched is not None:
+        found = fetched[str(path)]
+        if isinstance(found, ValueError):
+            raise ValueError(f"label {found}")
+        return found
     file = Path(path)
     if not file.is_file():
         return None

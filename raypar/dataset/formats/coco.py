@@ -10,16 +10,16 @@ from __future__ import annotations
 
 import json
 import posixpath
-from pathlib import Path
 from typing import Any
 
 from raypar.dataset.formats import SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy
 from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
+from raypar.dataset.remote import Place, place_of
 
 NUM_PROBES = 20  # images looked for in each folder that may hold a split
 
 
-def scan(source: str, task: str = "auto") -> Listing:
+def scan(source: str | Place, task: str = "auto") -> Listing:
     """Lists the images of a COCO folder or JSON file.
 
     Args:
@@ -29,7 +29,7 @@ def scan(source: str, task: str = "auto") -> Listing:
     Raises:
         ValueError: a file is missing or wrong, splits disagree about the classes, or the images are not found.
     """
-    path = Path(source).expanduser().absolute()
+    path = place_of(source)
     if not path.exists():
         raise ValueError(f"prepare.source {path} does not exist")
     notes: list[str] = []
@@ -79,10 +79,10 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     return labels_from_xyxy(rows, num_classes, image_hw)
 
 
-def _split_files(root: Path, task: str) -> dict[str, Path]:
-    found: dict[str, Path] = {}
+def _split_files(root: Place, task: str) -> dict[str, Place]:
+    found: dict[str, Place] = {}
     for split in SPLITS:
-        files = sorted((root / "annotations").glob(f"person_keypoints_{split}*.json")) if task == "pose" else []
+        files: list[Place] = sorted((root / "annotations").glob(f"person_keypoints_{split}*.json")) if task == "pose" else []
         files = files or sorted((root / "annotations").glob(f"instances_{split}*.json"))
         for name in (split, "valid") if split == "val" else (split,):
             files += [f for f in [root / name / "_annotations.coco.json"] if f.is_file()]
@@ -97,7 +97,7 @@ def _split_files(root: Path, task: str) -> dict[str, Path]:
     return found
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Place) -> dict[str, Any]:
     try:
         data = json.loads(file.read_bytes())
     except ValueError as error:
@@ -109,7 +109,7 @@ def _load(file: Path) -> dict[str, Any]:
     return data
 
 
-def _categories(data: dict[str, Any], file: Path) -> dict[int, str]:
+def _categories(data: dict[str, Any], file: Place) -> dict[int, str]:
     try:
         categories = {int(c["id"]): str(c["name"]) for c in data["categories"]}
     except (KeyError, TypeError, ValueError) as error:
@@ -119,7 +119,7 @@ def _categories(data: dict[str, Any], file: Path) -> dict[int, str]:
     return categories
 
 
-def _records(data: dict[str, Any], file: Path, root: Path, classes: dict[int, str], notes: list[str], task: str) -> list[Record]:
+def _records(data: dict[str, Any], file: Place, root: Place, classes: dict[int, str], notes: list[str], task: str) -> list[Record]:
     class_ids = {category: class_id for class_id, category in enumerate(sorted(classes))}
     boxes: dict[Any, list[tuple[Any, ...]]] = {}
     points = {"segment": "segmentation", "pose": "keypoints"}.get(task)
@@ -154,12 +154,13 @@ def _records(data: dict[str, Any], file: Path, root: Path, classes: dict[int, st
     return records
 
 
-def _image_folder(names: list[str], file: Path, root: Path) -> Path:
+def _image_folder(names: list[str], file: Place, root: Place) -> Place:
     stem = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
     split = next((s for s in SPLITS if stem.startswith(s)), stem)
     places = [root / stem, root / "images" / stem, root / split, root / "images" / split, root / "images", file.parent, root]
     if root.name == "annotations":
-        places += [root.parent / place.relative_to(root) for place in places[:5]]  # the JSON itself was named: its images are one level up
+        # the JSON itself was named: its images are one level up
+        places += [root.parent / place.relative_to(root) for place in places[:5]]  # type: ignore[arg-type]
     for place in places:
         if any((place / name.replace("\\", "/")).is_file() for name in names):
             return place

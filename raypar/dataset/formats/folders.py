@@ -6,23 +6,22 @@ Classes are the folders of ``train`` in the order of their names. ``val`` may be
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 
 from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record
+from raypar.dataset.remote import Place, place_of
 
 VAL_SHARE = 0.2  # of the images of a class, where there is no train folder
 NAMES = {"train": ("train",), "val": ("val", "valid", "validation"), "test": ("test",)}
 
 
-def scan(source: str, seed: int) -> Listing:
+def scan(source: str | Place, seed: int) -> Listing:
     """Lists the images of each class.
 
     Raises:
         ValueError: a folder is missing or has no images, or val has a class that train lacks.
     """
-    root = Path(source).expanduser().absolute()
+    root = place_of(source)
     if not root.is_dir():
         raise ValueError(f"prepare.source {root} is not a folder" if root.exists() else f"prepare.source {root} does not exist")
     folders = {split: next((root / name for name in NAMES[split] if (root / name).is_dir()), None) for split in SPLITS}
@@ -52,7 +51,7 @@ def read_labels(record: Record) -> Labels:
     return Labels(np.array([record.labels], np.int64), np.array([[0.5, 0.5, 1.0, 1.0]]))
 
 
-def _split(root: Path, seed: int) -> Listing:
+def _split(root: Place, seed: int) -> Listing:
     class_names = _class_names(root)
     splits: dict[str, list[Record]] = {"train": [], "val": []}
     for class_id, name in enumerate(class_names):
@@ -68,19 +67,19 @@ def _split(root: Path, seed: int) -> Listing:
     return Listing(class_names, splits, (note, *_absent(root, splits["train"], class_names)), "classify")
 
 
-def _class_names(folder: Path) -> tuple[str, ...]:
+def _class_names(folder: Place) -> tuple[str, ...]:
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not names:
         raise ValueError(f"{folder} has no folders: it should hold one for each class")
     return names
 
 
-def _records(folder: Path, name: str, class_id: int) -> list[Record]:
+def _records(folder: Place, name: str, class_id: int) -> list[Record]:
     files = sorted(file for file in (folder / name).rglob("*.*") if file.suffix.lower() in IMAGE_SUFFIXES)
-    return [Record(file.relative_to(folder).as_posix(), str(file), class_id) for file in files]
+    return [Record(file.relative_to(folder).as_posix(), str(file), class_id) for file in files]  # type: ignore[arg-type]
 
 
-def _absent(folder: Path, records: list[Record], class_names: tuple[str, ...]) -> tuple[str, ...]:
+def _absent(folder: Place, records: list[Record], class_names: tuple[str, ...]) -> tuple[str, ...]:
     there = {record.labels for record in records}
     absent = [name for class_id, name in enumerate(class_names) if class_id not in there]
     return (f"{len(absent)} folders of {folder} have no images ({', '.join(absent[:5])})",) if absent else ()

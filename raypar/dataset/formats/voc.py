@@ -8,22 +8,32 @@ Boxes are 1-based and inclusive px, so that x1 = xmin - 1 and x2 = xmax. Objects
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
-from pathlib import Path
 
 import numpy as np
 
-from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy, read_label_file
+from raypar.dataset.formats import (
+    IMAGE_SUFFIXES,
+    SPLITS,
+    Fetched,
+    Labels,
+    Listing,
+    Record,
+    check_declared_size,
+    labels_from_xyxy,
+    read_label_file,
+)
+from raypar.dataset.remote import Place, contents, place_of
 
 VAL_SHARE = 0.2  # of the images, where ImageSets/ is missing
 
 
-def scan(source: str, seed: int) -> Listing:
+def scan(source: str | Place, seed: int) -> Listing:
     """Lists the images of a VOC folder.
 
     Raises:
         ValueError: a folder is missing, a split is empty, or there are no classes.
     """
-    root = Path(source).expanduser().absolute()
+    root = place_of(source)
     for folder in (root, root / "Annotations", root / "JPEGImages"):
         if not folder.is_dir():
             raise ValueError(f"prepare.source {root} is not a Pascal VOC folder: {folder} does not exist")
@@ -38,14 +48,14 @@ def scan(source: str, seed: int) -> Listing:
     return Listing(class_names, splits, tuple(notes))
 
 
-def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int]) -> Labels:
+def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], fetched: Fetched | None = None) -> Labels:
     """Parses an annotation file; no file means no labels.
 
     Raises:
         ValueError: it is not XML, an object is incomplete or of no known class, or it describes another image.
     """
     path, class_names = record.labels
-    data = read_label_file(path)
+    data = read_label_file(path, fetched)
     if data is None:
         return Labels(np.zeros(0, np.int64), np.zeros((0, 4)))
     try:
@@ -81,15 +91,15 @@ def _float(item: ElementTree.Element, key: str) -> float:
         raise ValueError(f"an object's {key} is {text!r}, not a number") from error
 
 
-def _images(folder: Path) -> dict[str, Path]:
+def _images(folder: Place) -> dict[str, Place]:
     """Images by name: relative path without suffix."""
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGE_SUFFIXES)
     if not files:
         raise ValueError(f"{folder} has no images")
-    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}
+    return {file.relative_to(folder).with_suffix("").as_posix(): file for file in files}  # type: ignore[arg-type]
 
 
-def _splits(root: Path, images: list[str], seed: int, notes: list[str]) -> dict[str, list[str]]:
+def _splits(root: Place, images: list[str], seed: int, notes: list[str]) -> dict[str, list[str]]:
     folder = root / "ImageSets" / "Main"
     files = {split: folder / f"{split}.txt" for split in SPLITS}
     found = {split: _names(file) for split, file in files.items() if file.is_file()}
@@ -108,12 +118,12 @@ def _splits(root: Path, images: list[str], seed: int, notes: list[str]) -> dict[
     return {split: names for split, names in splits.items() if names}
 
 
-def _names(file: Path) -> list[str]:
+def _names(file: Place) -> list[str]:
     """First word of each line: ``000012`` or ``000012  1``."""
     return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
 
 
-def _class_names(root: Path, notes: list[str]) -> tuple[str, ...]:
+def _class_names(root: Place, notes: list[str]) -> tuple[str, ...]:
     for file in (root / "classes.txt", root / "labels.txt"):
         if file.is_file():
             names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
@@ -121,9 +131,9 @@ def _class_names(root: Path, notes: list[str]) -> tuple[str, ...]:
                 raise ValueError(f"{file} has no classes")
             return tuple(names)
     found: set[str] = set()
-    for path in sorted((root / "Annotations").rglob("*.xml")):
+    for data in contents(sorted((root / "Annotations").rglob("*.xml"))):
         try:
-            found |= {(name.text or "").strip() for name in ElementTree.parse(path).getroot().iterfind("object/name")}
+            found |= {(name.text or "").strip() for name in ElementTree.fromstring(data).iterfind("object/name")}
         except ElementTree.ParseError:
             continue  # its image is set aside by read_labels
     found.discard("")
@@ -133,7 +143,7 @@ def _class_names(root: Path, notes: list[str]) -> tuple[str, ...]:
     return tuple(sorted(found))
 
 
-def _record(root: Path, name: str, images: dict[str, Path], class_names: tuple[str, ...]) -> Record:
+def _record(root: Place, name: str, images: dict[str, Place], class_names: tuple[str, ...]) -> Record:
     image = images.get(name, root / "JPEGImages" / f"{name}.jpg")
     labels = (str(root / "Annotations" / f"{name}.xml"), class_names)
-    return Record(image.relative_to(root / "JPEGImages").as_posix(), str(image), labels)
+    return Record(image.relative_to(root / "JPEGImages").as_posix(), str(image), labels)  # type: ignore[arg-type]

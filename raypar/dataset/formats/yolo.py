@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import glob
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +22,25 @@ from numpy.typing import NDArray
 from raypar.dataset.formats import (
     IMAGE_SUFFIXES,
     SPLITS,
+    Fetched,
     Labels,
     Listing,
     Record,
+    all_below,
     as_corners,
     as_text,
     boxes_around,
     check_table,
-    names_below,
     read_label_file,
     without_duplicates,
 )
 from raypar.dataset.records import Records
+from raypar.dataset.remote import Place, RemotePath, fs_path, place_of
 
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
 
-def scan(source: str, task: str = "auto") -> Listing:
+def scan(source: str | Place, task: str = "auto") -> Listing:
     """Lists the images of a ``data.yaml``.
 
     Args:
@@ -47,7 +50,7 @@ def scan(source: str, task: str = "auto") -> Listing:
     Raises:
         ValueError: the file is missing or wrong, a split's path is missing or has no images, or no label file is found.
     """
-    file = _yaml_file(Path(source).expanduser().absolute())
+    file = _yaml_file(place_of(source))
     data = _load(file)
     class_names = _class_names(data, file)
     keypoint_shape, flip_idx = _keypoints(data, file)
@@ -57,20 +60,20 @@ def scan(source: str, task: str = "auto") -> Listing:
         raise ValueError(f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'")
     root = _root(data.get("path"), file)
     splits = {split: _records(data[split], root, split, file) for split in SPLITS if data.get(split)}
-    if not any(Path(record.labels).is_file() for records in splits.values() for record in records):
+    if not any(_place(record.labels, file).is_file() for records in splits.values() for record in records):
         raise ValueError(f"{file}: no image has labels; the first image's were looked for in {next(iter(splits.values()))[0].labels}")
     notes = (f"{file.name} has no 'flip_idx': images are not mirrored in training",) if task == "pose" and not flip_idx else ()
     return Listing(class_names, splits, notes, task, keypoint_shape, flip_idx)
 
 
 def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
-                keypoint_shape: tuple[int, int] | None = None) -> Labels:  # fmt: skip
+                keypoint_shape: tuple[int, int] | None = None, fetched: Fetched | None = None) -> Labels:  # fmt: skip
     """Parses a label file; no file means no labels. For detect, polygons become their bounding boxes and keypoints are left out.
 
     Raises:
         ValueError: what Ultralytics calls a corrupt label file, with the reason; or boxes where the task needs polygons.
     """
-    data = read_label_file(record.labels)
+    data = read_label_file(record.labels, fetched)
     if data is None:
         return Labels.none(task, keypoint_shape)
     lines = [line.split() for line in as_text(data).splitlines() if line.strip()]
@@ -139,7 +142,7 @@ def label_path(image_path: str) -> str:
     return "/".join(folders) + slash + os.path.splitext(name)[0] + ".txt"  # noqa: PTH122 (a million of them: without a Path each)
 
 
-def _yaml_file(source: Path) -> Path:
+def _yaml_file(source: Place) -> Place:
     if source.is_dir():
         found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
         found = [file for file in found if file.name == "data.yaml"] or found
@@ -151,7 +154,7 @@ def _yaml_file(source: Path) -> Path:
     return source
 
 
-def _load(file: Path) -> dict[str, Any]:
+def _load(file: Place) -> dict[str, Any]:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -170,7 +173,7 @@ def _load(file: Path) -> dict[str, Any]:
     return data
 
 
-def _class_names(data: dict[str, Any], file: Path) -> tuple[str, ...]:
+def _class_names(data: dict[str, Any], file: Place) -> tuple[str, ...]:
     names, num_classes = data.get("names"), data.get("nc")
     if names is None and isinstance(num_classes, int) and num_classes > 0:
         names = [f"class_{i}" for i in range(num_classes)]
@@ -189,7 +192,7 @@ def _class_names(data: dict[str, Any], file: Path) -> tuple[str, ...]:
     return tuple(str(name) for name in names)
 
 
-def _keypoints(data: dict[str, Any], file: Path) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
+def _keypoints(data: dict[str, Any], file: Place) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
     shape, flip_idx = data.get("kpt_shape"), data.get("flip_idx") or []
     if not shape:
         return None, ()
@@ -200,10 +203,16 @@ def _keypoints(data: dict[str, Any], file: Path) -> tuple[tuple[int, int] | None
     return (shape[0], shape[1]), tuple(flip_idx)
 
 
-def _root(path: object, file: Path) -> Path:
+def _root(path: object, file: Place) -> Place:
     """The dataset's folder: ``path`` from the yaml's folder, then the working directory, then Ultralytics' datasets folder."""
     if not path:
         return file.parent
+    if isinstance(file, RemotePath):
+        root = _joined(file.parent, str(path), "path", file)
+        if not root.is_dir():
+            raise ValueError(f"{file}: path '{path}' is {root}, which does not exist; without 'path' it is the file's own folder")
+        return root
+    assert isinstance(file, Path)
     root = Path(str(path)).expanduser()
     for base in (file.parent, Path.cwd()):
         if (base / root).exists():
@@ -217,23 +226,25 @@ def _root(path: object, file: Path) -> Path:
     raise ValueError(f"{file}: path '{path}' does not exist")
 
 
-def _records(value: str | list[str], root: Path, split: str, file: Path) -> Records:
-    roots: list[Path] = []
+def _records(value: str | list[str], root: Place, split: str, file: Place) -> Records:
+    roots: list[Place] = []
     images: list[str] = []
     for entry in [value] if isinstance(value, str) else value:
         for place in _places(entry, root, split, file):
             if place.is_dir():
-                found = list(names_below(str(place)))
+                found = list(all_below(place))
                 roots.append(place)
             elif place.suffix.lower() in IMAGE_SUFFIXES:
                 found = [str(place)]
             else:
-                found = _listed(place, root)
+                found = _listed(place, root, split, file)
             images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
         raise ValueError(f"{file}: '{split}' ({value}) has no images")
     inside = len(roots) > 0 and all(path.startswith(tuple(f"{r}/" for r in roots)) for path in images)
-    top = os.path.commonpath([str(r) for r in roots] if inside else [str(Path(path).parent) for path in images])
+    top = os.path.commonpath([str(r) for r in roots] if inside else [os.path.dirname(path) for path in images])  # noqa: PTH120
+    if isinstance(root, RemotePath):
+        top = top.replace(":/", "://", 1)  # as before commonpath
     images.sort()
     return Records.of((Record(_below(path, top), path, label_path(path)) for path in images), label_path)
 
@@ -242,27 +253,52 @@ def _below(path: str, top: str) -> str:
     return path[len(top) + 1 :] if path.startswith(f"{top}/") else Path(os.path.relpath(path, top)).as_posix()
 
 
-def _places(entry: str, root: Path, split: str, file: Path) -> list[Path]:
-    path = Path(os.path.normpath(root / Path(entry).expanduser()))
+def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]:
+    path = _joined(root, entry, split, file)
     if not path.exists() and entry.startswith("../"):
-        path = Path(os.path.normpath(root / entry[3:]))  # Roboflow writes ../train/images for train/images
+        path = _joined(root, entry[3:], split, file)  # Roboflow writes ../train/images for train/images
     if path.exists():
-        return [path.resolve()]
+        return [path.resolve() if isinstance(path, Path) else path]
     if any(sign in entry for sign in "*?["):
-        found = sorted(glob.glob(str(path), recursive=True))  # noqa: PTH207
+        if isinstance(path, RemotePath):
+            found: Sequence[Place] = path.globbed()
+        else:
+            found = [Path(place).resolve() for place in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
         if found:
-            return [Path(place).resolve() for place in found]
+            return found
     raise ValueError(f"{file}: '{split}' points to {path}, which does not exist")
 
 
-def _listed(file: Path, root: Path) -> list[str]:
+def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]:
     """Images named in a text file, one a line: ``./`` is the file's folder, other relative paths start in the working directory or root."""
     paths = []
     for line in file.read_text(encoding="utf-8-sig").splitlines():
         name = line.strip()
         if not name:
             continue
-        bases = [file.parent] if name.startswith("./") else [Path.cwd(), root, file.parent]
-        places = [os.path.normpath(base / name) for base in bases]
+        if isinstance(file, RemotePath):
+            bases: list[Place] = [file.parent] if name.startswith("./") else [root, file.parent]
+            found = [_joined(base, name, split, yaml_file) for base in bases]
+            paths.append(str(next((place for place in found if place.is_file()), found[0])))
+            continue
+        assert isinstance(file, Path)
+        assert isinstance(root, Path)
+        places = [os.path.normpath(base / name) for base in ([file.parent] if name.startswith("./") else [Path.cwd(), root, file.parent])]
         paths.append(next((place for place in places if Path(place).exists()), places[0]))
     return paths
+
+
+def _joined(root: Place, entry: str, key: str, file: Place) -> Place:
+    """A path of a ``data.yaml``. In a store, one from the root of a disk leads nowhere."""
+    if isinstance(root, Path):
+        return Path(os.path.normpath(root / Path(entry).expanduser()))
+    if entry.startswith(f"{root.tree.scheme}://") and not root.path.startswith("/"):
+        return _place(entry, root)
+    if "://" in entry or entry.startswith(("/", "~")):
+        raise ValueError(f"{file}: '{key}' names {entry}, which is not in this store: write it relative to the file, or leave 'path' out")
+    return root / entry
+
+
+def _place(path: str, beside: Place) -> Place:
+    """A path as records have it, in the store of another."""
+    return RemotePath(beside.tree, fs_path(path)) if isinstance(beside, RemotePath) else Path(path)
