@@ -37,6 +37,12 @@ def nodes_of_tasks() -> set[str]:
     return {row["node"] for row in dataset.take_all()}
 
 
+def schedulable(node: str) -> None:
+    """Returns when tasks can go to that node: the GCS lists a node a moment before the scheduler of the head knows it."""
+    strict = {"label_selector": {"ray.io/node-id": node}, "num_cpus": 1}
+    assert ray.get(ray.remote(lambda: ray.get_runtime_context().get_node_id()).options(**strict).remote()) == node
+
+
 @pytest.fixture
 def cluster() -> Iterator[Cluster]:
     """A head that takes no work, and a node with a GPU."""
@@ -56,6 +62,7 @@ def test_tasks_run_beside_the_gpus_while_there_is_room_there(cluster: Cluster) -
     without = {
         node["NodeID"] for node in ray.nodes() if node["Alive"] and not node["Resources"].get("GPU") and node["Resources"].get("CPU")
     }
+    schedulable(*without)
     assert nodes_of_tasks() == without
     cluster.remove_node(added)
     assert nodes_of_tasks() == gpu_nodes
