@@ -126,7 +126,7 @@ def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest,
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
 
-    from raypar.train import failure, launch
+    from raypar.train import failure, launch, network
 
     train = config.train
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
@@ -149,7 +149,7 @@ def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest,
             "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
             "cache": None if cache is None else dataclasses.asdict(cache),
         },
-        torch_config=ray.train.torch.TorchConfig(timeout_s=int(train.collective_timeout_s)),
+        torch_config=network.Network(timeout_s=int(train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
             num_workers=train.num_workers if isinstance(train.num_workers, int) else (train.min_workers, train.max_workers),
             elastic_resize_monitor_interval_s=GROW_EVERY_S,

@@ -32,6 +32,7 @@ class Beat:
         count: of beats.
         memory_gb: the most that the process has held.
         total: images of the whole run, when that is known.
+        local_rank: among the ranks on its host.
     """
 
     rank: int
@@ -44,6 +45,7 @@ class Beat:
     count: int
     memory_gb: float
     total: int = 0
+    local_rank: int = 0
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} in stage '{self.stage}' for {self.since_s:.0f} s, after {self.cursor} images"
@@ -99,12 +101,13 @@ class Pulse:
         run_id: of this start of the run.
         rank: of the worker.
         world_size: ranks.
+        local_rank: among the ranks on this host.
     """
 
-    def __init__(self, run_id: str, rank: int, world_size: int):
+    def __init__(self, run_id: str, rank: int, world_size: int, local_rank: int = 0):
         import ray.util
 
-        self.run_id, self.rank, self.world_size = run_id, rank, world_size
+        self.run_id, self.rank, self.world_size, self.local_rank = run_id, rank, world_size, local_rank
         self.host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
         self.cursor = self.total = self._count = 0
         self.on_beat: Callable[[Pulse], None] | None = None  # called once a second, in the pulse's own thread
@@ -159,7 +162,7 @@ class Pulse:
     def _beat(self) -> None:
         self._count += 1
         beat = Beat(self.rank, self.world_size, self.host, os.getpid(), self._stage, time.monotonic() - self._since, self.cursor,
-                    self._count, self.memory_gb(), self.total)  # fmt: skip
+                    self._count, self.memory_gb(), self.total, self.local_rank)  # fmt: skip
         post(self.run_id, f"beat:{self.rank}", json.dumps(asdict(beat)))
 
     def _complain(self) -> None:

@@ -159,7 +159,7 @@ class Watch:
 
     def _write_environment(self) -> None:
         worker = self.worker
-        hosts = [f"rank {beat.rank}: {beat.host}" for beat in pulse.beats(self.run_id)]
+        hosts = [f"rank {beat.rank}: {beat.host}, local rank {beat.local_rank}" for beat in pulse.beats(self.run_id)]
         device = torch.cuda.get_device_name(worker.loop.device) if worker.loop.device.type == "cuda" else worker.loop.device.type
         self.out.write_json(chronicle.ENVIRONMENT, chronicle.environment(device, _precision(worker), torch.get_num_threads(), hosts))
 

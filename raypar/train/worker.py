@@ -57,7 +57,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
         Exception: one of :mod:`raypar.train.failure`, which says who failed, where and in which stage.
     """
     context = ray.train.get_context()
-    pulse = Pulse(config["run_id"], context.get_world_rank(), context.get_world_size())
+    pulse = Pulse(config["run_id"], context.get_world_rank(), context.get_world_size(), context.get_local_rank())
     try:
         return Worker(config, pulse).run()
     except Exception as error:
