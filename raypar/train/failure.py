@@ -31,6 +31,10 @@ class StuckError(RankError):
     """A rank waited for the others as long as is allowed."""
 
 
+class CutOffError(RankError):
+    """A connection to another rank broke: something happened there, of which this rank knows nothing."""
+
+
 class OutOfMemoryError(RuntimeError):
     """A step does not fit into the memory of its device."""
 
@@ -69,6 +73,8 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
         return OutOfMemoryError(f"{life}: {text}")
     if any(word in text.lower() for word in ("timed out", "timeout", "wait time")):
         return StuckError(f"{life}: waited too long for the others: {text}{_who_is_silent(life)}")
+    if any(word in text.lower() for word in ("connection closed by peer", "connection reset", "broken pipe")):
+        return CutOffError(f"{life}: {text}{_who_is_silent(life)}")
     return RankError(f"{life}: {type(error).__name__}: {text}")
 
 
@@ -167,10 +173,10 @@ def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]
         return "preemption", _first_line(error)
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
     found = [_of_worker(rank, failure, beats.get(rank)) for rank, failure in sorted(failures.items())]
-    order = ("preemption", "grow", "not finite", "final", "lost", "failure")
+    order = ("preemption", "grow", "not finite", "final", "lost", "failure", "cut off")
     # One dead rank makes the others fail too, with errors that say little: the most telling one is the cause.
     kind, cause = min(found, key=lambda each: order.index(each[0]), default=("failure", _first_line(error)))
-    return "failure" if kind == "lost" else kind, cause
+    return "failure" if kind in ("lost", "cut off") else kind, cause
 
 
 def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[str, str]:
@@ -196,7 +202,7 @@ def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[
             else "its process died"
         )
         return "lost", f"{who} is lost: {reason}"
-    return "failure", _first_line(failure)
+    return "cut off" if isinstance(failure, CutOffError) else "failure", _first_line(failure)
 
 
 def missing(timeout_s: float, cause: str) -> str:
