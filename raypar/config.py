@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, f
 
 from raypar.storage import Folder
 
-VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve")
+VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
 # Settings of Ultralytics that raypar decides itself, each with the place to write instead.
 OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
@@ -269,12 +269,100 @@ class ServeConfig(InferenceConfig):
     )
 
 
+class Domain(Section):
+    """What a setting is drawn from: exactly one of Ray Tune's."""
+
+    uniform: tuple[float, float] | None = Field(None, description="[lower, upper]")
+    quniform: tuple[float, float, PositiveFloat] | None = Field(None, description="[lower, upper, step]")
+    loguniform: tuple[PositiveFloat, PositiveFloat] | None = Field(None, description="[lower, upper], the logarithm uniform")
+    randint: tuple[int, int] | None = Field(None, description="[lower, upper), whole numbers")
+    choice: list[bool | int | float | str] | None = Field(None, min_length=1, description="one of these")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _is_one(cls, value: Any) -> Any:
+        if not isinstance(value, dict) or len(value) != 1:
+            raise ValueError(f"write one of {', '.join(cls.model_fields)}, e.g. {{uniform: [0, 1]}} or {{choice: [8, 16]}}")
+        return value
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.kind != "choice" and not self.arguments[0] < self.arguments[1]:
+            raise ValueError(f"{self.kind} wants its lower end first, and an upper one above it")
+        if self.kind == "randint" and self.arguments[1] - self.arguments[0] < 2:
+            raise ValueError("randint leaves the upper end out: that is one number only")
+        return self
+
+    @property
+    def kind(self) -> str:
+        """The name of the domain that is set."""
+        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
+
+    @property
+    def arguments(self) -> list[Any]:
+        """What stands behind the name."""
+        return list(getattr(self, self.kind))
+
+    @property
+    def edges(self) -> list[Any]:
+        """The smallest and the largest value; all of them for ``choice``."""
+        if self.kind == "choice":
+            return self.arguments
+        lower, upper = self.arguments[:2]
+        return [lower, upper - 1 if self.kind == "randint" else upper]
+
+
+class TuneConfig(Section):
+    """A dataset and a search space -> the settings that train best."""
+
+    space: dict[str, Domain] = Field(
+        default_factory=dict, description="setting: {uniform, quniform, loguniform, randint or choice: [...]}, e.g. train.yolo.lr0: {loguniform: [1e-4, 1e-1]}"
+    )  # fmt: skip
+    num_trials: PositiveInt = Field(20, description="trainings in all; raise it and give the command again for more")
+    max_concurrent: PositiveInt | None = Field(None, description="trials at a time; nothing: as many as the cluster has room for")
+    search: Literal["auto", "optuna", "random"] = Field(
+        "auto", description="who chooses settings; auto: optuna where it is installed, else random"
+    )
+    metric: str = Field(
+        "fitness", description="of metrics.jsonl, the larger the better, in the trial's best epoch: fitness, map50, map50_95, top1 ..."
+    )
+    scheduler: Literal["asha", "none"] = Field("asha", description="asha stops trials early that lag behind the others at the same epoch")
+    grace_epochs: PositiveInt = Field(3, description="epochs that asha leaves every trial")
+    reduction_factor: int = Field(3, ge=2, description="asha lets one of so many trials go on at each halt")
+    overwrite: bool = Field(False, description="start anew instead of going on with the trials that are there")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, space: Any) -> Any:
+        """Sections within sections (that is what an override makes) become dotted keys; the later of two wins."""
+        flat: dict[str, Any] = {}
+
+        def walk(value: Any, key: str) -> None:
+            if (
+                isinstance(value, dict)
+                and value
+                and not value.keys() & Domain.model_fields.keys()
+                and all(isinstance(v, dict) for v in value.values())
+            ):
+                for name, inner in value.items():
+                    walk(inner, f"{key}.{name}" if key else str(name))
+            else:
+                flat[key] = value
+
+        if not isinstance(space, dict):
+            return space
+        for name, value in space.items():
+            walk(value, str(name))
+        return flat
+
+
 class RunConfig(Section):
     """The whole run file."""
 
     name: str = Field(description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
+    dataset: str | None = Field(None, description="a dataset that another run prepared, as runs/bccd/dataset; nothing: this run's own")
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
     inspect: InspectConfig = Field(InspectConfig(), description="shards -> statistics, pictures, speed")
     train: TrainConfig = Field(TrainConfig(), description="shards -> weights")
@@ -282,8 +370,14 @@ class RunConfig(Section):
     predict: PredictConfig = Field(PredictConfig(), description="weights + images -> detections")
     export: ExportConfig = Field(ExportConfig(), description="weights -> ONNX ...")
     serve: ServeConfig = Field(ServeConfig(), description="weights -> HTTP service")
+    tune: TuneConfig = Field(TuneConfig(), description="shards -> the settings that train best")
 
     @property
     def folder(self) -> Folder:
         """``{storage}/{name}``, where every verb writes."""
         return Folder.at(self.storage) / self.name
+
+    @property
+    def dataset_folder(self) -> Folder:
+        """Where the shards are that every verb but ``prepare`` reads."""
+        return self.folder / "dataset" if self.dataset is None else Folder.at(self.dataset)
