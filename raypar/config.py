@@ -9,6 +9,7 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from raypar.domain import Domain, dotted
 from raypar.storage import Folder
 
 VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
@@ -269,49 +270,6 @@ class ServeConfig(InferenceConfig):
     )
 
 
-class Domain(Section):
-    """What a setting is drawn from: exactly one of Ray Tune's."""
-
-    uniform: tuple[float, float] | None = Field(None, description="[lower, upper]")
-    quniform: tuple[float, float, PositiveFloat] | None = Field(None, description="[lower, upper, step]")
-    loguniform: tuple[PositiveFloat, PositiveFloat] | None = Field(None, description="[lower, upper], the logarithm uniform")
-    randint: tuple[int, int] | None = Field(None, description="[lower, upper), whole numbers")
-    choice: list[bool | int | float | str] | None = Field(None, min_length=1, description="one of these")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _is_one(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or len(value) != 1:
-            raise ValueError(f"write one of {', '.join(cls.model_fields)}, e.g. {{uniform: [0, 1]}} or {{choice: [8, 16]}}")
-        return value
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if self.kind != "choice" and not self.arguments[0] < self.arguments[1]:
-            raise ValueError(f"{self.kind} wants its lower end first, and an upper one above it")
-        if self.kind == "randint" and self.arguments[1] - self.arguments[0] < 2:
-            raise ValueError("randint leaves the upper end out: that is one number only")
-        return self
-
-    @property
-    def kind(self) -> str:
-        """The name of the domain that is set."""
-        return next(name for name in type(self).model_fields if getattr(self, name) is not None)
-
-    @property
-    def arguments(self) -> list[Any]:
-        """What stands behind the name."""
-        return list(getattr(self, self.kind))
-
-    @property
-    def edges(self) -> list[Any]:
-        """The smallest and the largest value; all of them for ``choice``."""
-        if self.kind == "choice":
-            return self.arguments
-        lower, upper = self.arguments[:2]
-        return [lower, upper - 1 if self.kind == "randint" else upper]
-
-
 class TuneConfig(Section):
     """A dataset and a search space -> the settings that train best."""
 
@@ -334,26 +292,7 @@ class TuneConfig(Section):
     @field_validator("space", mode="before")
     @classmethod
     def _dotted(cls, space: Any) -> Any:
-        """Sections within sections (that is what an override makes) become dotted keys; the later of two wins."""
-        flat: dict[str, Any] = {}
-
-        def walk(value: Any, key: str) -> None:
-            if (
-                isinstance(value, dict)
-                and value
-                and not value.keys() & Domain.model_fields.keys()
-                and all(isinstance(v, dict) for v in value.values())
-            ):
-                for name, inner in value.items():
-                    walk(inner, f"{key}.{name}" if key else str(name))
-            else:
-                flat[key] = value
-
-        if not isinstance(space, dict):
-            return space
-        for name, value in space.items():
-            walk(value, str(name))
-        return flat
+        return dotted(space)
 
 
 class RunConfig(Section):

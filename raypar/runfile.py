@@ -90,7 +90,7 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
             places |= {key: f"{override[1:]}:{line}" for key, line in lines.items()}
             continue
         key, value = parse_override(override)
-        _put(data, key, value)
+        put(data, key, value)
         places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: override}
     try:
         config = RunConfig.model_validate(data)
@@ -173,7 +173,8 @@ def _problem(error: yaml.YAMLError) -> str:
     return " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part) or str(error)
 
 
-def _put(data: dict[str, Any], key: Location, value: Any) -> None:
+def put(data: dict[str, Any], key: Location, value: Any) -> None:
+    """Sets a value under a dotted key, cut at its dots."""
     for part in key[:-1]:
         if not isinstance(data.get(part), dict):
             data[part] = {}  # absent, or a short form: a number where {min, max} may stand

@@ -88,10 +88,10 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     train, out = config.train, config.folder / "train"
     if train.overwrite:
         out.delete()
-    settings = _fingerprint(config)
-    if out.exists(SETTINGS) and (differing := _differing(out.read_json(SETTINGS), settings)):
+    settings = fingerprint(config)
+    if out.exists(SETTINGS) and (others := differing(out.read_json(SETTINGS), settings)):
         raise ValueError(
-            f"{out.uri} was begun with other settings ({differing}): set them back, choose another name, or add train.overwrite=true"
+            f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add train.overwrite=true"
         )
     if out.exists(SUMMARY):
         print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
@@ -245,7 +245,7 @@ def _stage(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
     return INITIAL
 
 
-def _fingerprint(config: RunConfig) -> dict[str, Any]:
+def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what is computed, and the dataset's checksum."""
     manifest = config.dataset_folder.read("manifest.json")
     train = config.train
@@ -255,5 +255,6 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
             "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which settings of a run are not those that it was begun with, in words; nothing when all are."""
     return ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in now if before.get(k) != now[k])
