@@ -9,7 +9,7 @@ import math
 from typing import Any, Self
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_serializer, model_validator
 
 
 class Domain(BaseModel):
@@ -37,6 +37,10 @@ class Domain(BaseModel):
         if self.kind == "randint" and self.arguments[1] - self.arguments[0] < 2:
             raise ValueError("randint leaves the upper end out: that is one number only")
         return self
+
+    @model_serializer
+    def _plain(self) -> dict[str, Any]:
+        return {self.kind: self.arguments}
 
     @property
     def kind(self) -> str:

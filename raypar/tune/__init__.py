@@ -20,6 +20,13 @@ from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"  # the summary is written last
+# Tune's own tables, files and Ctrl-C give way to raypar's (Ray 2.60.0)
+QUIET_TUNE = {
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
 METRICS = {"detect": ("",), "obb": ("",), "segment": ("", "mask_"), "pose": ("", "pose_")}  # what the names of a task's metrics begin with
 OPTUNA = "tune.search=optuna: Optuna is not installed: pip install 'raypar[tune]' (or pip install optuna), or write tune.search=random"
 
@@ -107,14 +114,16 @@ def _search(config: RunConfig, records: list[dict[str, Any]]) -> None:
     due = section.num_trials - sum(map(study.is_over, records))
     searcher = study.Study(config, epochs, study.make_optuna(config, records) if has_optuna else None, records, str(Path.cwd()))
     here = f"node:{ray.util.get_node_ip_address()}"  # trials see the files of this node; their workers go anywhere
-    os.environ |= {"TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1", "TUNE_DISABLE_SIGINT_HANDLER": "1", "TUNE_PRINT_ALL_TRIAL_ERRORS": "0"}
+    os.environ |= QUIET_TUNE
     with tempfile.TemporaryDirectory(prefix="raypar-tune-") as folder, _Interrupt(searcher) as interrupt:
         ray.tune.Tuner(
             ray.tune.with_resources(Trial, ray.tune.PlacementGroupFactory([{here: 0.001}])),
             tune_config=ray.tune.TuneConfig(search_alg=searcher, scheduler=study.make_scheduler(config, epochs, records),
-                                            num_samples=due, max_concurrent_trials=num_concurrent),
+                                            num_samples=due, max_concurrent_trials=num_concurrent,
+ trial_name_creator=_trial_name, trial_dirname_creator=_trial_name),
             run_config=ray.tune.RunConfig(name="tune", storage_path=folder, verbose=0, stop=interrupt.stopper,
-                                          failure_config=ray.tune.FailureConfig(max_failures=config.train.max_failures)),
+                                          checkpoint_config=ray.tune.CheckpointConfig(checkpoint_at_end=False),
+ failure_config=ray.tune.FailureConfig(max_failures=config.train.max_failures)),
         ).fit()  # fmt: skip
         if searcher.is_interrupted:
             raise KeyboardInterrupt
@@ -162,6 +171,10 @@ class _Interrupt:
             raise KeyboardInterrupt
         print("tune: interrupted: the trials save their checkpoints, then all ends; interrupt again to end at once", flush=True)
         self.searcher.is_interrupted = self.stopper.is_on = True
+
+
+def _trial_name(trial: Any) -> str:
+    return str(trial.config["run"]["name"])
 
 
 def _has_optuna(config: RunConfig) -> bool:

@@ -118,7 +118,7 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         else:
             params = self.optuna.suggest(trial_id)
             self.asked.add(trial_id)
-        record = {"trial": f"trial_{number:03d}", "state": "running", "params": params, "score": None, "best_epoch": None, "epochs": 0,
+        record: Record = {"trial": f"trial_{number:03d}", "state": "running", "params": params, "score": None, "best_epoch": None, "epochs": 0,
                   "began": time.time(), "seconds": None, "own_settings": None, "error": None, "scores": []}  # fmt: skip
         self.records.append(record)
         return record
