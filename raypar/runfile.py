@@ -103,7 +103,10 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved run file, every setting spelt out, as YAML that ``load`` reads back to the same."""
-    return str(yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+    settings = {
+        k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None
+    }  # `prepare:` is not none
+    return str(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
 def versions() -> str:

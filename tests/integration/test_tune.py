@@ -20,7 +20,6 @@ from typing import Any
 import psutil
 import pytest
 import torch
-import yaml
 
 import raypar.tune
 from raypar import runfile
@@ -66,7 +65,7 @@ def epochs_of(trial: Path) -> list[dict[str, Any]]:
 def test_a_killed_study_goes_on_and_each_trial_used_its_own_settings(trained_run: RunConfig, tmp_path: Path) -> None:
     config = study_of(trained_run, "killed", num_trials=2, max_concurrent=2, scheduler="none")
     run_file, log, out = tmp_path / "run.yaml", tmp_path / "log", folder_of(config)
-    run_file.write_text(yaml.safe_dump(config.model_dump(mode="json")))
+    run_file.write_text(runfile.dump(config))
     process = start(run_file, log)
     deadline = time.monotonic() + 150
     while not [*out.glob("trial_*/train/checkpoint_*/state.pt")]:
