@@ -26,7 +26,7 @@ class Domain(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _is_one(cls, value: Any) -> Any:
-        if not isinstance(value, dict) or len(value) != 1:
+        if not isinstance(value, dict) or len(value) != 1 or not value.keys() <= cls.model_fields.keys():
             raise ValueError(f"write one of {', '.join(cls.model_fields)}, e.g. {{uniform: [0, 1]}} or {{choice: [8, 16]}}")
         return value
 

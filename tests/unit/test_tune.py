@@ -190,7 +190,7 @@ def test_dry_run_without_a_dataset_is_exit_code_2(tmp_path: Path, capsys: pytest
     path = tmp_path / "run.yaml"
     path.write_text(f"name: a\nstorage: {tmp_path}\ntune: {{space: {{train.batch: {{choice: [4, 8]}}}}}}\n")
     assert main(["tune", str(path), "--dry-run"]) == 2
-    assert "manifest.json" in capsys.readouterr().err
+    assert "run `raypar prepare`" in capsys.readouterr().err
 
 
 def test_a_trials_run_is_its_own(tmp_path: Path) -> None:
