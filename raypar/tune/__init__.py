@@ -10,6 +10,7 @@ import os
 import signal
 import tempfile
 import threading
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"  # the summary is written last
+NO_WORKERS_S = 20.0  # after an interrupt: how long trials may have no workers that hear of it
 # Tune's own tables, files and Ctrl-C give way to raypar's (Ray 2.60.0)
 QUIET_TUNE = {
     "RAY_AIR_NEW_OUTPUT": "0",
@@ -140,7 +142,7 @@ def room(config: RunConfig) -> int:
 
 
 class _Interrupt:
-    """While it is open, the first Ctrl-C lets the trials save and ends the study; the second one ends it at once."""
+    """While it is open, the first Ctrl-C lets the trials save and leave, which ends the study; the second one ends it at once."""
 
     def __init__(self, searcher: Any):
         import ray.tune
@@ -169,8 +171,21 @@ class _Interrupt:
     def _on_interrupt(self, signum: int, frame: Any) -> None:
         if self.searcher.is_interrupted:
             raise KeyboardInterrupt
+        self.searcher.is_interrupted = True
         print("tune: interrupted: the trials save their checkpoints, then all ends; interrupt again to end at once", flush=True)
-        self.searcher.is_interrupted = self.stopper.is_on = True
+        threading.Thread(target=self._ask_to_stop, daemon=True).start()
+
+    def _ask_to_stop(self) -> None:
+        """Until every trial has left; one whose workers are not there yet has nothing to save, and is not waited for long."""
+        from raypar.train import launch
+
+        deadline = time.monotonic() + NO_WORKERS_S
+        while running := list(self.searcher.running):
+            heard = [run_id for run_id in running if launch.ask_to_stop(run_id)]
+            if not heard and time.monotonic() > deadline:
+                break
+            time.sleep(1)
+        self.stopper.is_on = True
 
 
 def _trial_name(trial: Any) -> str:

@@ -109,7 +109,8 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         patiently(lambda: run.folder.write("run.yaml", runfile.dump(run) + runfile.versions()), "write a trial's run.yaml")
         self.write()
         print(f"tune: {record['trial']} of {self.run.tune.num_trials}: {shown(record['params'])}", flush=True)
-        return {"run": run.model_dump(mode="json"), "epochs": self.epochs, "metric": self.run.tune.metric, "folder": self.folder}
+        return {"run": run.model_dump(mode="json"), "epochs": self.epochs, "metric": self.run.tune.metric, "folder": self.folder,
+                "run_id": trial_id}  # fmt: skip
 
     def _new(self, trial_id: str) -> Record:
         number = len(self.records)
@@ -133,7 +134,8 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         record = self.running[trial_id]
         if result and "epoch" in result:
             self.on_trial_result(trial_id, result)
-        if self.is_interrupted and not (result and "state" in result):
+        del self.running[trial_id]
+        if self.is_interrupted and (result or {}).get("state", "stopped") == "stopped":
             return  # it is to go on another time
         state = "failed" if error else (result or {}).get("state", "stopped")
         record |= {"state": state, "seconds": time.time() - record["began"], "error": (result or {}).get("error")}

@@ -10,7 +10,6 @@ import json
 import os
 import threading
 import time
-import uuid
 from typing import Any
 
 import ray.tune
@@ -31,15 +30,15 @@ def best_so_far(lines: list[dict[str, Any]], metric: str) -> tuple[int, float] |
 
 
 class Trial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped here
-    """Ray Tune's trainable. Its config: ``run`` (a RunConfig as a dict), ``epochs``, ``metric``, ``folder`` (the driver's)."""
+    """Ray Tune's trainable. Its config: ``run`` (a RunConfig as a dict), ``run_id`` (to ask it to stop), ``epochs``, ``metric``, ``folder``
+    (the driver's)."""
 
     def setup(self, config: dict[str, Any]) -> None:
         quiet_ray()
         os.chdir(config["folder"])  # Tune has gone to one of its own; paths in the run are relative to the driver's
         self.run_config = RunConfig.model_validate(config["run"])
-        self.epochs, self.metric = config["epochs"], config["metric"]
+        self.run_id, self.epochs, self.metric = config["run_id"], config["epochs"], config["metric"]
         self.out = self.run_config.folder / "train"
-        self.run_id = uuid.uuid4().hex[:12]
         self.outcome: dict[str, Any] = {}
         self.told: list[dict[str, Any]] = []
         self.training = threading.Thread(target=self._train, name="raypar-trial", daemon=True)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,8 +22,9 @@ from raypar.cli import main
 from raypar.config import RunConfig
 from raypar.dataset.manifest import Manifest
 from raypar.domain import Domain, dotted
-from raypar.tune import report, space, study
-from raypar.tune.trial import best_so_far
+from raypar.storage import Folder
+from raypar.tune import report, space, study, trial
+from raypar.tune.trial import Trial, best_so_far
 
 SPACE: dict[str, Any] = {
     "train.yolo.lr0": {"loguniform": [1e-4, 1e-1]},
@@ -310,6 +313,70 @@ def test_a_trial_that_used_other_settings_has_failed(tmp_path: Path) -> None:
     assert (ours.records[0]["state"], ours.records[0]["own_settings"]) == ("failed", False)
     assert "did not train with its own settings: train.batch was 2" in ours.records[0]["error"]
     assert study.best_of(ours.records) is None
+
+
+def a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Trial:
+    """A trial of 3 epochs without Ray, whose training is ``run(out)``."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(trial.train, "run", lambda config, **_: run(config.folder / "train"))
+    monkeypatch.setattr(trial, "LOOK_EVERY_S", 0.01)
+    ours = Trial.__new__(Trial)
+    ours.setup(
+        {"run": {"name": "trial_000", "storage": str(tmp_path)}, "run_id": "x", "epochs": 3, "metric": "map50", "folder": str(tmp_path)}
+    )
+    return ours
+
+
+def epochs(*fitness: float) -> str:
+    return "".join(json.dumps({"epoch": i + 1, "fitness": f, "map50": f / 2}) + "\n" for i, f in enumerate(fitness))
+
+
+def told(ours: Trial) -> list[dict[str, Any]]:
+    results = [ours.step()]
+    while not results[-1].get("done"):
+        results.append(ours.step())
+    return results
+
+
+def test_a_trial_tells_every_epoch_and_the_last_one_with_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(out: Folder) -> None:
+        out.write("metrics.jsonl", epochs(0.4, 0.2))  # of an earlier start: told again
+        time.sleep(0.1)
+        out.write("metrics.jsonl", epochs(0.4, 0.2, 0.6))
+        time.sleep(0.1)
+
+    results = told(a_trial(tmp_path, monkeypatch, run))
+    assert [(r["epoch"], r["score"], r["best_epoch"]) for r in results] == [(1, 0.2, 1), (2, 0.2, 1), (3, 0.3, 3)]
+    assert [r.get("state") for r in results] == [None, None, "finished"]
+
+
+def test_a_trial_that_fails_says_why_and_does_not_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(out: Folder) -> None:
+        out.write("metrics.jsonl", epochs(0.4))
+        raise RuntimeError("training failed: out of memory")
+
+    last = told(a_trial(tmp_path, monkeypatch, run))[-1]
+    assert (last["state"], last["error"], last["epoch"]) == ("failed", "training failed: out of memory", 1)
+
+
+def test_a_stopped_trial_asks_its_workers_to_save(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = threading.Event()
+
+    def ask_to_stop(run_id: str) -> bool:
+        asked.set()
+        return True
+
+    def run(out: Folder) -> None:
+        out.write("metrics.jsonl", epochs(0.1))
+        assert asked.wait(10)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("raypar.train.launch.ask_to_stop", ask_to_stop)
+    ours = a_trial(tmp_path, monkeypatch, run)
+    assert ours.step()["epoch"] == 1
+    ours.cleanup()
+    assert not ours.training.is_alive()
+    assert ours.outcome == {"state": "stopped"}
 
 
 def test_best_yaml_is_taken_as_overrides(tmp_path: Path) -> None:
