@@ -70,6 +70,8 @@ def _table(section: type[BaseModel], prefix: str, *, only_plain: bool = False) -
 
 
 def _sections(annotation: Any) -> list[type[BaseModel]]:
+    if get_origin(annotation) is dict:
+        return []
     if isinstance(annotation, type) and not get_args(annotation) and issubclass(annotation, BaseModel):
         return [annotation]
     return [s for a in get_args(annotation) for s in _sections(a)]

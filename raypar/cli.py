@@ -28,6 +28,7 @@ VERBS = {
     "predict": "weights and images -> detections in Parquet",
     "export": "weights -> ONNX and other formats, verified",
     "serve": "weights -> an HTTP service with a web page",
+    "tune": "shards and a search space -> the settings that train best",
 }
 USER_ERROR, BUG, INTERRUPTED = 2, 1, 130
 
@@ -49,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (cause := _user_error(error)) is not None:
             _say_error(cause)
             return USER_ERROR
-        if isinstance(error, RuntimeError) and str(error).startswith("training failed"):
+        if isinstance(error, RuntimeError) and str(error).startswith(("training failed", "no trial finished")):
             _say_error(error)
             return BUG
         traceback.print_exc()
@@ -65,7 +66,9 @@ def _parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
     parser.add_argument("run_file", metavar="RUN_FILE", help="YAML file with a section for each verb")
-    parser.add_argument("overrides", metavar="key=value", nargs="*", help="settings that replace the run file's, as train.batch=32")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="settings that replace the run file's, as train.batch=32, or @FILE with such"
+    )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run file and make every check; start nothing")
     parser.add_argument("--version", action="version", version=f"raypar {__version__}")
     return parser
@@ -87,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
     cluster.check_without_starting(options.verb, config)
     cluster.connect()
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
-    config.folder.write("run.yaml", runfile.dump(config) + _versions())
+    config.folder.write("run.yaml", runfile.dump(config) + runfile.versions())
     verb.run(config)
     return 0
 
@@ -118,6 +121,8 @@ def _dry_run(name: str, verb: Any, config: RunConfig) -> int:
 
 def _at_home(config: RunConfig) -> RunConfig:
     """The run with an absolute storage. A Ray job's working folder goes with the job, so there a relative one starts at the home folder."""
+    if config.dataset is not None:
+        config = type(config).model_validate({**config.model_dump(mode="json"), "dataset": config.dataset_folder.uri})
     if "://" in config.storage or Path(config.storage).expanduser().is_absolute():
         return config
     is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
@@ -140,15 +145,6 @@ def _check_storage(config: RunConfig) -> str:
     except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
         raise ValueError(f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}") from error
     return folder.uri
-
-
-def _versions() -> str:
-    from importlib.metadata import version
-
-    names = ("ray", "ultralytics", "torch", "albumentations", "pyarrow")
-    return (
-        "# written by raypar " + __version__ + "; " + ", ".join(f"{n} {version(n)}" for n in names) + f"; Python {sys.version.split()[0]}\n"
-    )
 
 
 def _user_error(error: BaseException) -> BaseException | None:

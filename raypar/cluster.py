@@ -50,7 +50,7 @@ def require(num_cpus: float, num_gpus: float) -> None:
         if wanted > total.get(name, 0):
             nodes = sum(1 for node in ray.nodes() if node["Alive"])
             raise ValueError(f"{wanted:g} {name}s are needed, the cluster ({nodes} node(s)) has {total.get(name, 0):g}: "
-                             "ask for fewer (train.num_workers, use_gpu, cpus_per_worker) or add nodes")  # fmt: skip
+                             "ask for fewer (train.num_workers, use_gpu, cpus_per_worker, tune.max_concurrent) or add nodes")  # fmt: skip
 
 
 def needs(verb: str, config: RunConfig, gpus: float) -> tuple[float, float]:
@@ -59,6 +59,9 @@ def needs(verb: str, config: RunConfig, gpus: float) -> tuple[float, float]:
         train: Any = importlib.import_module("raypar.train")
         cpus_and_gpus: tuple[float, float] = train.needs(config, use_gpu=train.uses_gpu(config, gpus))
         return cpus_and_gpus
+    if verb == "tune":
+        cpus, cards = needs("train", config, gpus)
+        return cpus * (config.tune.max_concurrent or 1), cards * (config.tune.max_concurrent or 1)
     if verb == "inspect":
         return 1.0, 0.0
     if verb in ("evaluate", "predict"):

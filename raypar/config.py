@@ -9,9 +9,10 @@ from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
 
+from raypar.domain import Domain, dotted
 from raypar.storage import Folder
 
-VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve")
+VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
 # Settings of Ultralytics that raypar decides itself, each with the place to write instead.
 OWNED_BY_RAYPAR = {
     "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
@@ -269,12 +270,38 @@ class ServeConfig(InferenceConfig):
     )
 
 
+class TuneConfig(Section):
+    """A dataset and a search space -> the settings that train best."""
+
+    space: dict[str, Domain] = Field(
+        default_factory=dict, description="setting: {uniform, quniform, loguniform, randint or choice: [...]}, e.g. train.yolo.lr0: {loguniform: [1e-4, 1e-1]}"
+    )  # fmt: skip
+    num_trials: PositiveInt = Field(20, description="trainings in all; raise it and give the command again for more")
+    max_concurrent: PositiveInt | None = Field(None, description="trials at a time; nothing: as many as the cluster has room for")
+    search: Literal["auto", "optuna", "random"] = Field(
+        "auto", description="who chooses settings; auto: optuna where it is installed, else random"
+    )
+    metric: str = Field(
+        "fitness", description="of metrics.jsonl, the larger the better, in the trial's best epoch: fitness, map50, map50_95, top1 ..."
+    )
+    scheduler: Literal["asha", "none"] = Field("asha", description="asha stops trials early that lag behind the others at the same epoch")
+    grace_epochs: PositiveInt = Field(3, description="epochs that asha leaves every trial")
+    reduction_factor: int = Field(3, ge=2, description="asha lets one of so many trials go on at each halt")
+    overwrite: bool = Field(False, description="start anew instead of going on with the trials that are there")
+
+    @field_validator("space", mode="before")
+    @classmethod
+    def _dotted(cls, space: Any) -> Any:
+        return dotted(space)
+
+
 class RunConfig(Section):
     """The whole run file."""
 
     name: str = Field(description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$")
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
+    dataset: str | None = Field(None, description="a dataset that another run prepared, as runs/bccd/dataset; nothing: this run's own")
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
     inspect: InspectConfig = Field(InspectConfig(), description="shards -> statistics, pictures, speed")
     train: TrainConfig = Field(TrainConfig(), description="shards -> weights")
@@ -282,8 +309,14 @@ class RunConfig(Section):
     predict: PredictConfig = Field(PredictConfig(), description="weights + images -> detections")
     export: ExportConfig = Field(ExportConfig(), description="weights -> ONNX ...")
     serve: ServeConfig = Field(ServeConfig(), description="weights -> HTTP service")
+    tune: TuneConfig = Field(TuneConfig(), description="shards -> the settings that train best")
 
     @property
     def folder(self) -> Folder:
         """``{storage}/{name}``, where every verb writes."""
         return Folder.at(self.storage) / self.name
+
+    @property
+    def dataset_folder(self) -> Folder:
+        """Where the shards are that every verb but ``prepare`` reads."""
+        return self.folder / "dataset" if self.dataset is None else Folder.at(self.dataset)

@@ -55,8 +55,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: no dataset, no such split, no weights.
     """
-    manifest = Manifest.load(config.folder / "dataset")
-    verify.check_sizes(config.folder / "dataset", manifest, (config.evaluate.split,))
+    manifest = Manifest.load(config.dataset_folder)
+    verify.check_sizes(config.dataset_folder, manifest, (config.evaluate.split,))
     find(config.evaluate.weights, config.folder, "evaluate")
 
 
@@ -67,7 +67,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         ValueError: weights that cannot be read or are for other classes, no dataset.
     """
     check(config)
-    section, out, dataset = config.evaluate, config.folder / "evaluate", config.folder / "dataset"
+    section, out, dataset = config.evaluate, config.folder / "evaluate", config.dataset_folder
     manifest = Manifest.load(dataset)
     split = manifest.split(section.split)
     weights = find(section.weights, config.folder, "evaluate")

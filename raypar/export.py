@@ -68,7 +68,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         if before.get("settings") == settings:
             print(f"export: {out.uri}/{before['file']} is complete; export.overwrite=true exports anew", flush=True)
             return before
-    dataset = config.folder / "dataset"
+    dataset = config.dataset_folder
     has_images = dataset.exists(MANIFEST) and Manifest.load(dataset).splits.get("val") is not None
     print(f"export: {weights.uri} -> {section.format}", flush=True)
     staged = weights.staged(out)

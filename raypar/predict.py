@@ -60,9 +60,9 @@ def check(config: RunConfig) -> None:
         ValueError: no images, no weights.
     """
     find(config.predict.weights, config.folder, "predict")
-    list_source(config.predict.source, config.folder)
+    list_source(config.predict.source, config.folder, config.dataset_folder)
     if config.predict.source is None:
-        dataset = config.folder / "dataset"
+        dataset = config.dataset_folder
         verify.check_sizes(dataset, Manifest.load(dataset), ("val",))
 
 
@@ -74,7 +74,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     """
     section, out = config.predict, config.folder / "predict"
     weights = find(section.weights, config.folder, "predict")
-    source = list_source(section.source, config.folder)
+    source = list_source(section.source, config.folder, config.dataset_folder)
     class_names, imgsz, sha256 = read_facts(weights, section.imgsz)
     settings = {
         "source": section.source or "val", "source_sha256": source.sha256, "weights_sha256": sha256, "imgsz": imgsz, "conf": section.conf,
@@ -89,7 +89,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
     if section.source is None:
-        dataset = config.folder / "dataset"
+        dataset = config.dataset_folder
         verify.check_sums(dataset, Manifest.load(dataset), ("val",))
     out.write_json(SETTINGS, settings)
     done = {name for name in out.list() if name.endswith(".parquet")}

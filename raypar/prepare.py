@@ -163,6 +163,8 @@ def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], n
 
 
 def _section(config: RunConfig) -> PrepareConfig:
+    if config.dataset is not None:
+        raise ValueError(f"dataset: this run reads {config.dataset}, which another prepared: leave it out to prepare one here")
     if config.prepare is None:
         raise ValueError("the run file has no 'prepare' section: write 'prepare: {source: ..., format: ...}'")
     return config.prepare

@@ -13,6 +13,7 @@ LEVELS = {
     "ray.train.v2._internal.execution.collective_impl": logging.ERROR,  # that the stream's handles take more than 1000 bytes
     "ray.train.v2._internal.execution.context": logging.WARNING,  # each report
     "ray.train.v2._internal.execution.storage": logging.WARNING,  # each checkpoint
+    "ray.tune": logging.ERROR,  # that it keeps no files of its own
 }
 
 

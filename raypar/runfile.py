@@ -10,14 +10,18 @@ from __future__ import annotations
 
 import difflib
 import re
+import sys
 from collections.abc import Iterable, Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from raypar import __version__
 from raypar.config import RunConfig
+from raypar.storage import Folder
 
 Location = tuple[str, ...]  # ("train", "num_workers")
 
@@ -71,16 +75,22 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
     Args:
         path: the YAML file.
-        overrides: ``section.key=value``, the value as YAML; the later of two wins.
+        overrides: ``section.key=value``, the value as YAML, or ``@FILE``, the settings in a YAML file (a path or a URI), laid out as in a
+            run file; the later of two wins.
 
     Raises:
         ValueError: one line a mistake, each with file, line and key.
     """
-    data, lines = _read(Path(path))
+    data, lines = _read(str(path))
     places = {key: f"{path}:{line}" for key, line in lines.items()}
     for override in overrides:
+        if override.startswith("@"):
+            more, lines = _read(override[1:])
+            _merge(data, more)
+            places |= {key: f"{override[1:]}:{line}" for key, line in lines.items()}
+            continue
         key, value = parse_override(override)
-        _put(data, key, value)
+        put(data, key, value)
         places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: override}
     try:
         config = RunConfig.model_validate(data)
@@ -93,7 +103,16 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
 
 def dump(config: RunConfig) -> str:
     """The resolved run file, every setting spelt out, as YAML that ``load`` reads back to the same."""
-    return str(yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+    settings = {
+        k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None
+    }  # `prepare:` is not none
+    return str(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
+
+
+def versions() -> str:
+    """A comment that says what wrote a run file."""
+    names = ("ray", "ultralytics", "torch", "albumentations", "pyarrow")
+    return f"# written by raypar {__version__}; " + ", ".join(f"{n} {version(n)}" for n in names) + f"; Python {sys.version.split()[0]}\n"
 
 
 def parse_override(text: str) -> tuple[Location, Any]:
@@ -105,17 +124,17 @@ def parse_override(text: str) -> tuple[Location, Any]:
     key, equals, value = text.partition("=")
     parts = tuple(key.split("."))
     if not equals or not all(parts):
-        raise ValueError(f"'{text}' is not an override: write section.key=value, e.g. train.num_workers=2")
+        raise ValueError(f"'{text}' is not an override: write section.key=value, e.g. train.num_workers=2, or @FILE")
     try:
         return parts, yaml.load(value, Loader)
     except yaml.YAMLError as error:
         raise ValueError(f"{text}: the value is not YAML: {_problem(error)}") from None
 
 
-def _read(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
+def _read(path: str) -> tuple[dict[str, Any], dict[Location, int]]:
     """A run file's content, and the line (from 1) of every key in it."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = _read_remote(path) if "://" in path else Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: cannot read the run file: {getattr(error, 'strerror', None) or error}") from None
     try:
@@ -131,6 +150,11 @@ def _read(path: Path) -> tuple[dict[str, Any], dict[Location, int]]:
     return {str(k): {} if k in empty else v for k, v in data.items()}, dict(_lines(node, ()))
 
 
+def _read_remote(uri: str) -> str:
+    folder, name = Folder.holding(uri)
+    return folder.read(name).decode()
+
+
 def _lines(node: yaml.Node | None, parent: Location) -> Iterable[tuple[Location, int]]:
     if isinstance(node, yaml.MappingNode):
         for key_node, value_node in node.value:
@@ -139,11 +163,21 @@ def _lines(node: yaml.Node | None, parent: Location) -> Iterable[tuple[Location,
             yield from _lines(value_node, key)
 
 
+def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
+    """Puts settings into a run file's content, section by section."""
+    for key, value in more.items():
+        if isinstance(value, dict) and isinstance(data.get(key), dict):
+            _merge(data[key], value)
+        else:
+            data[key] = value
+
+
 def _problem(error: yaml.YAMLError) -> str:
     return " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part) or str(error)
 
 
-def _put(data: dict[str, Any], key: Location, value: Any) -> None:
+def put(data: dict[str, Any], key: Location, value: Any) -> None:
+    """Sets a value under a dotted key, cut at its dots."""
     for part in key[:-1]:
         if not isinstance(data.get(part), dict):
             data[part] = {}  # absent, or a short form: a number where {min, max} may stand
@@ -217,7 +251,7 @@ def _section_at(key: Location) -> type[BaseModel] | None:
 
 def _section_in(annotation: Any) -> type[BaseModel] | None:
     """The section class in an annotation such as ``PrepareConfig | None``."""
-    arguments = get_args(annotation)
+    arguments = get_args(annotation) if get_origin(annotation) is not dict else ()
     if not arguments:
         return annotation if isinstance(annotation, type) and issubclass(annotation, BaseModel) else None
     return next((found for argument in arguments if (found := _section_in(argument))), None)

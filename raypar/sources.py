@@ -64,19 +64,20 @@ class Source:
         return sum(entry.num_images for piece in self.pieces for entry in piece)
 
 
-def list_source(source: str | None, run: Folder) -> Source:
+def list_source(source: str | None, run: Folder, dataset: Folder | None = None) -> Source:
     """Lists a source and cuts it into pieces.
 
     Args:
         source: a folder (with all below it), a glob, an image, a ``.txt`` of paths, Parquet shards (a file, or their folder) or a URI
-            of any of these; nothing: the val split of the run's dataset.
+            of any of these; nothing: the val split of the dataset.
         run: the run's folder.
+        dataset: where its dataset is, when that is another's.
 
     Raises:
         ValueError: there is nothing, or nothing that is an image.
     """
     if source is None:
-        dataset = run / "dataset"
+        dataset = dataset or run / "dataset"
         shards = Manifest.load(dataset).split("val").shards
         entries = [Entry("", dataset, shard.path, i, n, shard.num_bytes * n // max(sum(shard.row_groups), 1))
                    for shard in shards for i, n in enumerate(shard.row_groups)]  # fmt: skip

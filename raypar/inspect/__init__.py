@@ -39,7 +39,7 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: no dataset, no such split, a shard is missing, or settings that training would refuse.
     """
-    dataset = config.folder / "dataset"
+    dataset = config.dataset_folder
     manifest = Manifest.load(dataset)
     verify.check_sizes(dataset, manifest, (config.inspect.split,))
     from raypar.augment import albu
@@ -54,7 +54,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: see :func:`check`.
     """
-    section, out, dataset = config.inspect, config.folder / "inspect", config.folder / "dataset"
+    section, out, dataset = config.inspect, config.folder / "inspect", config.dataset_folder
     manifest = Manifest.load(dataset)
     settings = {
         "split": section.split, "num_samples": section.num_samples, "seed": config.seed,
@@ -98,7 +98,7 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
         raise ValueError(f"train.yolo.imgsz={args.imgsz!r}: write one number of px, at least 32")
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
     plan = Plan(groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs)
-    spec = StreamSpec.of(config.folder / "dataset", split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
+    spec = StreamSpec.of(config.dataset_folder, split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
                          albumentations=config.train.albumentations, world_size=1)  # fmt: skip
     return spec, args
 

@@ -37,8 +37,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
-    manifest = Manifest.load(config.folder / "dataset")  # first: what follows imports torch and Ultralytics, which takes seconds
-    verify.check_sizes(config.folder / "dataset", manifest, SPLITS)
+    manifest = Manifest.load(config.dataset_folder)  # first: what follows imports torch and Ultralytics, which takes seconds
+    verify.check_sizes(config.dataset_folder, manifest, SPLITS)
     from raypar.augment import albu
     from raypar.dataset.stream import recipe_of
     from raypar.train.recipe import settings
@@ -67,10 +67,16 @@ def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
     return num_gpus >= train.min_workers if train.use_gpu == "auto" else train.use_gpu
 
 
-def run(config: RunConfig) -> dict[str, Any]:
+def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:
     """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
 
+    Args:
+        config: of the run.
+        run_id: of this start, for whoever wants to ask it to stop (:func:`raypar.train.launch.ask_to_stop`); nothing: a new one.
+        label: what its lines begin with.
+
     Raises:
+        KeyboardInterrupt: it was asked to stop, and all is saved.
         ValueError: the run's settings differ from those it was begun with.
         RuntimeError: training failed more often than ``train.max_failures``.
     """
@@ -82,23 +88,23 @@ def run(config: RunConfig) -> dict[str, Any]:
     train, out = config.train, config.folder / "train"
     if train.overwrite:
         out.delete()
-    settings = _fingerprint(config)
-    if out.exists(SETTINGS) and (differing := _differing(out.read_json(SETTINGS), settings)):
+    settings = fingerprint(config)
+    if out.exists(SETTINGS) and (others := differing(out.read_json(SETTINGS), settings)):
         raise ValueError(
-            f"{out.uri} was begun with other settings ({differing}): set them back, choose another name, or add train.overwrite=true"
+            f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add train.overwrite=true"
         )
     if out.exists(SUMMARY):
-        print(f"train: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
+        print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
-    manifest = Manifest.load(config.folder / "dataset")
-    verify.check_sums(config.folder / "dataset", manifest, SPLITS)
+    manifest = Manifest.load(config.dataset_folder)
+    verify.check_sums(config.dataset_folder, manifest, SPLITS)
     model = _stage(_model(train.model, manifest.task), out)
     if train.init_from is not None:
         _stage(_model(train.init_from, manifest.task, "train.init_from"), out)
     out.write_json(SETTINGS, settings)
     cache = _cache(config, manifest)
-    trainer = _trainer(config, model, manifest, cache)
+    trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
     try:
         with Bar(trainer.run_id):
             result = trainer.fit()
@@ -112,17 +118,19 @@ def run(config: RunConfig) -> dict[str, Any]:
             drop_everywhere(cache)
     if (stopped := (result.return_value or {}).get("stopped")) is not None:
         chronicle.close(out, trainer.run_id, config.name, "stopped", f"stopped on demand after {stopped:,} images, all of it saved")
-        print(f"train: stopped after {stopped} images, all of it saved; the same command goes on from there", flush=True)
+        print(f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there", flush=True)
         raise KeyboardInterrupt
-    summary = _finish(out)
+    summary = _finish(out, label)
     chronicle.close(
         out, trainer.run_id, config.name, "finished", f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}"
     )
-    print(f"train: everything on one page: {out.uri}/report.html", flush=True)
+    print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
     return summary
 
 
-def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest, cache: CacheSpec | None) -> launch.Trainer:
+def _trainer(
+    config: RunConfig, model: str | dict[str, Any], manifest: Manifest, cache: CacheSpec | None, run_id: str, label: str
+) -> launch.Trainer:
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
 
@@ -131,7 +139,6 @@ def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest,
     train = config.train
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
-    run_id = uuid.uuid4().hex[:12]
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / failure.START_ATTEMPTS)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     return launch.Trainer(
@@ -141,7 +148,9 @@ def _trainer(config: RunConfig, model: str | dict[str, Any], manifest: Manifest,
         train_loop_per_worker=_train_loop,
         train_loop_config={
             "run_id": run_id,
+            "label": label,
             "folder": config.folder.uri,
+            "dataset": config.dataset_folder.uri,
             "seed": config.seed,
             "model": model,
             "init_from": None if train.init_from is None else INITIAL,
@@ -182,7 +191,7 @@ def _train_loop(config: dict[str, Any]) -> Any:
     return train_loop(config)
 
 
-def _finish(out: Folder) -> dict[str, Any]:
+def _finish(out: Folder, label: str) -> dict[str, Any]:
     """Draws the curves, writes the summary and says where everything is."""
     from raypar.train import pictures
 
@@ -195,8 +204,8 @@ def _finish(out: Folder) -> dict[str, Any]:
         "seconds": sum(x["wait_s"] + x["step_s"] + x["validate_s"] for x in history),
     }  # fmt: skip
     out.write_json(SUMMARY, summary)
-    print(f"train: best epoch {summary['best_epoch']} of {summary['num_epochs']}: {scores_of(summary)}\n"
-          f"train: weights {out.uri}/best.pt, curves results.png, what the model saw batch_*.png", flush=True)  # fmt: skip
+    print(f"{label}: best epoch {summary['best_epoch']} of {summary['num_epochs']}: {scores_of(summary)}\n"
+          f"{label}: weights {out.uri}/best.pt, curves results.png, what the model saw batch_*.png", flush=True)  # fmt: skip
     return summary
 
 
@@ -236,9 +245,9 @@ def _stage(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
     return INITIAL
 
 
-def _fingerprint(config: RunConfig) -> dict[str, Any]:
+def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what is computed, and the dataset's checksum."""
-    manifest = (config.folder / "dataset").read("manifest.json")
+    manifest = config.dataset_folder.read("manifest.json")
     train = config.train
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
             "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
@@ -246,5 +255,6 @@ def _fingerprint(config: RunConfig) -> dict[str, Any]:
             "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
 
 
-def _differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """Which settings of a run are not those that it was begun with, in words; nothing when all are."""
     return ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in now if before.get(k) != now[k])

@@ -18,6 +18,7 @@ from raypar.storage import Folder
 from raypar.train import pulse, report
 
 EVENTS, ENVIRONMENT = report.EVENTS, report.ENVIRONMENT
+USED = "used.json"  # the settings as rank 0 has them
 
 
 def environment(device: str, precision: str, threads: int, hosts: list[str]) -> dict[str, Any]:

@@ -59,10 +59,16 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         signal.signal(signal.SIGINT, on_interrupt)
 
     def _ask_to_stop(self) -> None:
-        if pulse.beats(self.run_id):
-            pulse.post(self.run_id, "wish", "stop")
-        else:  # no worker is there to hear it, and nothing to save
+        if not ask_to_stop(self.run_id):  # no worker is there to hear it, and nothing to save
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def ask_to_stop(run_id: str) -> bool:
+    """Asks the workers of a run to save and end; whether there are any to hear it."""
+    if not pulse.beats(run_id):
+        return False
+    pulse.post(run_id, "wish", "stop")
+    return True
 
 
 def cause(run_id: str, error: Exception) -> str:

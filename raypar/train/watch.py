@@ -125,6 +125,7 @@ class Watch:
         self.aside.submit("events.jsonl", lambda: chronicle.happened(
             self.out, run_id, f"{begun}: {worker.world_size} worker(s), {worker.loop.device.type}, {_precision(worker)}"))  # fmt: skip
         self.aside.submit("environment.json", self._write_environment)
+        self.aside.submit(chronicle.USED, partial(self.out.write_json, chronicle.USED, used(worker)))
 
     def line(self) -> dict[str, float]:
         """What an epoch's line says of the gradients' travel, when DDP has measured it."""
@@ -162,6 +163,12 @@ class Watch:
         hosts = [f"rank {beat.rank}: {beat.host}, local rank {beat.local_rank}" for beat in pulse.beats(self.run_id)]
         device = torch.cuda.get_device_name(worker.loop.device) if worker.loop.device.type == "cuda" else worker.loop.device.type
         self.out.write_json(chronicle.ENVIRONMENT, chronicle.environment(device, _precision(worker), torch.get_num_threads(), hosts))
+
+
+def used(worker: Worker) -> dict[str, Any]:
+    """The settings that this worker trains with, laid out as in a run file: those of Ultralytics as its trainer holds them."""
+    plain = {k: v for k, v in vars(worker.args).items() if isinstance(v, bool | int | float | str | list | None)}
+    return {"seed": worker.args.seed, "train": {**worker.train, "batch": worker.plan.global_batch, "yolo": plain}}
 
 
 def _precision(worker: Worker) -> str:

@@ -50,7 +50,7 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
     """Trains to the end. Rank 0 returns the last epoch's line of ``metrics.jsonl``, or ``{"stopped": images seen}`` when asked to stop.
 
     Args:
-        config: plain values only: ``folder`` (the run's URI), ``run_id``, ``seed``, ``model``, ``train`` (TrainConfig as a dict),
+        config: plain values only: ``folder`` (the run's URI), ``run_id``, ``label``, ``dataset``, ``seed``, ``model``, ``train`` (TrainConfig as a dict),
             ``plan`` (Plan's arguments but the epochs), ``cache``.
 
     Raises:
@@ -83,11 +83,11 @@ class Worker:
         cached = ultralytics.utils.RANK
         assert cached == (self.rank if self.world_size > 1 else -1), f"Ultralytics was imported too early: it took rank {cached}"
         ultralytics.utils.LOGGER.setLevel("WARNING")
-        self.train = train = config["train"]
+        self.train, self.label = config["train"], config["label"]
+        train = self.train
         device = ray.train.torch.get_device()
 
-        run = Folder(config["folder"])
-        self.out, dataset = run / "train", run / "dataset"
+        self.out, dataset = Folder(config["folder"]) / "train", Folder(config["dataset"])
         manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=device)  # fmt: skip
