@@ -134,7 +134,7 @@ def _trainer(
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
 
-    from raypar.train import failure, launch, network
+    from raypar.train import entry, failure, launch, network
 
     train = config.train
     groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
@@ -145,7 +145,7 @@ def _trainer(
         run_id=run_id,
         world_sizes=train.world_sizes,
         placement_timeout_s=train.placement_timeout_s,
-        train_loop_per_worker=_train_loop,
+        train_loop_per_worker=entry.train_loop,
         train_loop_config={
             "run_id": run_id,
             "label": label,
@@ -183,12 +183,6 @@ def _cache(config: RunConfig, manifest: Manifest) -> CacheSpec | None:
     sums = "".join(shard.sha256 for shard in manifest.split("train").shards)
     key = hashlib.sha256(f"{config.folder.uri} {train.yolo.get('imgsz')} {sums}".encode()).hexdigest()[:16]
     return CacheSpec(train.cache, key, None if train.cache_gb is None else int(train.cache_gb * 1e9))
-
-
-def _train_loop(config: dict[str, Any]) -> Any:
-    from raypar.train.worker import train_loop  # here: Ultralytics must be imported after Ray has set the rank
-
-    return train_loop(config)
 
 
 def _finish(out: Folder, label: str) -> dict[str, Any]:

@@ -46,31 +46,6 @@ from raypar.train.watch import Watch
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
 
-def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
-    """Trains to the end. Rank 0 returns the last epoch's line of ``metrics.jsonl``, or ``{"stopped": images seen}`` when asked to stop.
-
-    Args:
-        config: plain values only: ``folder`` (the run's URI), ``run_id``, ``label``, ``dataset``, ``seed``, ``model``, ``train`` (TrainConfig as a dict),
-            ``plan`` (Plan's arguments but the epochs), ``cache``.
-
-    Raises:
-        Exception: one of :mod:`raypar.train.failure`, which says who failed, where and in which stage.
-    """
-    context = ray.train.get_context()
-    pulse = Pulse(config["run_id"], context.get_world_rank(), context.get_world_size(), context.get_local_rank())
-    try:
-        return Worker(config, pulse).run()
-    except Exception as error:
-        explained = failure.explained(error, pulse)
-        if isinstance(explained, (*failure.TOLD, ValueError)):  # the message says it all; a traceback would bury it
-            logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
-        if explained is error:
-            raise
-        raise explained from error
-    finally:
-        pulse.end()
-
-
 class Worker:
     """One rank."""
 

@@ -14,7 +14,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -143,9 +142,6 @@ class Host:
         """Nothing gets to the host or from it any more, and nobody is told."""
         run("ip", "link", "set", self.cable, "down")
 
-    def mend(self) -> None:
-        run("ip", "link", "set", self.cable, "up")
-
     def kill(self) -> None:
         """SIGKILL to everything on it, at once."""
         if self.process_1:
@@ -177,8 +173,3 @@ def wait_until(what: Callable[[], bool], timeout_s: float, why: str) -> None:
     while not what():
         assert time.monotonic() < deadline, why
         time.sleep(0.02)
-
-
-def private_folder() -> Path:
-    """A folder of this machine for logs; hosts do not see it."""
-    return Path(tempfile.mkdtemp(prefix="raypar-hosts-"))
