@@ -58,6 +58,21 @@ def tree() -> list[int]:
     return [p.pid for p in psutil.Process().children(recursive=True)]
 
 
+def warm(side: Callable[[], Run], images: int) -> float:
+    """Runs a side that goes through Ray until it has made so many images; returns CPU milliseconds an image of its first run.
+
+    Each of Ray's processes takes a page fault for each page of the object store that it meets for the first time, until it has met those
+    that are used in turn: a cost of the first thousands of images, and none of an image.
+    """
+    runs = [side()]
+    while sum(run.images for run in runs) < images:
+        runs.append(side())
+    print(
+        f"  start: {', '.join(f'{1000 * run.cpu_s / run.images:.2f}' for run in runs)} ms CPU an image in the first runs, not measured below"
+    )
+    return round(1000 * runs[0].cpu_s / runs[0].images, 3)
+
+
 def paired(first: Callable[[], Run], second: Callable[[], Run], pairs: int) -> list[tuple[Run, Run]]:
     """Both sides in turn, first, second, second, first ...; one unmeasured round of each before."""
     first(), second()

@@ -2,7 +2,7 @@
 
     python benchmarks/stream.py [--pairs 5] [--images 512] [--imgsz 640]
 
-CPU seconds of everything: raylet, control store, tasks, the driver. Then the pauses: on 200 images, the longest wait for the first batch of an
+CPU seconds of everything: raylet, control store, tasks, the driver; once the first --warm-up images are through. Then the pauses: on 200 images, the longest wait for the first batch of an
 epoch, over the median wait for any batch, of a consumer that takes as long for a batch as the stream does.
 """
 
@@ -84,6 +84,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--imgsz", type=int, default=640)
+    parser.add_argument("--warm-up", type=int, default=8192, help="images through Ray before the first pair")
     options = parser.parse_args()
     quiet_ray()
     ray.init(address="local", num_cpus=CORES + 1, include_dashboard=False, logging_level="warning", object_store_memory=2 << 30)
@@ -101,6 +102,7 @@ def main() -> None:
             f"{options.images} images of 480x640, imgsz {options.imgsz}, {CORES} cores, {len(items)} windows a run",
             flush=True,
         )
+        _measure.warm(ray_side, options.warm_up)
         pairs = _measure.paired(ray_side, bare_side, options.pairs)
         rows = [_measure.report("whole path / bare renderer", pairs, ("through Ray", "bare"))]
         small = make_spec(Path(name) / "b", 200, options.imgsz)
