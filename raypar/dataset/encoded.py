@@ -198,6 +198,7 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
         path, index = spec.groups[group]
         with spec.dataset.open(path) as file:
             table = pq.ParquetFile(file).read_row_group(index, columns=["height", "width", *spec.label_columns])
+        table = table.slice(0, spec.plan.row_groups[group])
         hws = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
         found = [_row(spec, table, i, hw) for i, hw in enumerate(hws)]
         while len(kept) >= LABELLED_GROUPS:
@@ -220,8 +221,9 @@ def _images(spec: StreamSpec, window: Window) -> tuple[NDArray[np.int64], list[p
         path, index = spec.groups[group]
         with spec.dataset.open(path) as file:
             column = pq.ParquetFile(file).read_row_group(index, columns=["image"])["image"]
-        images += cells(column)
-        numbers.append(spec.first_rows[group] + np.arange(len(column)))
+        num_rows = spec.plan.row_groups[group]
+        images += cells(column)[:num_rows]
+        numbers.append(spec.first_rows[group] + np.arange(num_rows))
     rows = slice(window.first_row, window.first_row + window.num_rows)
     return np.concatenate(numbers)[rows], images[rows]
 

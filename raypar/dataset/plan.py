@@ -13,7 +13,7 @@ number of positions seen since the run began: it is all the state that the data 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 
@@ -52,12 +52,22 @@ class Window:
     order: NDArray[np.int64]
 
 
+def first_images(row_groups: Sequence[int], fraction: float) -> tuple[int, ...]:
+    """Row groups that hold the first images of a split, as Ultralytics' ``fraction`` takes them; of the last one its first rows."""
+    left, found = max(1, round(sum(row_groups) * fraction)), []
+    for num_rows in row_groups:
+        if left:
+            found.append(min(num_rows, left))
+            left -= found[-1]
+    return tuple(found)
+
+
 @dataclass(frozen=True)
 class Plan:
     """All epochs of a run.
 
     Attributes:
-        row_groups: images in each row group of the split, all at least 1.
+        row_groups: images in each row group of the split, all at least 1; they may be the first ones only, and fewer than a group has.
         seed: of the run.
         global_batch: images a step over all ranks.
         epochs: in the whole run.

@@ -133,9 +133,10 @@ def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) 
     tables, images, numbers = [], list[pa.Buffer | Image | None](), []
     for group in groups:
         table, in_group = _read_group(spec, int(group))
-        tables.append(table)
-        images += in_group
-        numbers.append(spec.first_rows[group] + np.arange(table.num_rows))
+        num_rows = spec.plan.row_groups[group]
+        tables.append(table.slice(0, num_rows))
+        images += in_group[:num_rows]
+        numbers.append(spec.first_rows[group] + np.arange(num_rows))
     table, number = pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start), np.concatenate(numbers)[rows]
     transform = transform_of(spec)
     found = [_source(spec, item, transform, int(n), table, i, image) for i, (n, image) in enumerate(zip(number, images[rows], strict=True))]

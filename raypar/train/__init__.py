@@ -18,6 +18,7 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
+from raypar.dataset.plan import first_images
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
 
@@ -137,7 +138,7 @@ def _trainer(
     from raypar.train import entry, failure, launch, network
 
     train = config.train
-    groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
+    groups = first_images([n for shard in manifest.split("train").shards for n in shard.row_groups], train.yolo.get("fraction", 1.0))
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / failure.START_ATTEMPTS)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)

@@ -29,8 +29,6 @@ from raypar.dataset.manifest import Manifest
 
 # Settings of Ultralytics that this version cannot honour: better refused than ignored.
 NOT_YET = {
-    "time": "raypar trains whole epochs",
-    "fraction": "prepare a smaller dataset",
     "distill_model": "distillation is not supported",
     "profile": "profile with Ultralytics",
     "quantize": "quantisation-aware training is not supported",
@@ -55,6 +53,10 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
         args = get_cfg(overrides={**yolo, **owned})
     except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"train.yolo: {' '.join(str(error).split())}") from error
+    if not args.fraction:
+        raise ValueError("train.yolo.fraction=0 leaves no image to train with")
+    if args.time is not None and args.time <= 0:
+        raise ValueError(f"train.yolo.time={args.time}: hours, more than 0")
     if args.epochs < 1:
         raise ValueError(f"train.yolo.epochs={args.epochs}: at least 1 is needed")
     return args

@@ -115,13 +115,13 @@ class Watch:
         self.worker, self.run_id, self.out = worker, run_id, worker.out
         self.name = worker.out.path.rstrip("/").split("/")[-2]
         self.figures = Figures(self.name, worker.rank, worker.loop.model)
-        worker.pulse.total = worker.plan.total_positions
+        worker.pulse.total = worker.total
         worker.pulse.on_beat = self.figures.on_beat
         if worker.rank != 0:
             return
         self.aside, self.drawn_at = Aside(), time.monotonic()
         self.loggers = Loggers(worker.out, self.name, {**worker.train, "seed": worker.args.seed}, num_logged=len(worker.history))
-        begun = "started" if worker.cursor == 0 else f"went on after {worker.cursor:,} of {worker.plan.total_positions:,} images"
+        begun = "started" if worker.cursor == 0 else f"went on after {worker.cursor:,} of {worker.total:,} images"
         self.aside.submit("events.jsonl", lambda: chronicle.happened(
             self.out, run_id, f"{begun}: {worker.world_size} worker(s), {worker.loop.device.type}, {_precision(worker)}"))  # fmt: skip
         self.aside.submit("environment.json", self._write_environment)

@@ -32,7 +32,7 @@ from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import checkpoint, failure, memory, pictures, say
+from raypar.train import budget, checkpoint, failure, memory, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -71,7 +71,7 @@ class Worker:
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
         self.args, self.class_names = lender.args, list(lender.data["names"].values())
-        self.plan = Plan(epochs=self.args.epochs, **config["plan"])
+        self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
         self.precision = pick_precision(train["precision"], device)
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
@@ -107,6 +107,23 @@ class Worker:
         self.pulse.cursor = self.cursor
         self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
 
+        self._keep_time(self.history)
+
+    def _keep_time(self, history: list[dict[str, Any]]) -> None:
+        """With ``time``: how many epochs there will be, and when mosaic is closed, as rank 0 counts it. All ranks must call."""
+        if hours := self.args.time:
+            self.args.epochs, mosaic_epochs = self.agreement.from_rank_zero(
+                (budget.epochs_within(hours, history, self.args.epochs), budget.mosaic_within(hours, history, self.args.close_mosaic))
+            )
+            if mosaic_epochs != self.spec.mosaic_epochs:
+                self.spec = replace(self.spec, mosaic_epochs=mosaic_epochs)
+            self.pulse.total = self.total
+
+    @property
+    def total(self) -> int:
+        """The cursor at the run's end, as far as is known."""
+        return int(self.args.epochs) * self.plan.positions_per_epoch
+
     def run(self) -> dict[str, Any] | None:
         say.introduce(self)
         self.watch = Watch(self, self.pulse.run_id)
@@ -141,10 +158,20 @@ class Worker:
         return self.history[-1] if self.rank == 0 and self.history else None
 
     def _batches(self) -> Iterator[Rendered]:
-        """This rank's batches from the cursor on, and what the loss wants of them."""
+        """This rank's batches from the cursor on, and what the loss wants of them; from a new stream when mosaic was closed meanwhile."""
+        while True:
+            spec = self.spec
+            for found in self._stream(spec):
+                yield found
+                if self.spec is not spec:
+                    break
+            else:
+                return
+
+    def _stream(self, spec: StreamSpec) -> Iterator[Rendered]:
         if self.train["augment"] == "gpu":
-            return rendered_batches(self.spec, self.rank, self.cursor, self.loop.device, to_tensors)
-        return ((batch, to_tensors(batch)) for batch in batches(self.spec, self.rank, self.cursor))
+            return rendered_batches(spec, self.rank, self.cursor, self.loop.device, to_tensors)
+        return ((batch, to_tensors(batch)) for batch in batches(spec, self.rank, self.cursor))
 
     def _step(self, batch: Batch, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if self.args.single_cls:
@@ -185,7 +212,7 @@ class Worker:
         self.pulse.stage = f"validation after epoch {number + 1}"
         began = time.monotonic()
         metrics: dict[str, Any] = {}
-        if self.args.val or is_last or loop.stopper.possible_stop:
+        if self.args.val or self.args.time or is_last or loop.stopper.possible_stop:
             metrics = self.validator(loop.ema.ema, loop.lender.model, loop.device)
             fitness = metrics["fitness"]
             is_best = loop.best_fitness is None or fitness > loop.best_fitness
@@ -200,6 +227,8 @@ class Worker:
             "validate_s": time.monotonic() - began, "world_size": self.world_size, "images_seen": self.cursor,
             "compute_dtype": str(self.precision).removeprefix("torch."),
         }  # fmt: skip
+        self._keep_time([*self.history, line])
+        stop = stop or number + 1 >= self.args.epochs
         self._save_epoch(line, is_best, is_finished=stop, has_gradients=has_gradients)
         self.watch.epoch(line, self.history, metrics["per_class"] if is_best else None)
         say.epoch(self, line, is_best)

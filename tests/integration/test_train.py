@@ -137,6 +137,16 @@ def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, traine
     assert not list(SHARED_MEMORY.glob(f"{PREFIX}*"))
 
 
+def test_fraction_and_time_are_kept(ray_4_cpus: None, trained_run: RunConfig) -> None:
+    yolo = trained_run.train.yolo | {"epochs": 50, "fraction": 0.4, "time": 1e-9, "val": False}
+    config = with_train(trained_run, "short", yolo=yolo)
+    summary = raypar.train.run(config)
+    (line,) = lines(config)  # one epoch is the least
+    assert (summary["num_epochs"], line["images_missed"], line["images_repeated"]) == (1, 0, line["images_seen"] - round(0.4 * 48))
+    assert "map50_95" in line, "any epoch may be the last, so each is validated"
+    assert final_state(config)["is_finished"]
+
+
 def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
     """On CPU tensors: what runs on a GPU is the same program."""
     config = with_train(trained_run, "device", augment="gpu")

@@ -17,7 +17,7 @@ from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.formats import Record
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Split
-from raypar.dataset.plan import Plan
+from raypar.dataset.plan import Plan, first_images
 from raypar.dataset.rows import cells
 from raypar.dataset.stream import StreamSpec, blocks
 from raypar.storage import Folder
@@ -40,9 +40,9 @@ def split_of(folder: Path, num_images: int, rows_per_group: int) -> tuple[Folder
     return dataset, Split(shards=(report.shard,), num_images=num_images)
 
 
-def spec_of(folder: Path, num_images: int, rows_per_group: int, world_size: int, **plan: int) -> StreamSpec:
+def spec_of(folder: Path, num_images: int, rows_per_group: int, world_size: int, percent: int = 100, **plan: int) -> StreamSpec:
     dataset, split = split_of(folder, num_images, rows_per_group)
-    made = Plan(split.shards[0].row_groups, **plan)  # type: ignore[arg-type]
+    made = Plan(first_images(split.shards[0].row_groups, percent / 100), **plan)  # type: ignore[arg-type]
     return StreamSpec.of(dataset, split, made, RECIPE, mosaic_epochs=1, albumentations=[], world_size=world_size)
 
 
@@ -62,6 +62,7 @@ cases = st.fixed_dictionaries(
     {
         "num_images": st.sampled_from([1, 5, 16, 23]),
         "rows_per_group": st.sampled_from([1, 4, 7]),
+        "percent": st.sampled_from([100, 60]),
         "seed": st.integers(0, 2**32),
         "global_batch": st.sampled_from([4, 8, 12]),
         "epochs": st.integers(1, 3),
@@ -104,9 +105,11 @@ def test_every_image_is_seen_once_an_epoch(folder: Path, case: dict[str, int]) -
     for epoch in range(spec.plan.epochs):
         rows = np.concatenate([batch.rows for batch in batches if batch.epoch == epoch])
         assert len(rows) == spec.plan.positions_per_epoch
-        counts = np.bincount(rows, minlength=case["num_images"])
+        num_images = max(1, round(case["num_images"] * case["percent"] / 100))  # the first ones, as Ultralytics' fraction
+        counts = np.bincount(rows, minlength=num_images)
+        assert len(counts) == num_images
         assert counts.min() >= 1
-        assert counts.sum() - case["num_images"] < case["global_batch"]
+        assert counts.sum() - num_images < case["global_batch"]
 
 
 @given(
