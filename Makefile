@@ -8,6 +8,8 @@ endif
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/ready
+# what is imported is compiled once and kept, not anew in each of Ray's many processes
+unexport PYTHONDONTWRITEBYTECODE
 
 .PHONY: help demo test test-multinode test-gpu check format bench docs constraints clean
 
@@ -25,7 +27,7 @@ demo: $(READY)  ## shapes: prepare, train on 2 workers, evaluate, predict, expor
 
 test: $(READY)  ## unit, integration and, where the machine can, multi-node tests; the unit tests beside the others, which wait a lot
 	@log=$$(mktemp); nice -n 5 $(BIN)/python -m pytest -q tests/unit > $$log 2>&1 & unit=$$!; \
-	$(BIN)/python -m pytest -q -m "not gpu" tests/integration tests/multinode; status=$$?; \
+	$(BIN)/python -m pytest -q -m "not gpu" --durations=20 tests/integration tests/multinode; status=$$?; \
 	wait $$unit || status=1; cat $$log; rm -f $$log; exit $$status
 
 test-multinode: $(READY)  ## only the tests with several Ray nodes
