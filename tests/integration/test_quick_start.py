@@ -96,7 +96,7 @@ def test_again_keeps_what_is_complete(run: Path, capfd: pytest.CaptureFixture[st
 
 def test_dry_runs_of_a_finished_run(run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(REPOSITORY)
-    for verb in cli.VERBS:
+    for verb in set(cli.VERBS) - {"tune"}:  # it has no search space
         assert cli.main([verb, "jobs/demo.yaml", f"storage={run.parent}", *SMALLER, "--dry-run"]) == 0
         assert "all checks passed" in capfd.readouterr().out
 
