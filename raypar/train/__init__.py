@@ -135,12 +135,11 @@ def _trainer(
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
 
-    from raypar.train import entry, failure, launch, network
+    from raypar.train import entry, launch, network
 
     train = config.train
     groups = first_images([n for shard in manifest.split("train").shards for n in shard.row_groups], train.yolo.get("fraction", 1.0))
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(train.placement_timeout_s / failure.START_ATTEMPTS)
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     return launch.Trainer(
         run_id=run_id,

@@ -18,6 +18,7 @@ from raypar.storage import OutOfDiskError
 from raypar.train import pulse
 
 START_ATTEMPTS = 3
+ELASTIC_START_S = 15.0  # an elastic run has counted that there is room: when there is none, a node was counted that has gone
 MAX_PREEMPTIONS = 100
 # The same again would come of the same settings and the same data: these are not tried again.
 MISTAKES = (ValueError, TypeError, AttributeError, ImportError, NotImplementedError, AssertionError)
@@ -78,6 +79,14 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
     return RankError(f"{life}: {type(error).__name__}: {text}")
 
 
+def start_attempts(placement_timeout_s: float, *, is_elastic: bool) -> tuple[int, float]:
+    """How often the workers may find no place, and for how many seconds each time; an elastic run counts anew in between."""
+    seconds = placement_timeout_s / START_ATTEMPTS
+    if is_elastic:
+        seconds = min(seconds, ELASTIC_START_S)
+    return round(placement_timeout_s / seconds), seconds
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch could not get memory, on whatever device."""
     text = str(error)
@@ -103,11 +112,12 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
         failure_config: ``max_failures`` is taken from it.
         run_id: of this start of the run, to look up who did what.
         placement_timeout_s: for the message.
+        start_attempts: how often in a row the workers may find no place.
     """
 
-    def __init__(self, failure_config: Any, run_id: str, placement_timeout_s: float):
+    def __init__(self, failure_config: Any, run_id: str, placement_timeout_s: float, start_attempts: int = START_ATTEMPTS):
         super().__init__(failure_config)
-        self.run_id, self.placement_timeout_s = run_id, placement_timeout_s
+        self.run_id, self.placement_timeout_s, self.start_attempts = run_id, placement_timeout_s, start_attempts
         self.counts: dict[str, int] = {}
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
@@ -115,7 +125,7 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
         if kind != "start":
             self.counts.pop("start", None)  # in a row
         self.counts[kind] = count = self.counts.get(kind, 0) + 1
-        limits = {"failure": self.failure_config.max_failures, "start": START_ATTEMPTS - 1, "preemption": MAX_PREEMPTIONS,
+        limits = {"failure": self.failure_config.max_failures, "start": self.start_attempts - 1, "preemption": MAX_PREEMPTIONS,
                   "grow": -1, "not finite": -1}  # fmt: skip  # the workers count the last one
         limit = limits.get(kind, 0)
         is_retry = limit < 0 or count <= limit

@@ -11,7 +11,7 @@ import ray.train.torch
 
 from raypar.train import pulse
 from raypar.train.elastic import Elastic
-from raypar.train.failure import Policy, diagnosis
+from raypar.train.failure import Policy, diagnosis, start_attempts
 
 
 class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is untyped here
@@ -33,7 +33,9 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         self.num_interrupts = 0
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        arguments["failure_policy"] = Policy(self.run_config.failure_config, self.run_id, self.placement_timeout_s)
+        attempts, seconds = start_attempts(self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled)
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)
+        arguments["failure_policy"] = Policy(self.run_config.failure_config, self.run_id, self.placement_timeout_s, attempts)
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = Elastic(self.scaling_config, self.world_sizes, self.run_id, self.placement_timeout_s)
         is_main = threading.current_thread() is threading.main_thread()

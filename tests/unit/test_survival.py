@@ -356,6 +356,12 @@ def test_lost_workers_are_replaced_so_often_and_each_time_is_told(
     assert "(failure 3, and train.max_failures=2)" in words.posted["cause"]
 
 
+def test_an_elastic_run_counts_room_anew_before_long() -> None:
+    assert failure.start_attempts(300, is_elastic=False) == (3, 100)
+    assert failure.start_attempts(300, is_elastic=True) == (20, 15)
+    assert failure.start_attempts(30, is_elastic=True) == (3, 10)
+
+
 @pytest.mark.parametrize(
     "error", [ValueError("bad"), TypeError("bad"), failure.OutOfMemoryError("16 fit"), OutOfDiskError("full"), failure.DivergedError("lr0")]
 )
