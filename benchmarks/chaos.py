@@ -120,7 +120,10 @@ class Chaos:
         self.wait_until(lambda: progress() >= place, f"it does not come to {place} images")
         before = len(self.resumes())
         self._strike(kind)
-        began, at_kill = time.monotonic(), progress()
+        began = time.monotonic()
+        if kind != "data task":  # workers may live a moment longer than their driver
+            self.wait_until(lambda: len(self.resumes()) > before, f"it does not resume after the {kind} was killed")
+        at_kill = progress()
         self.wait_until(lambda: progress() > at_kill, f"it does not go on after the {kind} was killed")
         seconds = time.monotonic() - began
         resumes = self.resumes()[before:]

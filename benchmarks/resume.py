@@ -69,7 +69,7 @@ class Job:
         folder = Path(config.storage)
         path = folder / f"{config.name}.yaml"
         path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-        self.train = folder / config.name / "train"
+        self.config, self.train = config, folder / config.name / "train"
         self.log = folder / f"{config.name}.log"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
