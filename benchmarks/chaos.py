@@ -118,20 +118,17 @@ class Chaos:
     def kill(self, kind: str, place: int) -> dict[str, Any]:
         """Kills once the run has come to a place; returns what that cost."""
         self.wait_until(lambda: progress() >= place, f"it does not come to {place} images")
-        before = len(self.resumes())
+        before, seen = len(self.resumes()), progress()
         self._strike(kind)
         began = time.monotonic()
         if kind != "data task":  # workers may live a moment longer than their driver
             self.wait_until(lambda: len(self.resumes()) > before, f"it does not resume after the {kind} was killed")
-        at_kill = progress()
-        self.wait_until(lambda: progress() > at_kill, f"it does not go on after the {kind} was killed")
+        self.wait_until(lambda: progress() > seen, f"it does not go on after the {kind} was killed")
         seconds = time.monotonic() - began
         resumes = self.resumes()[before:]
-        lost = max(0, at_kill - resumes[0]) if resumes else 0
-        found = {"kind": kind, "images_seen": at_kill, "images_lost": lost, "restarts": len(resumes), "seconds": round(seconds, 1)}
-        print(
-            f"  after {at_kill:5d} images {kind:<9} killed: {lost:3d} images again, {len(resumes)} restart(s), {seconds:5.1f} s", flush=True
-        )
+        lost = max(0, seen - resumes[0]) if resumes else 0
+        found = {"kind": kind, "images_seen": seen, "images_lost": lost, "restarts": len(resumes), "seconds": round(seconds, 1)}
+        print(f"  after {seen:5d} images {kind:<9} killed: {lost:3d} images again, {len(resumes)} restart(s), {seconds:5.1f} s", flush=True)
         return found
 
     def _strike(self, kind: str) -> None:
