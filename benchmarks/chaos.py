@@ -59,10 +59,10 @@ class Hosts:
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.append(self._another())
 
-    def processes(self, word: str) -> list[psutil.Process]:
-        """What runs on the two hosts and has a word in its title."""
+    def processes(self, word: str, number: int | None = None) -> list[psutil.Process]:
+        """What runs on the two hosts, or on one of them, and has a word in its title."""
         found = []
-        for node in self.nodes:
+        for node in self.nodes if number is None else [self.nodes[number]]:
             for process in psutil.Process(_raylet(node)).children(recursive=True):
                 try:
                     if word in " ".join(process.cmdline()):
@@ -119,9 +119,9 @@ class Chaos:
         """Kills once the run has come to a place; returns what that cost."""
         self.wait_until(lambda: progress() >= place, f"it does not come to {place} images")
         before, seen = len(self.resumes()), progress()
-        self._strike(kind)
+        is_restart = self._strike(kind)
         began = time.monotonic()
-        if kind != "data task":  # workers may live a moment longer than their driver
+        if is_restart:  # workers may live a moment longer than their driver
             self.wait_until(lambda: len(self.resumes()) > before, f"it does not resume after the {kind} was killed")
         self.wait_until(lambda: progress() > seen, f"it does not go on after the {kind} was killed")
         seconds = time.monotonic() - began
@@ -131,17 +131,22 @@ class Chaos:
         print(f"  after {seen:5d} images {kind:<9} killed: {lost:3d} images again, {len(resumes)} restart(s), {seconds:5.1f} s", flush=True)
         return found
 
-    def _strike(self, kind: str) -> None:
+    def _strike(self, kind: str) -> bool:
+        """Kills; whether a training worker went with it."""
         if kind == "driver":
             os.killpg(self.job.process.pid, signal.SIGKILL)
             self.job.process.wait()
             self.job = Job("train", self.job.config)
         elif kind == "host":
-            self.hosts.replace(self.rng.randrange(2))
+            number = self.rng.randrange(2)
+            has_worker = bool(self.hosts.processes("RayTrainWorker", number))
+            self.hosts.replace(number)
+            return has_worker
         else:
             word = {"worker": "RayTrainWorker", "data task": "ReadWindows"}[kind]
             self.wait_until(lambda: bool(self.hosts.processes(word)), f"there is no {kind}")
             _kill(self.rng.choice(self.hosts.processes(word)))
+        return kind != "data task"
 
 
 def main() -> None:
