@@ -10,9 +10,11 @@ import copy
 import difflib
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,8 +85,7 @@ def make(spec: Spec, task: str = "detect") -> Transforms:
     Raises:
         ValueError: a transform is unknown, refuses its arguments, or moves pixels and the task's labels cannot be moved with it.
     """
-    import albumentations as A
-
+    A = _albumentations()
     if spec is None and task == "classify":
         spec = []
     made = _from_function(A, spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
@@ -102,6 +103,18 @@ def make(spec: Spec, task: str = "detect") -> Transforms:
             steps.append((probability, moves, A.Compose([transform], bbox_params=boxes)))
 
     return Transforms(steps)
+
+
+def _albumentations() -> Any:
+    """The library without its conversion to tensors, for which it would import torch: 1.5 s of each task's start, and 150 MB."""
+    name = "albumentations.pytorch"
+    if "albumentations" not in sys.modules:
+        sys.modules[name] = ModuleType(name)
+        try:
+            importlib.import_module("albumentations")
+        finally:
+            del sys.modules[name]  # whoever wants the real one imports it
+    return importlib.import_module("albumentations")
 
 
 def _from_dict(library: Any, entry: dict[str, Any]) -> Any:

@@ -7,7 +7,11 @@ import signal
 import threading
 from typing import Any
 
+import ray
 import ray.train.torch
+
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from raypar.train import pulse
 from raypar.train.elastic import Elastic
@@ -31,6 +35,16 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         super().__init__(**arguments)
         self.run_id, self.world_sizes, self.placement_timeout_s = run_id, world_sizes, placement_timeout_s
         self.num_interrupts = 0
+
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without those that start a process for nothing (Ray 2.60.0, ``DataParallelTrainer``).
+
+        One deals datasets, and none are given to Ray Train. The other frees the workers' room when the controller is gone and the job goes on:
+        a job that is this training ends then; one that tunes needs it.
+        """
+        is_the_job = ray.get_runtime_context().get_actor_id() is None
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if is_the_job else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         attempts, seconds = start_attempts(self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray.train
 import ray.train.torch
@@ -27,7 +27,6 @@ from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
-from raypar.dataset.rendered import Rendered, rendered_batches
 from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
@@ -42,6 +41,9 @@ from raypar.train.recipe import Lender, weights_file
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
+
+if TYPE_CHECKING:
+    from raypar.dataset.rendered import Rendered
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
@@ -170,6 +172,8 @@ class Worker:
 
     def _stream(self, spec: StreamSpec) -> Iterator[Rendered]:
         if self.train["augment"] == "gpu":
+            from raypar.dataset.rendered import rendered_batches  # here: Triton takes a while to import
+
             return rendered_batches(spec, self.rank, self.cursor, self.loop.device, to_tensors)
         return ((batch, to_tensors(batch)) for batch in batches(spec, self.rank, self.cursor))
 
