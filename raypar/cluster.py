@@ -14,11 +14,10 @@ from raypar.quiet import quiet_ray
 if TYPE_CHECKING:
     from raypar.config import RunConfig
 
-WORKER_VARIABLES = ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR", "NO_ALBUMENTATIONS_UPDATE")
 MIN_LOCAL_CPUS = 4  # fewer would leave Ray Data nothing beside the training workers
 
 
-def connect() -> None:
+def connect(*, with_dashboard: bool = False) -> None:
     """Joins the cluster that this process belongs to (a job, or RAY_ADDRESS); otherwise starts Ray on this machine."""
     import ray
 
@@ -33,7 +32,7 @@ def connect() -> None:
     os.environ["PYTHONPATH"] = _package_path()
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away and says so before
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the training is noticed
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning", include_dashboard=False)
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning", include_dashboard=with_dashboard)
 
 
 def require(num_cpus: float, num_gpus: float) -> None:

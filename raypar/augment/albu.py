@@ -85,22 +85,26 @@ def make(spec: Spec, task: str = "detect") -> Transforms:
     Raises:
         ValueError: a transform is unknown, refuses its arguments, or moves pixels and the task's labels cannot be moved with it.
     """
-    A = _albumentations()
+    library = _albumentations()
     if spec is None and task == "classify":
         spec = []
-    made = _from_function(A, spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
+    made = (
+        _from_function(library, spec)
+        if isinstance(spec, str)
+        else [_from_dict(library, entry) for entry in (ULTRALYTICS if spec is None else spec)]
+    )
     steps = []
     for transform in made:
         probability, transform.p = float(transform.p), 1.0
-        moves = not isinstance(transform, A.ImageOnlyTransform)
+        moves = not isinstance(transform, library.ImageOnlyTransform)
         if moves and task in ("segment", "pose", "obb"):
             name = type(transform).__name__
             raise ValueError(f"train.albumentations: {name} moves pixels, which only detect and classify can follow; '{task}' cannot")
         moves = moves and task == "detect"  # an image's class stays
-        boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
+        boxes = library.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone
-            steps.append((probability, moves, A.Compose([transform], bbox_params=boxes)))
+            steps.append((probability, moves, library.Compose([transform], bbox_params=boxes)))
 
     return Transforms(steps)
 

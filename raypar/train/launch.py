@@ -9,9 +9,12 @@ from typing import Any
 
 import ray
 import ray.train.torch
-
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
+from ray.train.v2._internal.execution.controller import TrainController
+from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from raypar.train import pulse
 from raypar.train.elastic import Elastic
@@ -55,7 +58,7 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT) if is_main else None
         try:
-            return super()._initialize_and_run_controller(**arguments)
+            return _run_controller(self, arguments) if _started_here() else super()._initialize_and_run_controller(**arguments)
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, before)
@@ -77,6 +80,43 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
     def _ask_to_stop(self) -> None:
         if not ask_to_stop(self.run_id):  # no worker is there to hear it, and nothing to save
             os.kill(os.getpid(), signal.SIGINT)
+
+
+class Group(WorkerGroup):  # type: ignore[misc]
+    """Workers in the environment of Ray's processes."""
+
+    @staticmethod
+    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
+        return custom_runtime_env
+
+
+class Controller(TrainController):  # type: ignore[misc]
+    """Ray Train's controller, which is given its variables and hands none on."""
+
+    worker_group_cls = Group
+
+    def __init__(self, variables: dict[str, str], **arguments: Any):
+        os.environ.update(variables)
+        super().__init__(**arguments)
+
+
+def _started_here() -> bool:
+    """Whether this process started the Ray that it uses, so that all of its processes have this one's variables."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def _run_controller(trainer: Trainer, arguments: dict[str, Any]) -> Any:
+    """As Ray Train's own, but without runtime environments: one costs each process of the training 0.3 s, and the idle ones that Ray has
+    started cannot be used (Ray 2.60.0, ``DataParallelTrainer._initialize_and_run_controller``)."""
+    variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+    controller = ray.remote(num_cpus=0)(Controller).remote(variables, **arguments)
+    coordinator = get_or_create_autoscaling_coordinator()  # the controller would wait for it: now both start side by side
+    if threading.current_thread() is threading.main_thread():
+        trainer._register_sigint_handler(controller)
+    ray.get(controller.run.remote())
+    del coordinator
+    return ray.get(controller.get_result.remote())
 
 
 def ask_to_stop(run_id: str) -> bool:
