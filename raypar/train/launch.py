@@ -13,10 +13,9 @@ from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator impor
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
-from ray.train.v2._internal.execution.controller import TrainController
-from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
 from raypar.train import pulse
+from raypar.train.controller import Controller
 from raypar.train.elastic import Elastic
 from raypar.train.failure import Policy, diagnosis, start_attempts
 
@@ -80,24 +79,6 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
     def _ask_to_stop(self) -> None:
         if not ask_to_stop(self.run_id):  # no worker is there to hear it, and nothing to save
             os.kill(os.getpid(), signal.SIGINT)
-
-
-class Group(WorkerGroup):  # type: ignore[misc]
-    """Workers in the environment of Ray's processes."""
-
-    @staticmethod
-    def _get_worker_runtime_env(custom_runtime_env: Any) -> Any:
-        return custom_runtime_env
-
-
-class Controller(TrainController):  # type: ignore[misc]
-    """Ray Train's controller, which is given its variables and hands none on."""
-
-    worker_group_cls = Group
-
-    def __init__(self, variables: dict[str, str], **arguments: Any):
-        os.environ.update(variables)
-        super().__init__(**arguments)
 
 
 def _started_here() -> bool:
