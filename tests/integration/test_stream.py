@@ -53,6 +53,7 @@ def whole(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
 
 def through_ray(spec: StreamSpec, cursor: int, storage: Path, loop: Any = None) -> Any:
     """For each rank, the batches that its training worker was dealt; or what another ``loop`` returns."""
+
     def train_loop(config: dict[str, Any]) -> Any:
         import zlib
 
