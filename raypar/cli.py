@@ -88,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     from raypar import cluster
 
     cluster.check_without_starting(options.verb, config)
-    cluster.connect()
+    cluster.connect(with_dashboard=options.verb == "tune")  # Ray Train asks it about trials
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
     config.folder.write("run.yaml", runfile.dump(config) + runfile.versions())
     verb.run(config)

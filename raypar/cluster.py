@@ -14,11 +14,10 @@ from raypar.quiet import quiet_ray
 if TYPE_CHECKING:
     from raypar.config import RunConfig
 
-WORKER_VARIABLES = ("YOLO_OFFLINE", "YOLO_AUTOINSTALL", "YOLO_CONFIG_DIR", "NO_ALBUMENTATIONS_UPDATE")
 MIN_LOCAL_CPUS = 4  # fewer would leave Ray Data nothing beside the training workers
 
 
-def connect() -> None:
+def connect(*, with_dashboard: bool = False) -> None:
     """Joins the cluster that this process belongs to (a job, or RAY_ADDRESS); otherwise starts Ray on this machine."""
     import ray
 
@@ -29,10 +28,11 @@ def connect() -> None:
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
         return
-    variables = {name: os.environ[name] for name in WORKER_VARIABLES if name in os.environ}
-    # With the dashboard: Ray Train asks it for the state of actors and complains every second when there is none.
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning",
-             runtime_env={"env_vars": {**variables, "PYTHONPATH": _package_path()}})  # fmt: skip
+    # Its processes get this one's variables. A runtime environment would give each the same, and take half a second of each one's start.
+    os.environ["PYTHONPATH"] = _package_path()
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away and says so before
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the training is noticed
+    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning", include_dashboard=with_dashboard)
 
 
 def require(num_cpus: float, num_gpus: float) -> None:

@@ -17,7 +17,6 @@ from typing import Any, Self
 import cv2
 import numpy as np
 import torch
-import torchvision  # noqa: F401  # Ultralytics takes torchvision's NMS if it is imported: always, then
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from ultralytics.utils.nms import non_max_suppression
@@ -222,6 +221,8 @@ class Detector:
             group: the images that it is of.
             conf, iou, max_det: one value, or one for each image of the group; nothing: the detector's own.
         """
+        import torchvision  # noqa: F401  # Ultralytics takes its NMS if it is imported: always, then; here: it takes half a second
+
         output: Tensor = raw[0] if isinstance(raw, list | tuple) else raw
         count = len(group.indices)
         confs = _spread(self.conf if conf is None else conf, count)

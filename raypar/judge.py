@@ -104,6 +104,8 @@ class Judge:
         it has no boxes."""
         if self.task == "classify":
             return self.validator.postprocess(raw)
+        import torchvision  # noqa: F401  # as in raypar.detector
+
         first = raw[0]  # of segment boxes and prototypes, otherwise boxes; raw[1] is for the loss
         return [found for i in range(count) for found in self.validator.postprocess([_one(first, i)])]
 

@@ -71,6 +71,7 @@ def start_ray(num_cpus: int = 4) -> None:
     """A Ray of this process alone, with more logical CPUs than a small machine has: Train must not starve Data."""
     import ray
 
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as raypar does when it starts a Ray on one machine
     ray.init(
         address="local",
         num_cpus=num_cpus,

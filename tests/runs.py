@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,3 +57,26 @@ def assert_same_bits(a: Any, b: Any, path: str) -> None:
             assert_same_bits(x, y, f"{path}[{i}]")
     else:
         assert a == b, path
+
+
+def fit(train_loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], num_workers: int, storage: Path) -> Any:
+    """What a loop of one's own returns on rank 0, in workers that are started as those of a training are."""
+    import ray.train
+
+    from raypar.train.launch import Trainer
+    from raypar.train.network import Network
+
+    return (
+        Trainer(
+            run_id=uuid.uuid4().hex,
+            world_sizes=[num_workers],
+            placement_timeout_s=60,
+            train_loop_per_worker=train_loop,
+            train_loop_config=config,
+            torch_config=Network(timeout_s=120),
+            scaling_config=ray.train.ScalingConfig(num_workers=num_workers),
+            run_config=ray.train.RunConfig(storage_path=str(storage)),
+        )
+        .fit()
+        .return_value
+    )

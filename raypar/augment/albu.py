@@ -10,9 +10,11 @@ import copy
 import difflib
 import importlib
 import os
+import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -83,25 +85,40 @@ def make(spec: Spec, task: str = "detect") -> Transforms:
     Raises:
         ValueError: a transform is unknown, refuses its arguments, or moves pixels and the task's labels cannot be moved with it.
     """
-    import albumentations as A
-
+    library = _albumentations()
     if spec is None and task == "classify":
         spec = []
-    made = _from_function(A, spec) if isinstance(spec, str) else [_from_dict(A, entry) for entry in (ULTRALYTICS if spec is None else spec)]
+    made = (
+        _from_function(library, spec)
+        if isinstance(spec, str)
+        else [_from_dict(library, entry) for entry in (ULTRALYTICS if spec is None else spec)]
+    )
     steps = []
     for transform in made:
         probability, transform.p = float(transform.p), 1.0
-        moves = not isinstance(transform, A.ImageOnlyTransform)
+        moves = not isinstance(transform, library.ImageOnlyTransform)
         if moves and task in ("segment", "pose", "obb"):
             name = type(transform).__name__
             raise ValueError(f"train.albumentations: {name} moves pixels, which only detect and classify can follow; '{task}' cannot")
         moves = moves and task == "detect"  # an image's class stays
-        boxes = A.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
+        boxes = library.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone
-            steps.append((probability, moves, A.Compose([transform], bbox_params=boxes)))
+            steps.append((probability, moves, library.Compose([transform], bbox_params=boxes)))
 
     return Transforms(steps)
+
+
+def _albumentations() -> Any:
+    """The library without its conversion to tensors, for which it would import torch: 1.5 s of each task's start, and 150 MB."""
+    name = "albumentations.pytorch"
+    if "albumentations" not in sys.modules:
+        sys.modules[name] = ModuleType(name)
+        try:
+            importlib.import_module("albumentations")
+        finally:
+            del sys.modules[name]  # whoever wants the real one imports it
+    return importlib.import_module("albumentations")
 
 
 def _from_dict(library: Any, entry: dict[str, Any]) -> Any:

@@ -18,7 +18,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.augment.geometry import Floats, Tile
-from raypar.augment.kernels import shift_hsv
 
 GREY = 114
 OVERHANG_PX, CLOSE_ENOUGH_PX = 8, 0.05
@@ -147,5 +146,7 @@ def develop(image: Image, gains: Floats, flip: tuple[bool, bool], swap: bool, ou
         for plane in planes:
             cv2.flip(plane, {(True, False): 1, (False, True): 0, (True, True): -1}[flip], dst=plane)
     if gains.any():
+        from raypar.augment.kernels import shift_hsv  # here: Numba takes a while to import, and most processes paint nothing
+
         hue = np.float32((gains[0] * 180 + 90) % 180)
         shift_hsv(*(plane.reshape(-1) for plane in planes), hue, np.float32(gains[1] + 1), np.float32(gains[2] + 1))

@@ -10,7 +10,7 @@ Why one stream and not one Ray Data execution an epoch: see ``docs/decisions/000
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from itertools import chain, islice
@@ -220,6 +220,8 @@ def dealt(spec: StreamSpec, rank: int, cursor: int, start: Callable[[list[Item]]
           open_block: Callable[[pa.Table], list[Dealt]]) -> Iterator[Dealt]:  # fmt: skip
     """What a rank is dealt from a cursor to the end of the run. Every rank of the worker group must iterate; rank 0 feeds all.
 
+    The first execution starts at once, not when somebody iterates: its processes take seconds.
+
     Args:
         spec: of the stream.
         rank: whose.
@@ -230,21 +232,36 @@ def dealt(spec: StreamSpec, rank: int, cursor: int, start: Callable[[list[Item]]
     Raises:
         RuntimeError: a batch came out of turn (a defect, or a world size that changed under the stream).
     """
-    import ray.train.collective
-
     items = spec.plan.items(cursor)
-    due = cursor // spec.plan.global_batch
-    while execution := list(islice(items, MAX_ITEMS)):
-        shards = start(execution) if rank == 0 else None
-        shard = ray.train.collective.broadcast_from_rank_zero(shards)[rank]
-        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2):
-            for batch in open_block(table):
-                place = divmod(due, spec.plan.steps_per_epoch)
-                if (batch.epoch, batch.step, batch.rank) != (*place, rank):
-                    raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
-                                       f"epoch {batch.epoch} step {batch.step} of rank {batch.rank}")  # fmt: skip
-                due += 1
-                yield batch
+
+    def execute() -> Any:
+        """This rank's part of the next items; nothing after the last."""
+        import ray.train.collective
+
+        execution = list(islice(items, MAX_ITEMS))
+        shards = start(execution) if execution and rank == 0 else None
+        return ray.train.collective.broadcast_from_rank_zero(shards)[rank] if execution else None
+
+    first = execute()
+
+    def all_blocks() -> Iterator[pa.Table]:
+        shard = first
+        while shard is not None:
+            yield from shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
+            shard = execute()
+
+    return _in_turn(chain.from_iterable(map(open_block, all_blocks())), spec.plan.steps_per_epoch, cursor // spec.plan.global_batch, rank)
+
+
+def _in_turn(dealt: Iterable[Dealt], steps_per_epoch: int, due: int, rank: int) -> Iterator[Dealt]:
+    """The same, when each is what is due: steps of this rank from step ``due`` of the run on."""
+    for batch in dealt:
+        place = divmod(due, steps_per_epoch)
+        if (batch.epoch, batch.step, batch.rank) != (*place, rank):
+            raise RuntimeError(f"rank {rank} expected epoch {place[0]} step {place[1]} and was dealt "
+                               f"epoch {batch.epoch} step {batch.step} of rank {batch.rank}")  # fmt: skip
+        due += 1
+        yield batch
 
 
 def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:

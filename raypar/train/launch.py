@@ -7,9 +7,15 @@ import signal
 import threading
 from typing import Any
 
+import ray
 import ray.train.torch
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal.callbacks import DatasetsCallback
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
+from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
 from raypar.train import pulse
+from raypar.train.controller import Controller
 from raypar.train.elastic import Elastic
 from raypar.train.failure import Policy, diagnosis, start_attempts
 
@@ -32,6 +38,16 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         self.run_id, self.world_sizes, self.placement_timeout_s = run_id, world_sizes, placement_timeout_s
         self.num_interrupts = 0
 
+    def _create_default_callbacks(self) -> list[Any]:
+        """Without those that start a process for nothing (Ray 2.60.0, ``DataParallelTrainer``).
+
+        One deals datasets, and none are given to Ray Train. The other frees the workers' room when the controller is gone and the job goes on:
+        a job that is this training ends then; one that tunes needs it.
+        """
+        is_the_job = ray.get_runtime_context().get_actor_id() is None
+        needless = (DatasetsCallback, PlacementGroupCleanerCallback) if is_the_job else (DatasetsCallback,)
+        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
+
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         attempts, seconds = start_attempts(self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled)
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)
@@ -41,7 +57,7 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT) if is_main else None
         try:
-            return super()._initialize_and_run_controller(**arguments)
+            return _run_controller(self, arguments) if _started_here() else super()._initialize_and_run_controller(**arguments)
         finally:
             if is_main:
                 signal.signal(signal.SIGINT, before)
@@ -63,6 +79,25 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
     def _ask_to_stop(self) -> None:
         if not ask_to_stop(self.run_id):  # no worker is there to hear it, and nothing to save
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def _started_here() -> bool:
+    """Whether this process started the Ray that it uses, so that all of its processes have this one's variables."""
+    node = ray._private.worker._global_node
+    return node is not None and node.is_head()
+
+
+def _run_controller(trainer: Trainer, arguments: dict[str, Any]) -> Any:
+    """As Ray Train's own, but without runtime environments: one costs each process of the training 0.3 s, and the idle ones that Ray has
+    started cannot be used (Ray 2.60.0, ``DataParallelTrainer._initialize_and_run_controller``)."""
+    variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
+    controller = ray.remote(num_cpus=0)(Controller).remote(variables, **arguments)
+    coordinator = get_or_create_autoscaling_coordinator()  # the controller would wait for it: now both start side by side
+    if threading.current_thread() is threading.main_thread():
+        trainer._register_sigint_handler(controller)
+    ray.get(controller.run.remote())
+    del coordinator
+    return ray.get(controller.get_result.remote())
 
 
 def ask_to_stop(run_id: str) -> bool:

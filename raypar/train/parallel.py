@@ -1,6 +1,6 @@
 """How a model is spread over ranks: DDP, or FSDP2 with every rank holding a share; batch norm over all ranks; compiled forward.
 
-Runs in: every training worker. Why the averaged weights stay whole, and what is checkpointed: ``docs/decisions/0012-parallel.md``.
+Runs in: every training worker. FSDP's modules take a second to import: only what needs them does. Why the averaged weights stay whole, and what is checkpointed: ``docs/decisions/0012-parallel.md``.
 """
 
 from __future__ import annotations
@@ -13,9 +13,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.checkpoint import state_dict as sharded
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 from ultralytics.optim import MuSGD
 from ultralytics.utils.torch_utils import TORCH_2_13
 
@@ -47,6 +44,9 @@ def spread_ddp(model: Any, device: torch.device) -> nn.Module:
 
 def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
     """Every rank holds a share of each layer's weights, gradients and optimizer state. In place: the modules stay the same objects."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model:
         if any(True for _ in layer.parameters()):
@@ -58,6 +58,8 @@ def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
 @contextmanager
 def whole(model: nn.Module) -> Iterator[None]:
     """While it lasts, every rank sees all of a sharded model's weights. All ranks must enter."""
+    from torch.distributed.fsdp import FSDPModule
+
     layers = [m for m in model.modules() if isinstance(m, FSDPModule)]
     for layer in layers:
         layer.unshard()
@@ -100,12 +102,16 @@ def refuse_for_fsdp(optimizer: torch.optim.Optimizer) -> None:
 
 def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:
     """Weights and optimizer state by names, whole, on the CPU of rank 0. All ranks must call."""
+    from torch.distributed.checkpoint import state_dict as sharded
+
     options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
     return sharded.get_model_state_dict(model, options=options), sharded.get_optimizer_state_dict(model, optimizer, options=options)
 
 
 def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]) -> None:
     """Every rank takes its share of what :func:`captured` gave, whatever the number of ranks was."""
+    from torch.distributed.checkpoint import state_dict as sharded
+
     options = sharded.StateDictOptions(full_state_dict=True)
     sharded.set_model_state_dict(model, dict(weights), options=options)  # copies: it puts shares in place of what it is given
     own: dict[str, Any] = {

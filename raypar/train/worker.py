@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import ray.train
 import ray.train.torch
@@ -27,7 +27,6 @@ from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
-from raypar.dataset.rendered import Rendered, rendered_batches
 from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
@@ -38,10 +37,13 @@ from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
 from raypar.train.prime import settle_buckets
 from raypar.train.pulse import Pulse
-from raypar.train.recipe import Lender, weights_file
+from raypar.train.recipe import Lender, settings, weights_file
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
+
+if TYPE_CHECKING:
+    from raypar.dataset.rendered import Rendered
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
 
@@ -60,54 +62,61 @@ class Worker:
         ultralytics.utils.LOGGER.setLevel("WARNING")
         self.train, self.label = config["train"], config["label"]
         train = self.train
-        device = ray.train.torch.get_device()
+        self.device = ray.train.torch.get_device()
 
         self.out, dataset = Folder(config["folder"]) / "train", Folder(config["dataset"])
         manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
+        self.args = settings(train["yolo"], batch=train["batch"], seed=config["seed"], task=manifest.task)
+        self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
+        cache = CacheSpec(**config["cache"]) if config["cache"] else None
+        self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
+        self.spec = StreamSpec.of(
+            dataset, manifest.split("train"), self.plan, recipe_of(vars(self.args), manifest),
+            mosaic_epochs=self.args.epochs - self.args.close_mosaic, albumentations=train["albumentations"],
+            world_size=self.world_size, cache=cache)  # fmt: skip
+        self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
+        state = self._find_state()
+        self.stream = iter(()) if self.is_finished else self._stream(self.spec)  # first: its processes start while the model is built
+
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
-                        seed=config["seed"], device=device)  # fmt: skip
+                        seed=config["seed"], device=self.device)  # fmt: skip
         if config["init_from"]:
             lender.model.load(load_checkpoint(_staged(config["init_from"], self.out))[0], verbose=False)
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
+        lender.args.epochs = self.args.epochs
         self.args, self.class_names = lender.args, list(lender.data["names"].values())
-        self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
-        self.precision = pick_precision(train["precision"], device)
+        self.precision = pick_precision(train["precision"], self.device)
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
-        recipe = recipe_of(vars(self.args), manifest)
-        cache = CacheSpec(**config["cache"]) if config["cache"] else None
-        self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
-        self.spec = StreamSpec.of(
-            dataset, manifest.split("train"), self.plan, recipe, mosaic_epochs=self.args.epochs - self.args.close_mosaic,
-            albumentations=train["albumentations"], world_size=self.world_size, cache=cache)  # fmt: skip
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
                                         batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
-        self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
         self.saver = Saver(train["storage_timeout_s"]) if self.rank == 0 else None
         self.finite = FiniteWatch()
         self.saved_at, self.saved_cursor = time.monotonic(), -1
         self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
-        self._resume()
-
-    def _resume(self) -> None:
-        """Everything from the newest checkpoint, which rank 0 chooses."""
         self.pulse.stage = "resume"
         settle_buckets(self.loop)
+        if state is not None:
+            checkpoint.restore(self.loop, state)
+        self.loop.lr_scale = 0.5 ** len(self.broken)
+        import torchvision  # noqa: F401  # validation needs it: now, while the first images are made
+
+    def _find_state(self) -> dict[str, Any] | None:
+        """The newest checkpoint's content, which rank 0 chooses, and where the run goes on from there."""
+        self.pulse.stage = "resume"
         patience_s = self.train["storage_timeout_s"]
         found = checkpoint.newest(self.out, patience_s) if self.rank == 0 else None
         state: dict[str, Any] | None = None
         name = self.agreement.from_rank_zero(found[0] if found else None)
         if name is not None:
             state = found[1] if found else checkpoint.load(self.out, name, patience_s)
-            checkpoint.restore(self.loop, state)
         self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
-        self.loop.lr_scale = 0.5 ** len(self.broken)
         self.cursor, self.history, self.is_finished = (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
         self.pulse.cursor = self.cursor
         self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
-
         self._keep_time(self.history)
+        return state
 
     def _keep_time(self, history: list[dict[str, Any]]) -> None:
         """With ``time``: how many epochs there will be, and when mosaic is closed, as rank 0 counts it. All ranks must call."""
@@ -130,7 +139,7 @@ class Worker:
         self.loop.start_epoch()
         first_cursor = self.cursor
         self.pulse.stage = "wait for data"
-        for batch, tensors in () if self.is_finished else self._batches():
+        for batch, tensors in self._batches():
             self.epoch.waited()
             self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
@@ -161,16 +170,19 @@ class Worker:
         """This rank's batches from the cursor on, and what the loss wants of them; from a new stream when mosaic was closed meanwhile."""
         while True:
             spec = self.spec
-            for found in self._stream(spec):
+            for found in self.stream:
                 yield found
                 if self.spec is not spec:
                     break
             else:
                 return
+            self.stream = self._stream(self.spec)
 
     def _stream(self, spec: StreamSpec) -> Iterator[Rendered]:
         if self.train["augment"] == "gpu":
-            return rendered_batches(spec, self.rank, self.cursor, self.loop.device, to_tensors)
+            from raypar.dataset.rendered import rendered_batches  # here: Triton takes a while to import
+
+            return rendered_batches(spec, self.rank, self.cursor, self.device, to_tensors)
         return ((batch, to_tensors(batch)) for batch in batches(spec, self.rank, self.cursor))
 
     def _step(self, batch: Batch, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:

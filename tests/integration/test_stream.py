@@ -17,6 +17,7 @@ from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, render
+from tests.runs import fit
 
 EPOCHS, GLOBAL_BATCH = 3, 8
 RECIPE = Recipe(imgsz=64, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
@@ -52,12 +53,11 @@ def whole(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
 
 def through_ray(spec: StreamSpec, cursor: int, storage: Path, loop: Any = None) -> Any:
     """For each rank, the batches that its training worker was dealt; or what another ``loop`` returns."""
-    import ray.train
-    import ray.train.torch
 
     def train_loop(config: dict[str, Any]) -> Any:
         import zlib
 
+        import ray.train
         import torch.distributed as dist
 
         from raypar.dataset.stream import batches
@@ -73,13 +73,7 @@ def through_ray(spec: StreamSpec, cursor: int, storage: Path, loop: Any = None) 
             dist.all_gather_object(every, mine)
         return every if rank == 0 else None
 
-    result = ray.train.torch.TorchTrainer(
-        loop or train_loop,
-        train_loop_config={"spec": spec, "cursor": cursor},
-        scaling_config=ray.train.ScalingConfig(num_workers=spec.world_size),
-        run_config=ray.train.RunConfig(storage_path=str(storage)),
-    ).fit()
-    return result.return_value
+    return fit(loop or train_loop, {"spec": spec, "cursor": cursor}, spec.world_size, storage)
 
 
 def crc(batch: Batch) -> int:

@@ -18,7 +18,7 @@ import torch
 import raypar.train
 from raypar.config import RunConfig
 from raypar.dataset.cache import PREFIX, SHARED_MEMORY
-from tests.runs import assert_same_bits, final_state, lines, train_folder, with_train
+from tests.runs import assert_same_bits, final_state, fit, lines, train_folder, with_train
 
 
 def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
@@ -77,9 +77,6 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
 
 
 def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_run: RunConfig, tmp_path: Path) -> None:
-    import ray.train
-    import ray.train.torch
-
     def train_loop(config: dict[str, Any]) -> Any:
         import torch.distributed as dist
 
@@ -119,13 +116,8 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
             noticed = True
         return {"moved": bool((before != after).any()), "equal": torch.equal(*gathered), "noticed": noticed} if rank == 0 else None
 
-    result = ray.train.torch.TorchTrainer(
-        train_loop,
-        train_loop_config={"dataset": (trained_run.folder / "dataset").uri},
-        scaling_config=ray.train.ScalingConfig(num_workers=2),
-        run_config=ray.train.RunConfig(storage_path=str(tmp_path)),
-    ).fit()
-    assert result.return_value == {"moved": True, "equal": True, "noticed": True}
+    result = fit(train_loop, {"dataset": (trained_run.folder / "dataset").uri}, 2, tmp_path)
+    assert result == {"moved": True, "equal": True, "noticed": True}
 
 
 def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, trained_run: RunConfig) -> None:

@@ -72,6 +72,7 @@ def test_closing_mosaic_begins_a_new_stream_at_the_cursor(monkeypatch: pytest.Mo
     monkeypatch.setattr(worker, "to_tensors", lambda batch: {"of": batch})
     one: Any = object.__new__(worker.Worker)
     one.spec, one.cursor, one.rank, one.train = Spec(ENDLESS), 0, 0, {"augment": "cpu"}
+    one.stream = one._stream(one.spec)
     seen = []
     for batch, tensors in one._batches():
         assert tensors == {"of": batch}
