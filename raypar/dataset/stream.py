@@ -37,7 +37,7 @@ from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
-BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 64 << 20, 8  # of what one rank is dealt at a time
+BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 128 << 20, 8  # of what one rank is dealt at a time
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
