@@ -43,6 +43,7 @@ from raypar.augment.pack import (
 )
 from raypar.augment.paint import GREY
 from raypar.augment.ring import Ring
+from raypar.prefetch import to_device
 
 SHIFTS = (0, 8, 16)  # of red, green and blue in a word of the ring
 
@@ -68,6 +69,7 @@ class GpuRenderer:
         self.recipe, self.device, self.dtype = recipe, torch.device(device), dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.is_fused = self.device.type == "cuda" and fused.IS_HERE if is_fused is None else is_fused
+        self._must_be_fused = is_fused is not None
 
     def __call__(self, samples: Sequence[Sample], ring: Ring, slots: Sequence[int], cuts: Sequence[Rect | None] | None = None) -> Tensor:
         """Draws samples' images, (B, 3, S, S) RGB, where the samples' sources lie in the ring's ``slots``; ``cuts`` as for :func:`pack`."""
@@ -76,17 +78,30 @@ class GpuRenderer:
     @torch.no_grad()
     def render(self, table: Table, ring: Ring) -> Tensor:
         """Renders a packed batch: (B, 3, S, S) RGB. The caller's stream does it, and does not wait for it."""
-        values = torch.from_numpy(table.values)
-        if self.device.type == "cuda":
-            values = values.pin_memory().to(self.device, non_blocking=True)
+        values = to_device({"values": torch.from_numpy(table.values)}, self.device)["values"]
         middle = table.num_images * SAMPLE_WIDTH
         rows, layers = values[:middle].view(-1, SAMPLE_WIDTH), values[middle:].view(-1, LAYER_WIDTH)
         if self.is_fused:
-            size = self.recipe.imgsz
-            out = torch.empty((table.num_images, 3, size, size), dtype=self.dtype, device=self.device, memory_format=self.layout)
-            fused.render(ring.words, rows, layers, out, is_axis_aligned=self.recipe.is_axis_aligned)
-            return out
+            try:
+                made = self._kernel(rows, layers, table, ring.words)
+            except Exception as error:  # whatever the compiler of a node says that lacks a C compiler or Python's headers
+                if self._must_be_fused:
+                    raise
+                print(
+                    f"train.augment=gpu: rendered without Triton, which is slower, for it cannot compile here: {str(error)[:200]}",
+                    flush=True,
+                )
+                self.is_fused = False
+            else:
+                self._must_be_fused = True  # it was compiled: a later error is another one
+                return made
         return self._program(rows, layers, table, ring.words)
+
+    def _kernel(self, rows: Tensor, layers: Tensor, table: Table, words: Tensor) -> Tensor:
+        size = self.recipe.imgsz
+        out = torch.empty((table.num_images, 3, size, size), dtype=self.dtype, device=self.device, memory_format=self.layout)
+        fused.render(words, rows, layers, out, is_axis_aligned=self.recipe.is_axis_aligned)
+        return out
 
     def _program(self, rows: Tensor, layers: Tensor, table: Table, words: Tensor) -> Tensor:
         size = self.recipe.imgsz

@@ -6,10 +6,10 @@ Runs in: training workers.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cache
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,10 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raypar.augment.paint import GREY
-from raypar.images import decode, resized_hw, shrink
+from raypar.images import decode, encode_jpeg, resized_hw, shrink
 
-Item = TypeVar("Item")
-Made = TypeVar("Made")
 MAX_DECODE_THREADS = 16
 
 
@@ -117,84 +115,59 @@ def _decode_on_cpu(data: Any, imgsz: int) -> Tensor | None:
 
 
 def _decode_on_gpu(encoded: Sequence[Any], device: torch.device) -> list[Tensor]:
-    """All images uint8 (H, W, 3), or none: nvJPEG, through torchvision's operator, gives no part of a list with a damaged image."""
-    if not encoded:
+    """All images uint8 (H, W, 3), or none: nvJPEG gives no part of a list with an image that it refuses."""
+    if not encoded or not has_nvjpeg(device):
         return []
     try:
-        from torchvision.io import ImageReadMode  # loads the operator, whose Python wrapper is deprecated and says so each time
-
-        data = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in encoded]
-        stream = torch.cuda.current_stream(device)
-        # The decoder writes on a stream of its own, which waits for nobody: not for those who still read what this memory was before.
-        stream.synchronize()
-        planes = torch.ops.image.decode_jpegs_cuda(data, ImageReadMode.RGB.value, device)
-        stream.synchronize()  # until here it may read the bytes
-    except (ImportError, AttributeError, RuntimeError):  # no torchvision, one without nvJPEG, or an image it refuses
+        return _nvjpeg(encoded, device)
+    except RuntimeError:
         return []
+
+
+@cache
+def has_nvjpeg(device: torch.device) -> bool:
+    """Whether JPEGs can be decoded on the device; says once in a process why not."""
+    try:
+        _nvjpeg([encode_jpeg(np.full((16, 16, 3), GREY, np.uint8))], device)
+    except (ImportError, AttributeError, RuntimeError) as error:  # no torchvision, one without it, a driver that lacks it
+        print(
+            f"train.augment=gpu: images are decoded on the CPU, in threads; nvJPEG cannot be had: {' '.join(str(error).split())[:200]}",
+            flush=True,
+        )
+        return False
+    return True
+
+
+def _nvjpeg(encoded: Sequence[Any], device: torch.device) -> list[Tensor]:
+    """uint8 (H, W, 3) each, through torchvision's operator."""
+    from torchvision.io import ImageReadMode  # loads the operator, whose Python wrapper is deprecated and says so each time
+
+    data = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in encoded]
+    stream = torch.cuda.current_stream(device)
+    # The decoder writes on a stream of its own, which waits for nobody: not for those who still read what this memory was before.
+    stream.synchronize()
+    planes = torch.ops.image.decode_jpegs_cuda(data, ImageReadMode.RGB.value, device)
+    stream.synchronize()  # until here it may read the bytes
     return [image.permute(1, 2, 0) for image in planes]
 
 
 def is_baseline_jpeg(data: Any) -> bool:
-    """Whether bytes are a JPEG whose frame is sequential: what a GPU's decoder takes (progressive ones fall back to its CPU path)."""
+    """Whether bytes are a whole sequential JPEG of 8 bits, grey or YCbCr: what a GPU's decoder takes and shows as the CPU's does.
+
+    It would decode progressive ones on the CPU, one at a time, show part of a truncated one, and take every three components for YCbCr.
+    """
     view = memoryview(data).cast("B")
-    if len(view) < 4 or view[0] != 0xFF or view[1] != 0xD8:
+    if len(view) < 4 or bytes(view[:2]) != b"\xff\xd8" or bytes(view[-2:]) != b"\xff\xd9":
         return False
     at = 2
     while at + 4 <= len(view) and view[at] == 0xFF:
-        marker = view[at + 1]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame
-            return marker in (0xC0, 0xC1)
-        at += 1 if marker == 0xFF else 2 + (view[at + 2] << 8 | view[at + 3])
+        marker, size = view[at + 1], view[at + 2] << 8 | view[at + 3]
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame: precision, height, width, components
+            frame = view[at + 4 : at + 2 + size]
+            return (
+                marker in (0xC0, 0xC1) and len(frame) >= 9 and frame[0] == 8 and (frame[5] == 1 or (frame[5] == 3 and frame[6] != ord("R")))
+            )
+        if marker == 0xEE and bytes(view[at + 4 : at + 9]) == b"Adobe" and size >= 14 and view[at + 15] == 0:
+            return False  # its components are not turned into YCbCr
+        at += 1 if marker == 0xFF else 2 + size
     return False
-
-
-def prefetched(items: Iterable[Item], prepare: Callable[[Item], Made], device: torch.device | str) -> Iterator[Made]:
-    """Prepares each item while the one before is in use: in a thread, and on a GPU on a stream of its own.
-
-    Args:
-        items: taken in the caller's thread, one ahead.
-        prepare: makes a tensor, or a dict, list or tuple with tensors; runs in the thread, one item at a time and in order.
-        device: of the tensors.
-
-    Yields:
-        What was made. On a GPU the caller's current stream waits for it; the host does not.
-    """
-    device = torch.device(device)
-    side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
-    if side is not None:
-        side.wait_stream(torch.cuda.current_stream(device))  # for what prepare will use: a ring that was just made
-
-    def work(item: Item) -> tuple[Made, Any]:
-        if side is None:
-            return prepare(item), None
-        with torch.cuda.device(device), torch.cuda.stream(side):
-            made = prepare(item)
-            return made, side.record_event()
-
-    def hand_over(waiting: Future[tuple[Made, Any]]) -> Made:
-        made, is_ready = waiting.result()
-        if side is not None:
-            stream = torch.cuda.current_stream(device)
-            stream.wait_event(is_ready)
-            for tensor in _tensors(made):
-                tensor.record_stream(stream)  # else its memory might be given away while the caller's stream still reads it
-        return made
-
-    waiting: Future[tuple[Made, Any]] | None = None
-    with ThreadPoolExecutor(1, "prefetch") as thread:
-        for item in items:
-            following = thread.submit(work, item)
-            if waiting is not None:
-                yield hand_over(waiting)
-            waiting = following
-        if waiting is not None:
-            yield hand_over(waiting)
-
-
-def _tensors(made: Any) -> Iterator[Tensor]:
-    if isinstance(made, Tensor):
-        if made.is_cuda:
-            yield made
-    elif isinstance(made, dict | list | tuple):
-        for part in made.values() if isinstance(made, dict) else made:
-            yield from _tensors(part)

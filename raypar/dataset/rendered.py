@@ -16,10 +16,11 @@ from torch import Tensor
 
 from raypar.augment.geometry import Recipe
 from raypar.augment.gpu import GpuRenderer
-from raypar.augment.ring import Ring, decode_batch, prefetched
+from raypar.augment.ring import Ring, decode_batch
 from raypar.dataset.batch import Batch
 from raypar.dataset.encoded import EncodedBatch, depth_of, encoded_batches
 from raypar.dataset.stream import StreamSpec
+from raypar.prefetch import prefetched, to_device
 
 Rendered = tuple[Batch, dict[str, Tensor]]
 ToTensors = Callable[[Batch], dict[str, Tensor]]
@@ -73,10 +74,8 @@ class Feed:
         batch = replace(given.labels, num_replaced=num_grey)
         if self.is_grey.any():
             batch = without(batch, self.is_grey[given.box_slots])
-        tensors = self.to_tensors(batch)
-        if self.device.type == "cuda":
-            tensors = {name: t.pin_memory().to(self.device, non_blocking=True) for name, t in tensors.items() if name != "img"}
-        return batch, tensors | {"img": self.renderer.render(given.table, self.ring)}
+        labels = {name: tensor for name, tensor in self.to_tensors(batch).items() if name != "img"}
+        return batch, to_device(labels, self.device) | {"img": self.renderer.render(given.table, self.ring)}
 
 
 def rendered_batches(spec: StreamSpec, rank: int, cursor: int, device: torch.device | str, to_tensors: ToTensors) -> Iterator[Rendered]:

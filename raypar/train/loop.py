@@ -25,31 +25,44 @@ from raypar.train import parallel
 from raypar.train.recipe import Lender
 
 
+def _hush() -> None:
+    """Lets torch say once, unheard, that an array is not writable: batches are views of Ray's shared memory.
+
+    Filters are the whole process' and reset what other warnings were shown already: so not at each batch, and not in the thread that prepares them.
+    """
+    array = np.zeros(1, np.uint8)
+    array.setflags(write=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.from_numpy(array)
+
+
+_hush()
+
+
 def to_tensors(batch: Batch) -> dict[str, Tensor]:
     """A batch as the losses of Ultralytics' tasks want it: img uint8 (B, 3, S, S) RGB, cls (M, 1), bboxes (M, 4) xywhn, batch_idx (M,).
 
     obb: bboxes (M, 5) xywhr. pose: keypoints (M, K, 3). segment: masks (B, S/4, S/4), i + 1 where an image's i-th instance is seen, and
     sem_masks of the same shape, its class. classify: img and cls (B,) alone.
     """
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # a view of Ray's shared memory
-        images, class_ids = torch.from_numpy(batch.images), torch.from_numpy(batch.class_ids)
-        if len(batch.boxes_xywhn) != len(class_ids):
-            return {"img": images, "cls": class_ids.long()}
-        boxes = batch.boxes_xywhn if batch.boxes_xywhr is None else batch.boxes_xywhr
-        image_index = torch.from_numpy(batch.image_index)
-        tensors = {
-            "img": images,
-            "cls": class_ids.float().view(-1, 1),
-            "bboxes": torch.from_numpy(boxes).clone(),
-            "batch_idx": image_index.float(),
-        }
-        if batch.keypoints is not None:
-            tensors["keypoints"] = torch.from_numpy(batch.keypoints).clone()
-        if batch.masks is not None:
-            masks = torch.from_numpy(batch.masks.astype(np.int32))
-            tensors |= {"masks": masks, "sem_masks": class_of_pixels(masks, class_ids, image_index)}
-        return tensors
+    images, class_ids = torch.from_numpy(batch.images), torch.from_numpy(batch.class_ids)
+    if len(batch.boxes_xywhn) != len(class_ids):
+        return {"img": images, "cls": class_ids.long()}
+    boxes = batch.boxes_xywhn if batch.boxes_xywhr is None else batch.boxes_xywhr
+    image_index = torch.from_numpy(batch.image_index)
+    tensors = {
+        "img": images,
+        "cls": class_ids.float().view(-1, 1),
+        "bboxes": torch.from_numpy(boxes).clone(),
+        "batch_idx": image_index.float(),
+    }
+    if batch.keypoints is not None:
+        tensors["keypoints"] = torch.from_numpy(batch.keypoints).clone()
+    if batch.masks is not None:
+        masks = torch.from_numpy(batch.masks.astype(np.int32))
+        tensors |= {"masks": masks, "sem_masks": class_of_pixels(masks, class_ids, image_index)}
+    return tensors
 
 
 class Loop:

@@ -6,6 +6,7 @@ Runs in: every training worker. FSDP's modules take a second to import: only wha
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -47,6 +48,7 @@ def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views; no loss writes into them
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model:
         if any(True for _ in layer.parameters()):

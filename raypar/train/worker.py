@@ -29,6 +29,7 @@ from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
+from raypar.prefetch import sent
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
 from raypar.train import budget, checkpoint, failure, memory, pictures, say
@@ -141,7 +142,8 @@ class Worker:
         self.pulse.stage = "wait for data"
         for batch, tensors in self._batches():
             self.epoch.waited()
-            self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}"
+            compiles = ", the model is compiled" if self.args.compile and self.cursor == first_cursor else ""
+            self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
             if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
@@ -183,13 +185,14 @@ class Worker:
             from raypar.dataset.rendered import rendered_batches  # here: Triton takes a while to import
 
             return rendered_batches(spec, self.rank, self.cursor, self.device, to_tensors)
-        return ((batch, to_tensors(batch)) for batch in batches(spec, self.rank, self.cursor))
+        return sent(batches(spec, self.rank, self.cursor), to_tensors, self.device)
 
     def _step(self, batch: Batch, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if self.args.single_cls:
             tensors["cls"].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
-            pictures.training_batch(self.out, replace(batch, images=tensors["img"].cpu().numpy()), self.class_names, step)
+            shown = batch if batch.images.size else replace(batch, images=tensors["img"].cpu().numpy())
+            pictures.training_batch(self.out, shown, self.class_names, step)
         torch.manual_seed(hash((self.args.seed, step, self.rank)))  # for models that draw (dropout): a resume draws alike
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)

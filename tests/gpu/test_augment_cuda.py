@@ -15,8 +15,9 @@ from raypar.augment.cpu import Renderer
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.gpu import GpuRenderer
 from raypar.augment.pack import Table, pack
-from raypar.augment.ring import Ring, decode_batch, prefetched
+from raypar.augment.ring import Ring, decode_batch
 from raypar.images import decode, encode_jpeg, encode_png
+from raypar.prefetch import prefetched
 
 sys.path.append(str(Path(__file__).parents[1] / "unit"))
 from test_augment_gpu import SIZE, differences, filled, jpeg, picture, window_of

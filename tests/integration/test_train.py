@@ -166,3 +166,23 @@ def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_b
         )
     raypar.train.run(config)  # from the first epoch's checkpoint, with a ring that is filled anew
     assert_same_bits(final_state(config)["model"], expected["model"], "model")
+
+
+def test_shares_and_batch_norm_over_ranks_train_and_resume_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
+    """FSDP with gradients that wait at the epoch's end: three steps an epoch, an update after each second one."""
+    yolo = trained_run.train.yolo | {"imgsz": 64, "fraction": 0.5, "nbs": 16, "optimizer": "SGD", "val": False}
+    config = with_train(trained_run, "shares", num_workers=2, parallel="fsdp", sync_bn=True, yolo=yolo)
+    raypar.train.run(config)
+    folder, before, expected = train_folder(config), lines(config), final_state(config)
+    assert [(line["world_size"], line["images_missed"]) for line in before] == [(2, 0)] * 2
+    assert before[0]["train/box_loss"] != before[1]["train/box_loss"]
+    assert expected["model"].keys() == final_state(trained_run)["model"].keys(), "whole, under a plain model's names"
+    newest = sorted(folder.glob("checkpoint_0*"))[-1]
+    for path in (newest, folder / "summary.json"):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert final_state(config)["gradients"]
+    raypar.train.run(config)
+    again = final_state(config)
+    for part in ("model", "ema", "optimizer"):
+        assert_same_bits(again[part], expected[part], part)
+    assert lines(config)[1]["train/box_loss"] == before[1]["train/box_loss"]

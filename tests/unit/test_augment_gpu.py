@@ -6,7 +6,6 @@ import io
 import os
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.augment import fused
+from raypar.augment import ring as ring_module
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.gpu import GpuRenderer
 from raypar.augment.labels import move_labels
-from raypar.augment.ring import Ring, decode_batch, is_baseline_jpeg, prefetched
+from raypar.augment.ring import Ring, decode_batch, has_nvjpeg, is_baseline_jpeg
 from raypar.images import decode, encode_jpeg, encode_png, shrink
 
 SIZE = 96
@@ -200,23 +200,71 @@ def test_the_gpu_is_given_sequential_jpegs_only() -> None:
         assert not is_baseline_jpeg(other)
 
 
-def test_prefetching_keeps_order_is_one_ahead_and_passes_errors_on() -> None:
-    begun: list[int] = []
-    has_begun = threading.Event()
+def test_jpegs_that_a_gpu_would_show_otherwise_are_not_given_to_it() -> None:
+    image = picture(np.random.default_rng(0), 40, 60)
+    assert is_baseline_jpeg(jpeg(image[:, :, 0]))  # grey
+    whole = jpeg(image)
+    assert not is_baseline_jpeg(whole[:-100]), "truncated"
+    out = io.BytesIO()
+    PIL.Image.fromarray(image).convert("CMYK").save(out, "JPEG")
+    assert not is_baseline_jpeg(out.getvalue()), "four components"
+    assert not is_baseline_jpeg(jpeg(image, keep_rgb=True)), "red, green and blue as they are"
+    adobe = b"\xff\xee\x00\x0eAdobe" + bytes([0, 100, 0, 0, 0, 0, 0])
+    assert not is_baseline_jpeg(whole[:2] + adobe + whole[2:]), "said by Adobe's marker"
+    assert is_baseline_jpeg(whole[:2] + adobe[:-1] + b"\x01" + whole[2:])
 
-    def prepare(item: int) -> torch.Tensor:
-        begun.append(item)
-        if item == 1:
-            has_begun.set()
-        if item == 4:
-            raise ValueError("item 4")
-        return torch.tensor(item)
 
-    made = prefetched(range(9), prepare, "cpu")
-    assert int(next(made)) == 0
-    assert has_begun.wait(10), "the next one is made while this one is in use"
-    assert begun == [0, 1]
-    assert [int(next(made)) for _ in range(3)] == [1, 2, 3]
-    with pytest.raises(ValueError, match="item 4"):
-        next(made)
-    assert 6 not in begun
+def test_without_nvjpeg_it_is_said_once_and_asked_no_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked: list[int] = []
+
+    def refuse(encoded: list[bytes], device: torch.device) -> list[torch.Tensor]:
+        asked.append(len(encoded))
+        raise RuntimeError("not compiled with nvJPEG support")
+
+    monkeypatch.setattr(ring_module, "_nvjpeg", refuse)
+    has_nvjpeg.cache_clear()
+    image = picture(np.random.default_rng(0), 40, 60)
+    for _ in range(3):
+        (made,), grey = decode_batch([jpeg(image)], [(40, 60)], SIZE, "cuda")
+        assert not grey
+        np.testing.assert_array_equal(made.numpy(), decode(jpeg(image)))
+    assert asked == [1]
+    assert capsys.readouterr().out.count("not compiled with nvJPEG support") == 1
+    has_nvjpeg.cache_clear()
+
+
+def test_a_list_that_nvjpeg_refuses_is_decoded_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    image = picture(np.random.default_rng(0), 40, 60)
+    given: list[int] = []
+
+    def decoder(encoded: list[bytes], device: torch.device) -> list[torch.Tensor]:
+        given.append(len(encoded))
+        if len(encoded) == 2:
+            raise RuntimeError("Error while decoding JPEG images")
+        return [torch.from_numpy(decode(one)) for one in encoded]
+
+    monkeypatch.setattr(ring_module, "_nvjpeg", decoder)
+    has_nvjpeg.cache_clear()
+    for count in (2, 3):
+        images, grey = decode_batch([jpeg(image)] * count, [(40, 60)] * count, SIZE, "cuda")
+        assert (len(images), grey) == (count, [])
+    assert given == [1, 2, 3]
+    has_nvjpeg.cache_clear()
+
+
+def test_where_triton_cannot_compile_the_torch_program_renders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    monkeypatch.setattr(fused, "render", fail)
+    recipe, sources = Recipe(SIZE, mosaic=1, scale=0.5), window_of(1, [(96, 72), (64, 96)])
+    ring, slots = filled(recipe, sources)
+    samples = [draw(recipe, generator(0, 0, 0), 0, 2, mosaic_on=True)]
+    renderer = GpuRenderer(recipe, "cpu")
+    expected = renderer(samples, ring, slots)
+    renderer.is_fused = True  # as on a GPU
+    for _ in range(2):
+        assert torch.equal(renderer(samples, ring, slots), expected)
+    assert capsys.readouterr().out.count("Failed to find C compiler") == 1
+    with pytest.raises(RuntimeError, match="C compiler"):
+        GpuRenderer(recipe, "cpu", is_fused=True)(samples, ring, slots)

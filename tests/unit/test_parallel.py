@@ -91,6 +91,7 @@ def _ranks(rank: int, folder: str, results: Any) -> None:
     over_ranks = make_loop(2, sync_bn=True)
     found["sync losses"] = trained(over_ranks, rank, range(2))
     found["sync"] = checkpoint.capture(over_ranks, has_gradients=False)
+    found["fsdp sync losses"] = trained(make_loop(2, "fsdp", sync_bn=True), rank, range(2))
     results[rank] = found
     dist.destroy_process_group()
 
@@ -142,6 +143,8 @@ def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(two: list[dict[str
     whole = make_loop(1)
     trained(whole, 0, range(2))
     assert two[0]["sync losses"] != two[1]["sync losses"]
+    for found in two:
+        assert found["fsdp sync losses"] == pytest.approx(found["sync losses"], rel=1e-4)
     state = checkpoint.capture(whole, has_gradients=False)
     names = [name for name in state["model"] if "running" in name]
     for name in names:
