@@ -182,11 +182,10 @@ def _list(section: PrepareConfig, seed: int) -> Listing:
             {split: getattr(section.shapes, split) for split in SPLITS}, "detect" if section.task == "auto" else section.task
         )
     assert section.source is not None
-    place = remote.place_of(section.source)
-    if isinstance(place, Path):
-        return _scan(place, section, seed)
     try:
-        return replace(_scan(place, section, seed), tree=place.tree)
+        place = remote.place_of(section.source)
+        listing = _scan(place, section, seed)
+        return listing if isinstance(place, Path) else replace(listing, tree=place.tree)
     except OSError as error:
         raise ValueError(f"prepare.source {remote.shown(section.source)} cannot be read: {' '.join(str(error).split())}") from error
 

@@ -46,6 +46,7 @@ def check(config: RunConfig) -> None:
 
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
     recipe_of(vars(args), manifest)
+    _check_optimizer(config, manifest)
     transforms = albu.make(config.train.albumentations, manifest.task)
     if config.train.augment == "gpu":
         from raypar.dataset.encoded import refuse
@@ -100,6 +101,7 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         return summary
     manifest = Manifest.load(config.dataset_folder)
     verify.check_sums(config.dataset_folder, manifest, SPLITS)
+    _check_optimizer(config, manifest)  # here too: not everybody has called check
     model = _stage(_model(train.model, manifest.task), out)
     if train.init_from is not None:
         _stage(_model(train.init_from, manifest.task, "train.init_from"), out)
@@ -138,7 +140,6 @@ def _trainer(
     from raypar.train import entry, launch, network
 
     train = config.train
-    groups = first_images([n for shard in manifest.split("train").shards for n in shard.row_groups], train.yolo.get("fraction", 1.0))
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     return launch.Trainer(
@@ -155,7 +156,7 @@ def _trainer(
             "model": model,
             "init_from": None if train.init_from is None else INITIAL,
             "train": train.model_dump(mode="json"),
-            "plan": {"row_groups": groups, "seed": config.seed, "global_batch": train.batch},
+            "plan": {"row_groups": _row_groups(config, manifest), "seed": config.seed, "global_batch": train.batch},
             "cache": None if cache is None else dataclasses.asdict(cache),
         },
         torch_config=network.Network(timeout_s=int(train.collective_timeout_s)),
@@ -173,6 +174,26 @@ def _trainer(
             failure_config=ray.train.FailureConfig(max_failures=train.max_failures),
         ),
     )
+
+
+def _row_groups(config: RunConfig, manifest: Manifest) -> tuple[int, ...]:
+    """Images in each row group that is trained on."""
+    groups = [n for shard in manifest.split("train").shards for n in shard.row_groups]
+    return first_images(groups, config.train.yolo.get("fraction", 1.0))
+
+
+def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
+    """Whether there is such an optimizer, and the way that workers share the model leaves it what it needs.
+
+    Raises:
+        ValueError: there is none, or it needs whole matrices.
+    """
+    from raypar.train.recipe import optimizer_of, refuse_for_fsdp, settings
+
+    train = config.train
+    args = settings(train.yolo, batch=train.batch, seed=config.seed, task=manifest.task)
+    is_sharded = train.parallel == "fsdp" and train.max_workers > 1
+    (refuse_for_fsdp if is_sharded else optimizer_of)(args, sum(_row_groups(config, manifest)))
 
 
 def _cache(config: RunConfig, manifest: Manifest) -> CacheSpec | None:

@@ -16,6 +16,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ GROUPS = {
     "run": ("images_per_s", "world_size", "images_seen", "images_missed", "images_repeated", "images_replaced", "all_reduce_ms"),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
+MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
 Line = Mapping[str, Any]
 
 
@@ -85,10 +87,14 @@ class Loggers:
         if (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")) and importlib.util.find_spec("wandb"):
             self.named["wandb"] = Wandb(out, name, settings)
 
-    def submit_end(self, aside: Aside) -> None:
-        """Has ended what must be ended."""
+    def submit_end(self, aside: Aside, how: str) -> None:
+        """Has ended what must be ended.
+
+        Args:
+            how: ``finished``, ``stopped`` or ``failed``; whoever goes on with the run opens it again.
+        """
         for name, logger in self.named.items():
-            aside.submit(name, logger.end)
+            aside.submit(name, partial(logger.end, how))
 
 
 def values(line: Line) -> dict[str, float]:
@@ -124,7 +130,7 @@ class TensorBoard:
                 self.folder.write(name, events(line))
                 self.written.add(name)
 
-    def end(self) -> None:
+    def end(self, how: str) -> None:
         """Nothing is open."""
 
     def _name(self, line: Line) -> str:
@@ -189,9 +195,9 @@ class MLflow:
                 self.client.log_batch(self.run_id, [metric(name, value, now, epoch) for name, value in logged.items()])
                 self.last = epoch
 
-    def end(self) -> None:
+    def end(self, how: str) -> None:
         if self.client is not None:
-            self.client.set_terminated(self.run_id)
+            self.client.set_terminated(self.run_id, MLFLOW_STATUS[how])
 
 
 class Wandb:
@@ -217,9 +223,9 @@ class Wandb:
                 self.last = line["epoch"]
         self.out.write_json(IDS, {**self.out.read_json(IDS), "wandb_epoch": self.last})  # offline, the server cannot be asked
 
-    def end(self) -> None:
+    def end(self, how: str) -> None:
         if self.run is not None:
-            self.run.finish()
+            self.run.finish(exit_code=int(how == "failed"))
 
 
 def flat(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -17,12 +17,13 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from ultralytics.optim import MuSGD
 from ultralytics.utils.torch_utils import EarlyStopping, ModelEMA
 
 from raypar.dataset.batch import Batch
 from raypar.judge import class_of_pixels
 from raypar.train import parallel
-from raypar.train.recipe import Lender
+from raypar.train.recipe import Lender, iterations
 
 
 def _hush() -> None:
@@ -102,9 +103,9 @@ class Loop:
         self.optimizer = lender.build_optimizer(
             model=lender.model, name=self.args.optimizer, lr=self.args.lr0, momentum=self.args.momentum,
             decay=self.args.weight_decay * batch * max(round(nominal / batch), 1) / nominal,
-            iterations=math.ceil(num_images / max(batch, nominal)) * self.args.epochs)  # fmt: skip
+            iterations=iterations(self.args, num_images))  # fmt: skip
         if self.is_sharded:
-            parallel.refuse_for_fsdp(self.optimizer)
+            assert not isinstance(self.optimizer, MuSGD), "raypar.train refuses it before workers start"
         else:
             self.optimizer = parallel.fused(self.optimizer)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)

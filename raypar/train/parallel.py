@@ -14,7 +14,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from ultralytics.optim import MuSGD
 from ultralytics.utils.torch_utils import TORCH_2_13
 
 
@@ -90,16 +89,6 @@ def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     groups = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in optimizer.param_groups]
     arguments = {k: v for k, v in optimizer.defaults.items() if k in known and k not in ("fused", "foreach")}
     return kind(groups, **arguments, fused=True)
-
-
-def refuse_for_fsdp(optimizer: torch.optim.Optimizer) -> None:
-    """MuSGD makes matrices orthogonal, and a rank has only some of their rows.
-
-    Raises:
-        ValueError: the optimizer cannot work on shares.
-    """
-    if isinstance(optimizer, MuSGD):
-        raise ValueError("train.parallel=fsdp: the optimizer MuSGD needs whole matrices: write train.yolo.optimizer=SGD or AdamW (and lr0)")
 
 
 def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[str, Any], dict[str, Any]]:

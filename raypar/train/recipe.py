@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import difflib
 import io
+import math
 import tempfile
-from copy import deepcopy
+from copy import copy, deepcopy
 from datetime import UTC, datetime
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +19,14 @@ import numpy as np
 import torch
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.optim import MuSGD
+from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest
@@ -60,6 +64,48 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
     if args.epochs < 1:
         raise ValueError(f"train.yolo.epochs={args.epochs}: at least 1 is needed")
     return args
+
+
+def iterations(args: SimpleNamespace, num_images: int) -> int:
+    """Optimizer steps of a run, as Ultralytics' ``_setup_train`` counts them (8.4.190); ``optimizer=auto`` depends on them."""
+    return int(math.ceil(num_images / max(args.batch, args.nbs)) * args.epochs)
+
+
+def optimizer_of(args: SimpleNamespace, num_images: int) -> type[torch.optim.Optimizer]:
+    """Which optimizer a run with these settings gets: Ultralytics is asked to build it for a model of one layer.
+
+    Args:
+        args: of :func:`settings`.
+        num_images: trained on in an epoch.
+
+    Raises:
+        ValueError: Ultralytics has none of that name.
+    """
+    trainer = SimpleNamespace(args=copy(args), data={})
+    model = torch.nn.Module()
+    model.model = torch.nn.Sequential(torch.nn.Conv2d(1, 1, 1))
+    level = LOGGER.level
+    LOGGER.setLevel("WARNING")
+    try:
+        return type(BaseTrainer.build_optimizer(trainer, model, name=args.optimizer, iterations=iterations(args, num_images)))
+    except NotImplementedError as error:
+        raise ValueError(f"train.yolo.optimizer: {' '.join(str(error).split()).split(' Request ')[0]}") from error
+    finally:
+        LOGGER.setLevel(level)
+
+
+def refuse_for_fsdp(args: SimpleNamespace, num_images: int) -> None:
+    """MuSGD makes matrices orthogonal, and a rank of FSDP has only some of their rows.
+
+    Raises:
+        ValueError: the run's optimizer cannot work on shares.
+    """
+    if not issubclass(optimizer_of(args, num_images), MuSGD):
+        return
+    steps, is_auto = iterations(args, num_images), str(args.optimizer).lower() == "auto"
+    chosen = f"train.yolo.optimizer=auto takes MuSGD for {steps:,} steps" if is_auto else "train.yolo.optimizer=MuSGD"
+    raise ValueError(f"train.parallel=fsdp: {chosen}, and that needs whole matrices: "
+                     "write train.yolo.optimizer=SGD train.yolo.lr0=0.01, or train.yolo.optimizer=AdamW train.yolo.lr0=0.001")  # fmt: skip
 
 
 class Lender:

@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
+from contextlib import suppress
 
 from raypar.storage import LONGEST_PAUSE_S, patiently
 
+END_S = 2 * LONGEST_PAUSE_S
 MAX_WAITING = 2  # what may wait in memory: then training waits too
 
 
@@ -58,10 +61,13 @@ class Saver:
         self.check()
 
     def end(self) -> None:
-        """Writes what waits, without patience, and ends the thread."""
+        """Writes what waits, without patience, and ends the thread; waits for it half a minute. Never raises; a second call does nothing."""
         self._is_ending = True
-        self._work.put(None)
-        self._thread.join(timeout=LONGEST_PAUSE_S * 2)
+        deadline = time.monotonic() + END_S
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with suppress(queue.Full):  # something hangs: the thread goes with the process
+                self._work.put(None, timeout=0.1)
+                self._thread.join(timeout=max(0.0, deadline - time.monotonic()))
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from raypar.train.worker import Worker
 
 REPORT_EVERY_S = 60.0
+FINISHED_PATIENCE_S, LEAVING_PATIENCE_S = 60.0, 10.0  # with loggers, at the end; a spot node is taken away within half a minute
 TAGS = ("run", "rank")
 PREFIX = "raypar_train_"
 GAUGES = {
@@ -119,7 +120,7 @@ class Watch:
         worker.pulse.on_beat = self.figures.on_beat
         if worker.rank != 0:
             return
-        self.aside, self.drawn_at = Aside(), time.monotonic()
+        self.aside, self.drawn_at, self.is_ended = Aside(), time.monotonic(), False
         self.loggers = Loggers(worker.out, self.name, {**worker.train, "seed": worker.args.seed}, num_logged=len(worker.history))
         begun = "started" if worker.cursor == 0 else f"went on after {worker.cursor:,} of {worker.total:,} images"
         self.aside.submit("events.jsonl", lambda: chronicle.happened(
@@ -152,11 +153,16 @@ class Watch:
             self.drawn_at = time.monotonic()
             self.aside.submit(report.REPORT, partial(report.write, self.out, self.name))
 
-    def end(self) -> None:
-        """The last epoch is over: waits a minute at most for what is still being sent."""
-        if self.worker.rank == 0:
-            self.loggers.submit_end(self.aside)
-            self.aside.end()
+    def end(self, how: str) -> None:
+        """Closes the loggers; waits for what is still being sent, a minute at most. A second call does nothing.
+
+        Args:
+            how: ``finished``, ``stopped`` (on demand, or to be placed anew) or ``failed``; with these there is less time to wait.
+        """
+        if self.worker.rank == 0 and not self.is_ended:
+            self.is_ended = True
+            self.loggers.submit_end(self.aside, how)
+            self.aside.end(patience_s=FINISHED_PATIENCE_S if how == "finished" else LEAVING_PATIENCE_S)
 
     def _write_environment(self) -> None:
         worker = self.worker

@@ -135,8 +135,25 @@ class Worker:
         return int(self.args.epochs) * self.plan.positions_per_epoch
 
     def run(self) -> dict[str, Any] | None:
+        """Trains until nothing is left or somebody asks for an end. However that comes, what waits is written first, then loggers are closed."""
         say.introduce(self)
         self.watch = Watch(self, self.pulse.run_id)
+        ended = "failed"
+        try:
+            is_stopped = self._train()
+            if self.saver is not None:
+                self.saver.flush()
+            ended = "stopped" if is_stopped else "finished"
+        finally:
+            if self.saver is not None:
+                self.saver.end()
+            self.watch.end(ended)
+        if self.rank != 0:
+            return None
+        return {"stopped": self.cursor} if is_stopped else self.history[-1] if self.history else None
+
+    def _train(self) -> bool:
+        """All steps and epochs that are left. Returns whether it was asked to stop before the end."""
         self.loop.start_epoch()
         first_cursor = self.cursor
         self.pulse.stage = "wait for data"
@@ -160,13 +177,9 @@ class Worker:
             elif self.asked and self.loop.last_optimizer_step == step:
                 self._save(self.epoch.reduced(self.agreement), is_finished=False, has_gradients=False)
             if self._must_leave():
-                return {"stopped": self.cursor} if self.rank == 0 else None
+                return True
             self.pulse.stage = "wait for data"
-        if self.saver is not None:
-            self.saver.flush()
-            self.saver.end()
-        self.watch.end()
-        return self.history[-1] if self.rank == 0 and self.history else None
+        return False
 
     def _batches(self) -> Iterator[Rendered]:
         """This rank's batches from the cursor on, and what the loss wants of them; from a new stream when mosaic was closed meanwhile."""
@@ -299,7 +312,8 @@ class Worker:
             return False
         if self.saver is not None:
             self.saver.flush()
-        self.agreement.any(False)  # nobody leaves before everything is written
+        self.watch.end("stopped")
+        self.agreement.any(False)  # nobody leaves before everything is written: the first who does ends them all
         if "stop" in reasons:
             return True
         raise failure.Restart("preempted" if "preempted" in reasons else "grow")

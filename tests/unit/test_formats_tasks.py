@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from pydantic import ValidationError
@@ -275,7 +275,7 @@ def test_any_label_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
         assert_usable(labels, task)
 
 
-VALUES = st.one_of(st.floats(-10, 120), st.sampled_from([float("nan"), float("inf"), 1e300, -1, None, "x", True, [1], {"a": 1}]))
+VALUES = st.one_of(st.floats(-10, 120), st.sampled_from([float("nan"), float("inf"), 1e300, 10**400, -1, None, "x", True, [1], {"a": 1}]))
 ANNOTATION = st.fixed_dictionaries(
     {"bbox": st.lists(st.floats(-10, 120), min_size=4, max_size=4)},
     optional={
@@ -286,6 +286,7 @@ ANNOTATION = st.fixed_dictionaries(
 )  # fmt: skip
 
 
+@example([{"bbox": [0, 0, 9, 9], "segmentation": [[0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1e300]]}], "segment")
 @given(st.lists(ANNOTATION, max_size=4), st.sampled_from(["segment", "pose"]))
 @settings(max_examples=200, deadline=None)
 def test_any_coco_annotation_is_read_or_refused(
@@ -347,7 +348,8 @@ def test_folders_without_train_are_split(tmp_path: Path) -> None:
         (lambda root: class_tree(root, {"train": {"dog": 1}, "val": {"dog": 1, "cow": 1}}), "train lacks"),
         (lambda root: class_tree(root, {"train": {"dog": 1}, "val": {"dog": 0}}), "has no images"),
         (lambda root: class_tree(root, {".": {"dog": 1}}), "too few images"),
-        (lambda root: str(root), "has no folders"),
+        (lambda root: str(root), "is an empty folder"),
+        (lambda root: class_tree(root, {"train/a": {"dog": 1}}) + "/train/a/dog", "has no folders"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], str], message: str) -> None:

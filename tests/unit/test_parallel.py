@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,11 +14,12 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from raypar.config import TrainConfig
-from raypar.dataset.manifest import Manifest, Split
+import raypar.train
+from raypar.config import RunConfig, TrainConfig
+from raypar.dataset.manifest import Manifest, Shard, Split
 from raypar.train import checkpoint, parallel
 from raypar.train.loop import Loop
-from raypar.train.recipe import Lender
+from raypar.train.recipe import Lender, optimizer_of, settings
 
 BATCH, IMGSZ, STEPS = 4, 64, 4
 YOLO = {"epochs": 10, "imgsz": IMGSZ, "nbs": 4, "optimizer": "SGD", "lr0": 0.002, "warmup_epochs": 0.0, "deterministic": False}
@@ -192,5 +195,37 @@ def test_no_compiler_and_what_does_not_go_together_are_refused(monkeypatch: pyte
         parallel.compiled(nn.Linear(1, 1), True, is_multi_scale=False, device=torch.device("cpu"))
     with pytest.raises(ValueError, match=r"yolo\.compile goes with neither"):
         TrainConfig(parallel="fsdp", yolo={"compile": True})
-    with pytest.raises(ValueError, match=r"fsdp: the optimizer MuSGD"):
-        parallel.refuse_for_fsdp(make_loop(optimizer="MuSGD").optimizer)
+
+
+@pytest.mark.parametrize(("name", "epochs"), [("musgd", 10), ("SGD", 10), ("auto", 2500), ("auto", 2501)])  # 4 steps each
+def test_the_driver_knows_which_optimizer_the_workers_get(name: str, epochs: int) -> None:
+    loop = make_loop(optimizer=name, epochs=epochs)
+    args = settings({**YOLO, "optimizer": name, "epochs": epochs}, batch=BATCH)
+    assert optimizer_of(args, BATCH * STEPS) is type(loop.optimizer)
+    assert (args.optimizer, args.lr0) == (name, YOLO["lr0"]), "it only asks"
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"yolo": {"optimizer": "MuSGD"}}, r"optimizer=MuSGD, and that .*: write train\.yolo\.optimizer=SGD"),
+        ({"yolo": {"epochs": 1001}}, r"optimizer=auto takes MuSGD for 10,010 steps, and that needs whole matrices: write"),
+        ({"yolo": {"epochs": 1001}, "num_workers": {"min": 1, "max": 2}}, "optimizer=auto takes MuSGD"),
+        ({"yolo": {"epochs": 1000}}, None),
+        ({"yolo": {"epochs": 1001, "fraction": 0.5}}, None),
+        ({"yolo": {"epochs": 1001}, "num_workers": 1}, None),
+        ({"yolo": {"epochs": 1001, "optimizer": "AdamW"}}, None),
+        ({"yolo": {"epochs": 1001}, "parallel": "ddp"}, None),
+        ({"yolo": {"optimizer": "Adma"}, "parallel": "ddp"}, r"train\.yolo\.optimizer: Optimizer 'Adma' not found"),
+    ],
+)
+def test_what_fsdp_cannot_do_is_refused_before_anything_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], said: str | None
+) -> None:
+    section = {"model": "yolov8n.yaml", "parallel": "fsdp", "num_workers": 2, **train}
+    config = RunConfig.model_validate({"name": "x", "storage": str(tmp_path), "train": section})
+    shard = Shard(path="train/00000.parquet", num_bytes=1, sha256="", row_groups=(320, 320))
+    Manifest(task="detect", class_names=("a",), splits={"train": Split(shards=(shard,), num_images=640)}, source="").save(config.dataset_folder)
+    monkeypatch.setattr(raypar.train.verify, "check_sizes", lambda *_: None)
+    with pytest.raises(ValueError, match=said) if said else nullcontext():
+        raypar.train.check(config)

@@ -22,6 +22,8 @@ from raypar.dataset.batch import Batch
 from raypar.dataset.manifest import Manifest, Split
 from raypar.storage import Folder, OutOfDiskError, patiently
 from raypar.train import checkpoint, failure, memory, pulse
+from raypar.train import saver as saver_module
+from raypar.train import saver as saver_module
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.elastic import largest
 from raypar.train.epoch import Epoch, summary
@@ -306,6 +308,23 @@ def test_the_saver_writes_in_order_beside_the_training() -> None:
     with pytest.raises(PermissionError):
         saver.submit("d", lambda: done.append(3))
     saver.end()
+    saver.end()
+    assert not saver._thread.is_alive()
+
+
+def test_the_savers_end_writes_what_waits_and_waits_for_no_store_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(saver_module, "END_S", 0.3)
+    saver, done, gate = Saver(60), list[int](), threading.Event()
+    saver.submit("a", lambda: done.append(1))
+    saver.end()
+    assert done == [1]
+    saver = Saver(60)
+    for _ in range(3):  # one is being written, two wait: there is no room for a word to end
+        saver.submit("b", gate.wait)
+    began = time.monotonic()
+    saver.end()
+    assert 0.3 <= time.monotonic() - began < 5
+    gate.set()
 
 
 def test_workers_that_share_the_batch_and_leave_a_cpu_to_the_data() -> None:

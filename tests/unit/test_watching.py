@@ -17,9 +17,9 @@ import pytest
 from raypar import progress
 from raypar.progress import Progress
 from raypar.storage import Folder
-from raypar.train import charts, pulse, report
+from raypar.train import charts, failure, pulse, report, worker
 from raypar.train.loggers import Aside, Loggers, TensorBoard, values
-from raypar.train.watch import COUNTERS, GAUGES, PREFIX, Bar, Figures
+from raypar.train.watch import COUNTERS, GAUGES, PREFIX, Bar, Figures, Watch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -89,6 +89,11 @@ def test_tensorboard_itself_reads_them(tmp_path: Path) -> None:
     assert [(e.step, e.value) for e in seen.Scalars("train/box_loss")] == [(1, 2.0), (2, 1.0)]
 
 
+def runs_of(mlflow: Any) -> list[Any]:
+    client = mlflow.MlflowClient()
+    return list(client.search_runs([client.get_experiment_by_name("raypar").experiment_id]))
+
+
 def test_mlflow_gets_each_epoch_once_over_a_resume(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mlflow = pytest.importorskip("mlflow")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"file://{tmp_path}/mlflow")
@@ -98,9 +103,13 @@ def test_mlflow_gets_each_epoch_once_over_a_resume(tmp_path: Path, monkeypatch: 
         loggers = Loggers(out, "x", {"batch": 16, "yolo": {"lr0": 0.01}}, num_logged=epochs[0] - 1)
         for epoch in epochs:
             loggers.named["mlflow"](history[:epoch])
-        loggers.named["mlflow"].end()
+        aside = Aside()
+        loggers.submit_end(aside, "finished" if epochs == (2, 3) else "stopped")
+        aside.end()
+        if epochs == (1, 2):
+            assert [r.info.status for r in runs_of(mlflow)] == ["KILLED"]
     client = mlflow.MlflowClient()
-    (run,) = client.search_runs([client.get_experiment_by_name("raypar").experiment_id])
+    (run,) = runs_of(mlflow)
     assert [m.step for m in client.get_metric_history(run.info.run_id, "metrics/map50")] == [1, 2, 3]
     assert run.data.params == {"batch": "16", "yolo.lr0": "0.01"}
     assert run.info.status == "FINISHED"
@@ -114,7 +123,7 @@ def test_wandb_gets_each_epoch_once(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     logger([line(1)])
     logger([line(1), line(2)])
     ids = out.read_json("loggers.json")
-    logger.end()
+    logger.end("stopped")
     assert ids["wandb_epoch"] == 2
     assert len(ids["wandb"]) == 12
 
@@ -146,6 +155,58 @@ def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(capsys: 
     aside.end(patience_s=0.1)
     assert "not everything could be logged" in capsys.readouterr().out
     let_go.set()
+
+
+class Leaving:
+    """A worker that is about to leave, and what it does then, in order."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, asked: str = "", error: Exception | None = None):
+        self.done: list[str] = []
+        self.worker = worker.Worker.__new__(worker.Worker)
+        told = {name: lambda *_, name=name: self.done.append(name) for name in ("flush", "end")}
+        vars(self.worker).update(
+            rank=rank, cursor=8, saved_cursor=8, asked={asked}, history=[line(1)], pulse=SimpleNamespace(run_id="id"),
+            agreement=SimpleNamespace(any=lambda _: self.done.append("others told")), saver=SimpleNamespace(**told) if rank == 0 else None)  # fmt: skip
+        watch = Watch.__new__(Watch)
+        vars(watch).update(worker=self.worker, aside=Aside(), is_ended=False, loggers=SimpleNamespace(
+            submit_end=lambda aside, how: aside.submit("x", lambda: self.done.append(how))))  # fmt: skip
+
+        def train() -> bool:
+            if error is not None:
+                raise error
+            return self.worker._must_leave()
+
+        monkeypatch.setattr(worker.say, "introduce", lambda _: None)
+        monkeypatch.setattr(worker, "Watch", lambda *_: watch)
+        monkeypatch.setattr(self.worker, "_train", train)
+
+
+@pytest.mark.parametrize(
+    ("asked", "result", "done"),
+    [("", line(1), ["flush", "end", "finished"]), ("stop", {"stopped": 8}, ["flush", "stopped", "others told", "flush", "end"])],
+)
+def test_loggers_are_closed_after_the_last_checkpoint(
+    monkeypatch: pytest.MonkeyPatch, asked: str, result: dict[str, Any], done: list[str]
+) -> None:
+    leaving = Leaving(monkeypatch, asked=asked)
+    assert leaving.worker.run() == result
+    assert leaving.done == done
+    assert Leaving(monkeypatch, rank=1, asked=asked).worker.run() is None
+
+
+@pytest.mark.parametrize("reason", ["preempted", "grow"])
+def test_loggers_are_closed_before_workers_are_placed_anew(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+    leaving = Leaving(monkeypatch, asked=reason)
+    with pytest.raises(failure.Restart):
+        leaving.worker.run()
+    assert leaving.done == ["flush", "stopped", "others told", "end"]
+
+
+def test_loggers_are_closed_when_training_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    leaving = Leaving(monkeypatch, error=RuntimeError("all is lost"))
+    with pytest.raises(RuntimeError, match="all is lost"):
+        leaving.worker.run()
+    assert leaving.done == ["end", "failed"]
 
 
 class Page(HTMLParser):

@@ -153,6 +153,18 @@ def read_label_file(path: str | Path, fetched: Fetched | None = None) -> bytes |
     return file.read_bytes()
 
 
+def read_text(place: Place) -> str:
+    """A small file of a source: UTF-8 text, with or without a byte order mark.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    try:
+        return place.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{place} is not text in UTF-8") from error
+
+
 def as_text(data: bytes) -> str:
     """UTF-8 text, with or without a byte order mark.
 

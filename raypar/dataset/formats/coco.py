@@ -12,7 +12,7 @@ import json
 import posixpath
 from typing import Any
 
-from raypar.dataset.formats import SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy
+from raypar.dataset.formats import SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy, wanted
 from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
 from raypar.dataset.remote import Place, place_of
 
@@ -30,8 +30,7 @@ def scan(source: str | Place, task: str = "auto") -> Listing:
         ValueError: a file is missing or wrong, splits disagree about the classes, or the images are not found.
     """
     path = place_of(source)
-    if not path.exists():
-        raise ValueError(f"prepare.source {path} does not exist")
+    wanted.check(path, "coco")
     notes: list[str] = []
     classes: dict[int, str] = {}
     splits = {}
@@ -91,9 +90,7 @@ def _split_files(root: Place, task: str) -> dict[str, Place]:
         if files:
             found[split] = files[0]
     if "train" not in found:
-        raise ValueError(
-            f"{root} has no annotations/instances_train*.json (nor train/_annotations.coco.json): name the JSON as prepare.source"
-        )
+        raise wanted.wrong(root, "coco", "has no annotations/instances_train*.json (nor train/_annotations.coco.json)")
     return found
 
 
@@ -101,7 +98,7 @@ def _load(file: Place) -> dict[str, Any]:
     try:
         data = json.loads(file.read_bytes())
     except ValueError as error:
-        raise ValueError(f"{file} is not JSON: {error}") from error
+        raise wanted.wrong(file, "coco", f"is not JSON ({error})") from error
     if not isinstance(data, dict) or not isinstance(data.get("images"), list) or not isinstance(data.get("categories"), list):
         raise ValueError(f"{file} is not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
     if not data["images"]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raypar.dataset.formats import Labels, boxes_around, labels_from_xyxy, without_duplicates
+from raypar.dataset.formats import MAX_VALUE, Labels, boxes_around, labels_from_xyxy, without_duplicates
 
 Floats = NDArray[np.float64]
 MAX_DISTANCES = 1 << 20  # between points of two polygons, at once
@@ -93,11 +93,17 @@ def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
     if isinstance(segmentation, dict):
         raise ValueError("a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)")
-    parts = [np.reshape(part, (-1, 2)) for part in segmentation if _is_polygon(part)] if isinstance(segmentation, list) else []
+    try:
+        found = [np.asarray(part, np.float64) for part in segmentation if _is_polygon(part)] if isinstance(segmentation, list) else []
+    except OverflowError as error:
+        raise ValueError("a segmentation holds a number beyond all measure") from error
+    parts = [part.reshape(-1, 2) for part in found]
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    return np.asarray(parts[0] if len(parts) == 1 else merged(parts), np.float64)
+    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):  # nor NaN: their distances are no numbers
+        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
+    return parts[0] if len(parts) == 1 else merged(parts)
 
 
 def _is_polygon(part: Any) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record
+from raypar.dataset.formats import IMAGE_SUFFIXES, SPLITS, Labels, Listing, Record, wanted
 from raypar.dataset.remote import Place, place_of
 
 VAL_SHARE = 0.2  # of the images of a class, where there is no train folder
@@ -22,11 +22,12 @@ def scan(source: str | Place, seed: int) -> Listing:
         ValueError: a folder is missing or has no images, or val has a class that train lacks.
     """
     root = place_of(source)
-    if not root.is_dir():
-        raise ValueError(f"prepare.source {root} is not a folder" if root.exists() else f"prepare.source {root} does not exist")
+    wanted.check(root, "folders", is_folder=True)
     folders = {split: next((root / name for name in NAMES[split] if (root / name).is_dir()), None) for split in SPLITS}
     train = folders["train"]
     if train is None:
+        if not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
+            raise wanted.wrong(root, "folders", "has no folders")
         return _split(root, seed)
     if folders["val"] is None:
         raise ValueError(

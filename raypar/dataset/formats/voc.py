@@ -21,6 +21,8 @@ from raypar.dataset.formats import (
     check_declared_size,
     labels_from_xyxy,
     read_label_file,
+    read_text,
+    wanted,
 )
 from raypar.dataset.remote import Place, contents, place_of
 
@@ -34,9 +36,10 @@ def scan(source: str | Place, seed: int) -> Listing:
         ValueError: a folder is missing, a split is empty, or there are no classes.
     """
     root = place_of(source)
-    for folder in (root, root / "Annotations", root / "JPEGImages"):
+    wanted.check(root, "voc", is_folder=True)
+    for folder in (root / "Annotations", root / "JPEGImages"):
         if not folder.is_dir():
-            raise ValueError(f"prepare.source {root} is not a Pascal VOC folder: {folder} does not exist")
+            raise wanted.wrong(root, "voc", f"is not a Pascal VOC folder, {folder} does not exist")
     notes: list[str] = []
     images = _images(root / "JPEGImages")
     class_names = _class_names(root, notes)
@@ -44,6 +47,8 @@ def scan(source: str | Place, seed: int) -> Listing:
     for split, names in _splits(root, list(images), seed, notes).items():
         if not names:
             raise ValueError(f"{root}: split '{split}' has no images")
+        if not any(name in images for name in names):
+            raise ValueError(f"{root}: none of the {len(names)} images that ImageSets/Main names for {split} is in JPEGImages, e.g. {names[0]}")
         splits[split] = [_record(root, name, images, class_names) for name in names]
     return Listing(class_names, splits, tuple(notes))
 
@@ -120,13 +125,13 @@ def _splits(root: Place, images: list[str], seed: int, notes: list[str]) -> dict
 
 def _names(file: Place) -> list[str]:
     """First word of each line: ``000012`` or ``000012  1``."""
-    return [line.split()[0] for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    return [line.split()[0] for line in read_text(file).splitlines() if line.strip()]
 
 
 def _class_names(root: Place, notes: list[str]) -> tuple[str, ...]:
     for file in (root / "classes.txt", root / "labels.txt"):
         if file.is_file():
-            names = [line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+            names = [line.strip() for line in read_text(file).splitlines() if line.strip()]
             if not names:
                 raise ValueError(f"{file} has no classes")
             return tuple(names)

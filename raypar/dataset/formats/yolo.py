@@ -32,11 +32,14 @@ from raypar.dataset.formats import (
     boxes_around,
     check_table,
     read_label_file,
+    read_text,
+    wanted,
     without_duplicates,
 )
 from raypar.dataset.records import Records
 from raypar.dataset.remote import Place, RemotePath, fs_path, place_of
 
+NUM_PROBES = 20  # images of a list that are looked for
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
 
@@ -143,14 +146,16 @@ def label_path(image_path: str) -> str:
 
 
 def _yaml_file(source: Place) -> Place:
+    wanted.check(source, "yolo")
     if source.is_dir():
         found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
         found = [file for file in found if file.name == "data.yaml"] or found
         if len(found) != 1:
-            raise ValueError(f"prepare.source {source} is a folder with {len(found)} yaml files: name the data.yaml")
+            if found:
+                names = ", ".join(file.name for file in found[:5])
+                raise ValueError(f"prepare.source {source} is a folder with {len(found)} yaml files ({names}): name the one that is meant")
+            raise wanted.wrong(source, "yolo", "is a folder with 0 yaml files")
         return found[0]
-    if not source.is_file():
-        raise ValueError(f"prepare.source {source} does not exist")
     return source
 
 
@@ -158,9 +163,9 @@ def _load(file: Place) -> dict[str, Any]:
     try:
         data = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        raise wanted.wrong(file, "yolo", f"is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold keys and values (path, train, val, names), not {type(data).__name__}")
+        raise wanted.wrong(file, "yolo", "holds no keys and values (path, train, val, names)")
     if "val" not in data and "validation" in data:
         data["val"] = data["validation"]
     for key in ("train", "val"):
@@ -222,23 +227,31 @@ def _root(path: object, file: Place) -> Place:
 
         if (DATASETS_DIR / root).exists():
             return Path(DATASETS_DIR / root).resolve()
-        raise ValueError(f"{file}: path '{path}' is neither in {file.parent}, nor in {Path.cwd()}, nor in {DATASETS_DIR}")
-    raise ValueError(f"{file}: path '{path}' does not exist")
+        raise ValueError(
+            f"{file}: path '{path}' is neither in {file.parent}, nor in {Path.cwd()}, nor in {DATASETS_DIR}: "
+            "mend it, or leave 'path' out where the images are beside the file"
+        )
+    raise ValueError(
+        f"{file}: path '{path}' {wanted.absent(root)}: mend it, or leave 'path' out where the images are beside the file"
+    )
 
 
 def _records(value: str | list[str], root: Place, split: str, file: Place) -> Records:
     roots: list[Place] = []
     images: list[str] = []
     for entry in [value] if isinstance(value, str) else value:
-        for place in _places(entry, root, split, file):
+        found: list[str] = []
+        places = _places(entry, root, split, file)
+        for place in places:
             if place.is_dir():
-                found = list(all_below(place))
+                found += all_below(place)
                 roots.append(place)
             elif place.suffix.lower() in IMAGE_SUFFIXES:
-                found = [str(place)]
-            else:
-                found = _listed(place, root, split, file)
-            images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
+                found.append(str(place))
+            elif len(places) == 1 or place.suffix == ".txt":
+                found += _listed(place, root, split, file)
+        found = found if len(places) == 1 else list(dict.fromkeys(found))  # a pattern such as images/** names folders, and what is in them
+        images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
         raise ValueError(f"{file}: '{split}' ({value}) has no images")
     inside = len(roots) > 0 and all(path.startswith(tuple(f"{r}/" for r in roots)) for path in images)
@@ -254,25 +267,28 @@ def _below(path: str, top: str) -> str:
 
 
 def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]:
-    path = _joined(root, entry, split, file)
-    if not path.exists() and entry.startswith("../"):
-        path = _joined(root, entry[3:], split, file)  # Roboflow writes ../train/images for train/images
-    if path.exists():
-        return [path.resolve() if isinstance(path, Path) else path]
-    if any(sign in entry for sign in "*?["):
-        if isinstance(path, RemotePath):
-            found: Sequence[Place] = path.globbed()
-        else:
-            found = [Path(place).resolve() for place in sorted(glob.glob(str(path), recursive=True))]  # noqa: PTH207
-        if found:
+    paths = [_joined(root, entry, split, file)]
+    if entry.startswith("../"):
+        paths.append(_joined(root, entry[3:], split, file))  # Roboflow writes ../train/images for train/images
+    for path in paths:
+        if path.exists():
+            return [path.resolve() if isinstance(path, Path) else path]
+    for path in paths if any(sign in entry for sign in "*?[") else ():
+        if found := path.globbed() if isinstance(path, RemotePath) else _globbed(path):
             return found
-    raise ValueError(f"{file}: '{split}' points to {path}, which does not exist")
+    path = paths[0]
+    raise ValueError(f"{file}: '{split}' points to {path}, which {wanted.absent(path)}: paths start at {root}; mend '{split}' or 'path'")
+
+
+def _globbed(pattern: Path) -> list[Place]:
+    found = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # of none/** where none is not there, it finds none/
+    return [Path(place).resolve() for place in found if Path(place).exists()]
 
 
 def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]:
     """Images named in a text file, one a line: ``./`` is the file's folder, other relative paths start in the working directory or root."""
     paths = []
-    for line in file.read_text(encoding="utf-8-sig").splitlines():
+    for line in read_text(file).splitlines():
         name = line.strip()
         if not name:
             continue
@@ -285,6 +301,8 @@ def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]
         assert isinstance(root, Path)
         places = [os.path.normpath(base / name) for base in ([file.parent] if name.startswith("./") else [Path.cwd(), root, file.parent])]
         paths.append(next((place for place in places if Path(place).exists()), places[0]))
+    if paths and not any(_place(path, file).is_file() for path in paths[:NUM_PROBES]):
+        raise ValueError(f"{yaml_file}: '{split}' is {file}, and none of the first images that it names is there, e.g. {paths[0]}")
     return paths
 
 
