@@ -70,7 +70,9 @@ class _Parser(argparse.ArgumentParser):
 def _verb(text: str) -> str:
     if text not in VERBS:
         close = difflib.get_close_matches(text, VERBS, n=1)
-        raise argparse.ArgumentTypeError(f"there is no '{text}'; " + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(VERBS)}"))
+        raise argparse.ArgumentTypeError(
+            f"there is no '{text}'; " + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(VERBS)}")
+        )
     return text
 
 
@@ -84,7 +86,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("verb", type=_verb, metavar="VERB", help="one of the verbs above")
     parser.add_argument("run_file", metavar="RUN_FILE", help="YAML file with a section for each verb")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", default=[],  # without a default, it is named among what is missing
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # without a default, it is named among what is missing
         help="settings that replace the run file's, as train.batch=32, or @FILE with such",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run file and make every check; start nothing")

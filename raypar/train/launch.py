@@ -14,7 +14,6 @@ from raypar.train import pulse
 from raypar.train.elastic import Elastic
 from raypar.train.failure import Policy, diagnosis, start_attempts
 
-
 CLUSTER = "RAY_API_SERVER_ADDRESS"  # what Ray's state API asks first
 
 

@@ -35,7 +35,9 @@ def look(browser: Chrome, page: Path) -> tuple[dict[str, Any], list[str]]:
     asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
     assert page.as_uri() in asked, "requests are logged"
     faults += [f"asks for {url}" for url in asked if url != page.as_uri() and not url.startswith("data:")]
-    faults += [f"{name} is not seen" for name, kind, natural, shown in seen["pictures"] if kind != "data:image/png;" or not (natural and shown)]
+    faults += [
+        f"{name} is not seen" for name, kind, natural, shown in seen["pictures"] if kind != "data:image/png;" or not (natural and shown)
+    ]
     if seen["width"] > browser.get_window_size()["width"]:
         faults.append(f"it is {seen['width']} px wide")
     return seen, faults

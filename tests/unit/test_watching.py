@@ -245,6 +245,12 @@ def test_ticks_are_round_and_cover(low: float, high: float) -> None:
     assert found[-1] >= high
 
 
+def test_ticks_of_epochs_have_no_fractions() -> None:
+    assert charts.ticks(1, 10, whole=True) == [0, 5, 10]
+    assert charts.ticks(1, 2, whole=True) == [1, 2]
+    assert charts.ticks(1, 40, whole=True) == [0, 10, 20, 30, 40]
+
+
 def a_figures(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> tuple[Figures, dict[str, float]]:
     """Figures whose metrics are written to a dict."""
     import ray.util.metrics
