@@ -6,6 +6,7 @@ Runs in: the driver. Nothing heavy is imported until it is needed: ``raypar --he
 from __future__ import annotations
 
 import argparse
+import difflib
 import importlib
 import io
 import os
@@ -13,7 +14,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from raypar import __version__
 
@@ -57,17 +58,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return BUG
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says what was probably meant."""
+
+    def error(self, message: str) -> NoReturn:
+        if "unrecognized arguments" in message:
+            message += " (settings are written without dashes, as train.batch=32)"
+        super().error(message)
+
+
+def _verb(text: str) -> str:
+    if text not in VERBS:
+        close = difflib.get_close_matches(text, VERBS, n=1)
+        raise argparse.ArgumentTypeError(
+            f"there is no '{text}'; " + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(VERBS)}")
+        )
+    return text
+
+
 def _parser() -> argparse.ArgumentParser:
     verbs = "\n".join(f"  {verb:<9} {text}" for verb, text in VERBS.items())
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="raypar", formatter_class=argparse.RawDescriptionHelpFormatter,
         description=f"Train, evaluate, run and serve Ultralytics YOLO on a Ray cluster of any size.\n\nverbs:\n{verbs}",
         epilog="example:\n  raypar train jobs/demo.yaml train.num_workers=2 train.yolo.epochs=20\n\nEvery setting: docs/run_file.md",
     )  # fmt: skip
-    parser.add_argument("verb", choices=VERBS, metavar="VERB", help="one of the verbs above")
+    parser.add_argument("verb", type=_verb, metavar="VERB", help="one of the verbs above")
     parser.add_argument("run_file", metavar="RUN_FILE", help="YAML file with a section for each verb")
     parser.add_argument(
-        "overrides", metavar="key=value", nargs="*", help="settings that replace the run file's, as train.batch=32, or @FILE with such"
+        "overrides",
+        metavar="key=value",
+        nargs="*",
+        default=[],  # without a default, it is named among what is missing
+        help="settings that replace the run file's, as train.batch=32, or @FILE with such",
     )
     parser.add_argument("--dry-run", action="store_true", help="print the resolved run file and make every check; start nothing")
     parser.add_argument("--version", action="version", version=f"raypar {__version__}")

@@ -98,7 +98,9 @@ def run(config: RunConfig) -> dict[str, Any]:
                         "iou": section.iou, "max_det": section.max_det}, max(1, min(section.num_workers, len(due))), section.use_gpu)  # fmt: skip
     resumed = f", {len(done)} of {len(source.pieces)} pieces are done already" if done else ""
     print(
-        f"predict: {source.num_images} images, weights {pool.weights.uri}, imgsz {imgsz}, {pool.num_actors} worker(s){resumed}", flush=True
+        f"predict: {source.num_images} images of {section.source or 'the val split'}, weights {pool.weights.uri}, imgsz {imgsz}, "
+        f"{pool.num_actors} worker(s){resumed}",
+        flush=True,
     )
     seconds = _predict(pool, Job(out, section.batch), source, due) if due else 0.0
     return _finish(pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds)

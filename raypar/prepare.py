@@ -124,6 +124,9 @@ def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: S
     """
     reports = shards.finished(template.dataset, wanted)
     due = [portion for portion in wanted if portion.path not in reports]
+    if not due:
+        print(f"prepare: all {len(wanted)} shards are in {template.dataset.uri} already", flush=True)
+        return reports
     num_images = sum(len(portion.rows) for portion in due)
     found = f"; {len(reports)} are done already" if reports else ""
     print(f"prepare: {num_images} images in {len(due)} shards -> {template.dataset.uri}{found}", flush=True)
@@ -228,8 +231,9 @@ def _check_rejected(
 
 
 def _top_reasons(rejected: list[dict[str, str]], num_reasons: int = 3) -> list[str]:
-    counts = Counter(line["reason"] for line in rejected).most_common(num_reasons)
-    return [f"{count} x {reason}" for reason, count in counts]
+    counts = Counter(line["reason"] for line in rejected).most_common()
+    more = [f"and {len(counts) - num_reasons} reasons more"] if len(counts) > num_reasons else []
+    return [f"{count} x {reason}" for reason, count in counts[:num_reasons]] + more
 
 
 def _split(split: str, reports: list[ShardReport], num_classes: int) -> Split:

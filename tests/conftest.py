@@ -6,6 +6,7 @@ Ray is started once a module (``ray_4_cpus``) and never joined from outside: a b
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,8 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
     from raypar.config import RunConfig
 
 # Machines are shared: how long an example takes says nothing.
@@ -99,6 +102,27 @@ def bccd() -> Path:
     if not (BCCD / "Annotations").is_dir():
         pytest.skip(f"BCCD is not in {BCCD}")
     return BCCD
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Chrome]:
+    """Headless Chromium, with its console and its requests logged (``get_log("browser")``, ``get_log("performance")``)."""
+    paths = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
+    if None in paths:
+        if os.environ.get("CI"):
+            pytest.fail("tests of pages need Chromium and chromedriver: apt-get install chromium chromium-driver")
+        pytest.skip("needs Chromium and chromedriver: apt-get install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = str(paths[0])
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,760"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(paths[1])))
+    yield driver
+    driver.quit()
 
 
 @pytest.fixture(scope="session")

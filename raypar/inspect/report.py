@@ -176,9 +176,9 @@ def page(report: Mapping[str, Any], lines: Sequence[str], pictures: Mapping[str,
         f'<h2>{html.escape(title)}</h2>\n<img alt="{html.escape(title)}" src="data:image/png;base64,{base64.b64encode(png).decode()}">\n'
         for title, png in pictures.items()
     )
-    title = html.escape(f"{report['name']}: {report['split']}")
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>{title}</title>\n<style>body {{ font: 16px/1.5 system-ui, sans-serif; '
-            f"margin: 2rem auto; max-width: 1600px; padding: 0 1rem }} img {{ max-width: 100% }} pre {{ overflow: auto }}</style></head>\n"
+    title = html.escape(f"{report['name']}: the images of '{report['split']}'")
+    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1"><title>{title}</title>\n<style>body {{ font: 16px/1.5 system-ui, sans-serif; '
+            f"margin: 2rem auto; max-width: 1600px; padding: 0 1rem }} img {{ max-width: 100% }} pre {{ white-space: pre-wrap }}</style></head>\n"
             f"<body><h1>{title}</h1>\n<pre>{html.escape(chr(10).join(lines))}</pre>\n{images}</body></html>\n")  # fmt: skip
 
 

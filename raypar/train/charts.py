@@ -22,13 +22,14 @@ svg text{fill:var(--muted);font:11px system-ui,sans-serif}
 Series = Mapping[str, Sequence[float | None]]
 
 
-def ticks(low: float, high: float, num: int = 4) -> list[float]:
-    """Round numbers that cover [low, high], ascending: at least two."""
+def ticks(low: float, high: float, num: int = 4, *, whole: bool = False) -> list[float]:
+    """Round numbers that cover [low, high], ascending: at least two. ``whole``: none with a fraction, as epochs are."""
     if not high > low:
         low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
     rough = (high - low) / num
     unit = 10.0 ** math.floor(math.log10(rough))
-    step = next(unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+    enough = (unit * factor for factor in (1, 2, 2.5, 5, 10) if unit * factor >= rough * 0.999)
+    step = next((each for each in enough if not whole or each % 1 == 0), 1.0)
     first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
     return [i * step for i in range(first, last + 1)]
 
@@ -67,7 +68,7 @@ def curves(x: Sequence[float], series: Series, *, mark: float | None = None, fro
         y = at(first, tick)[1]
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')  # fmt: skip
-    for tick in sorted({round(t) for t in ticks(first, last) if first <= t <= last} | {first}):
+    for tick in sorted({t for t in ticks(first, last, whole=True) if first <= t <= last} | {first}):
         parts.append(f'<text x="{at(tick, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
     if mark is not None and first <= mark <= last:
         spot = at(mark, low)[0]

@@ -10,6 +10,7 @@ from typing import Any
 import ray
 import ray.train.torch
 from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.train.v2._internal import constants
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
@@ -18,6 +19,8 @@ from raypar.train import pulse
 from raypar.train.controller import Controller
 from raypar.train.elastic import Elastic
 from raypar.train.failure import Policy, diagnosis, start_attempts
+
+CLUSTER = "RAY_API_SERVER_ADDRESS"  # what Ray's state API asks first
 
 
 class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is untyped here
@@ -54,11 +57,16 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         arguments["failure_policy"] = Policy(self.run_config.failure_config, self.run_id, self.placement_timeout_s, attempts)
         if self.scaling_config.elasticity_enabled:
             arguments["scaling_policy"] = Elastic(self.scaling_config, self.world_sizes, self.run_id, self.placement_timeout_s)
+        # Train's cleaner of placement groups asks for the cluster's state, and without an address it searches this machine: where
+        # another Ray runs, or has left its address behind, it dies with a traceback on the screen (Ray 2.60.0).
+        os.environ[CLUSTER] = ray.get_runtime_context().gcs_address
+        constants.ENV_VARS_TO_PROPAGATE.add(CLUSTER)
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT) if is_main else None
         try:
             return _run_controller(self, arguments) if _started_here() else super()._initialize_and_run_controller(**arguments)
         finally:
+            os.environ.pop(CLUSTER, None)
             if is_main:
                 signal.signal(signal.SIGINT, before)
             pulse.clear(self.run_id, "beat:")

@@ -102,7 +102,7 @@ def _tiles(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str
     rates = sorted(float(line["images_per_s"]) for line in history)
     shown = {
         "mAP 50-95, best": _score(best.get("map50_95")), "mAP 50, then": _score(best.get("map50")), "best epoch": str(best["epoch"]),
-        "epochs": str(len(history)), "images/s, median": charts.number(round(rates[len(rates) // 2], 1)), "in training": _clock(seconds),
+        "epochs": str(len(history)), "images/s, median": charts.number(round(rates[len(rates) // 2], 1)), "in training": _short(seconds),
         "workers": str(last["world_size"]), "images seen": f"{last['images_seen']:,}",
     }  # fmt: skip
     if "map50_95" not in best and "top1" in best:
@@ -129,7 +129,8 @@ def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> st
     plots.append(("Images per second", of(**{"images/s": "images_per_s"}), True))
     groups = of(**{name.removeprefix("lr/"): name for name in names if name.startswith("lr/")})
     different = {values: label for label, values in ((label, tuple(v)) for label, v in groups.items())}  # equal ones are one curve
-    plots.append(("Learning rate", {label: list(values) for values, label in different.items()}, True))
+    rates = {label if len(different) > 1 else "all parameters": list(values) for values, label in different.items()}
+    plots.append(("Learning rate", rates, True))
     if len({line["world_size"] for line in history}) > 1:
         plots.append(("Workers", of(workers="world_size"), True))
     cards = (
@@ -180,7 +181,7 @@ def _events(events: Sequence[Mapping[str, Any]]) -> str:
     if not events:
         return ""
     rows = "".join(
-        f'<tr><td style="white-space:nowrap">{_time(float(event["time"]))}</td><td class="wide">{html.escape(str(event["what"]))}</td></tr>'
+        f'<tr><td style="white-space:nowrap;width:1%">{_time(float(event["time"]))}</td><td class="wide">{html.escape(str(event["what"]))}</td></tr>'
         for event in events
     )
     return f'<div class="card scroll"><table>{rows}</table></div>'
@@ -216,6 +217,11 @@ def _clock(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s" if minutes else f"{seconds:.1f} s"
+
+
+def _short(seconds: float) -> str:
+    """For a tile, which has room for few characters."""
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
 
 
 def _time(seconds: float) -> str:

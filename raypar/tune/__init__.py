@@ -30,7 +30,7 @@ QUIET_TUNE = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 METRICS = {"detect": ("",), "obb": ("",), "segment": ("", "mask_"), "pose": ("", "pose_")}  # what the names of a task's metrics begin with
-OPTUNA = "tune.search=optuna: Optuna is not installed: pip install 'raypar[tune]' (or pip install optuna), or write tune.search=random"
+OPTUNA = "tune.search=optuna: Optuna is not installed: pip install optuna, or write tune.search=random"
 
 
 def check(config: RunConfig) -> str:
@@ -110,7 +110,7 @@ def _search(config: RunConfig, records: list[dict[str, Any]]) -> None:
     num_concurrent = section.max_concurrent or room(config)
     has_optuna = _has_optuna(config)
     if section.search == "auto" and not has_optuna:
-        print("tune: Optuna is not installed, so settings are drawn at random (pip install 'raypar[tune]')", flush=True)
+        print("tune: Optuna is not installed, so settings are drawn at random (pip install optuna)", flush=True)
     print(f"tune: {section.num_trials} trials of {epochs} epochs, {num_concurrent} at a time, by {'optuna' if has_optuna else 'random'}"
           + (f"; asha may stop one after {section.grace_epochs} epochs" if section.scheduler == "asha" else ""), flush=True)  # fmt: skip
     due = section.num_trials - sum(map(study.is_over, records))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import shutil
 import socket
 import threading
 import time
@@ -38,26 +36,6 @@ document.getElementById("drop").dispatchEvent(new DragEvent("drop", {dataTransfe
 """
 PASTE = DROP.replace('new DragEvent("drop", {dataTransfer', 'new ClipboardEvent("paste", {clipboardData')
 PIXEL = "return [...document.getElementById('canvas').getContext('2d').getImageData(arguments[0], arguments[1], 1, 1).data]"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Chrome]:
-    paths = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
-    if None in paths:
-        if os.environ.get("CI"):
-            pytest.fail("the page's test needs Chromium and chromedriver: apt-get install chromium chromium-driver")
-        pytest.skip("needs Chromium and chromedriver: apt-get install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = str(paths[0])
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,760"):
-        options.add_argument(argument)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options=options, service=Service(str(paths[1])))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture(scope="module")

@@ -72,6 +72,16 @@ def test_verbs_are_the_configs() -> None:
     assert set(config.VERBS) < set(config.RunConfig.model_fields), "each has its section"
 
 
+@pytest.mark.parametrize(("arguments", "said"), [
+    (["trian", "run.yaml"], "there is no 'trian'; did you mean 'train'?"), (["train"], "required: RUN_FILE\n"),
+    (["train", "run.yaml", "--batch", "8"], "settings are written without dashes, as train.batch=32"),
+])  # fmt: skip
+def test_usage_errors_say_what_was_meant(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert said in capsys.readouterr().err
+
+
 def test_python_m_raypar() -> None:
     done = subprocess.run([sys.executable, "-m", "raypar", "--version"], capture_output=True, text=True, cwd=REPOSITORY, check=True)
     assert done.stdout.startswith("raypar 0.")

@@ -51,6 +51,13 @@ def test_run_file_page_has_every_setting() -> None:
             assert f"`{name}.{setting}" in text
 
 
+def test_run_file_page_has_each_setting_once() -> None:
+    rows = re.findall(
+        r"^\| `(\w+(?:\.\w+)*)` \|", (REPOSITORY / "docs/run_file.md").read_text().split("## Under `train.yolo`")[0], re.MULTILINE
+    )
+    assert len(rows) == len(set(rows)) > 80
+
+
 def test_readme_shows_every_verb() -> None:
     shown = {words[0] for words in commands((REPOSITORY / "README.md").read_text()) if words}
     assert set(VERBS) <= shown

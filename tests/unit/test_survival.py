@@ -3,26 +3,29 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import ray.exceptions
 import ray.train
+import ray.train.torch
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from ray.train.v2._internal import constants
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 
 from raypar.config import RunConfig
 from raypar.dataset.batch import Batch
 from raypar.dataset.manifest import Manifest, Split
 from raypar.storage import Folder, OutOfDiskError, patiently
-from raypar.train import checkpoint, failure, memory, pulse
-from raypar.train import saver as saver_module
+from raypar.train import checkpoint, failure, launch, memory, pulse
 from raypar.train import saver as saver_module
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.elastic import largest
@@ -52,6 +55,17 @@ def make_batch(step: int, rank: int = 0, images: int = BATCH) -> dict[str, torch
         "bboxes": torch.from_numpy(rng.uniform(0.2, 0.5, (images, 4))).float(),
         "batch_idx": torch.arange(images).float(),
     }
+
+
+def test_trains_cleaner_is_told_which_cluster_it_is_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    told: dict[str, str] = {}
+    monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
+    monkeypatch.setattr(ray.train.torch.TorchTrainer, "_initialize_and_run_controller", lambda self, **_: told.update(constants.get_env_vars_to_propagate()))  # fmt: skip
+    trainer = launch.Trainer(run_id="x", world_sizes=[1], placement_timeout_s=1.0, train_loop_per_worker=print)
+    monkeypatch.setattr(launch.pulse, "clear", lambda *_: None)
+    trainer._initialize_and_run_controller()
+    assert told["RAY_API_SERVER_ADDRESS"] == "10.0.0.1:6379"
+    assert "RAY_API_SERVER_ADDRESS" not in os.environ, "not for a Ray that comes later"
 
 
 def test_a_state_is_whole_with_gradients_that_wait(tmp_path: Path) -> None:

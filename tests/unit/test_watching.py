@@ -19,7 +19,7 @@ from raypar.progress import Progress
 from raypar.storage import Folder
 from raypar.train import charts, failure, pulse, report, worker
 from raypar.train.loggers import Aside, Loggers, TensorBoard, values
-from raypar.train.watch import COUNTERS, GAUGES, PREFIX, Bar, Figures, Watch
+from raypar.train.watch import COUNTERS, GAUGES, PREFIX, TAGS, Bar, Figures, Watch
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -306,6 +306,12 @@ def test_ticks_are_round_and_cover(low: float, high: float) -> None:
     assert found[-1] >= high
 
 
+def test_ticks_of_epochs_have_no_fractions() -> None:
+    assert charts.ticks(1, 10, whole=True) == [0, 5, 10]
+    assert charts.ticks(1, 2, whole=True) == [1, 2]
+    assert charts.ticks(1, 40, whole=True) == [0, 10, 20, 30, 40]
+
+
 def a_figures(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> tuple[Figures, dict[str, float]]:
     """Figures whose metrics are written to a dict."""
     import ray.util.metrics
@@ -352,13 +358,29 @@ def test_figures_say_what_the_pulse_knows(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_dashboard_asks_for_what_is_exported() -> None:
     board = json.loads((REPOSITORY / "docs/grafana.json").read_text())
+    worker = (REPOSITORY / "raypar/train/worker.py").read_text()
     expressions = [target["expr"] for panel in board["panels"] for target in panel.get("targets", ())]
     asked = {name for expression in expressions for name in re.findall(r"\bray_raypar_\w+", expression)}
     exported = {f"ray_{PREFIX}{name}" for name in GAUGES} | {f"ray_{PREFIX}{name}_total" for name in COUNTERS}
     assert asked == exported, "each figure is shown, and no other is asked for"
+    variables = [v["definition"] for v in board["templating"]["list"] if "definition" in v]
+    assert {v["query"]["query"] for v in board["templating"]["list"] if "definition" in v} == set(variables)
+    for name, label in (re.fullmatch(r"label_values\((\w+), (\w+)\)", variable).groups() for variable in variables):  # type: ignore[union-attr]
+        assert name in exported
+        assert label in TAGS
     for expression in expressions:
+        labels = {"run", "rank", "stage"} if "stage_seconds" in expression else set(TAGS)
+        named = {label for group in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in group.split(", ")}
+        matched = dict(re.findall(r'(\w+)=~?"([^"]*)"', expression))
+        assert named | set(matched) <= labels, expression
+        if "stage" in matched:
+            assert f'pulse.stage = "{matched["stage"]}' in worker, "a stage that workers are in"
         assert expression.count("(") == expression.count(")"), expression
         assert 'run=~"$run"' in expression, expression
+    for panel in board["panels"]:
+        shown = {label for target in panel["targets"] for label in re.findall(r"{{(\w+)}}", target["legendFormat"])}
+        for target in panel["targets"]:
+            assert shown <= set(re.search(r"by \(([^)]*)\)", target["expr"])[1].split(", ")), panel["title"]  # type: ignore[index]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])
 
 
