@@ -18,7 +18,6 @@ import ray.train
 import ray.train.torch
 import ray.train.v2._internal.execution.context
 import torch
-import torch.distributed as dist
 import ultralytics.utils
 from torch import Tensor
 from ultralytics.nn.tasks import load_checkpoint
@@ -32,7 +31,7 @@ from raypar.precision import pick_precision
 from raypar.prefetch import sent
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import budget, checkpoint, failure, memory, pictures, say
+from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -164,7 +163,7 @@ class Worker:
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
             if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
-                assert_synchronised(self.loop.lender.model, self.rank)
+                parallel.assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
             self.asked |= self.agreement.step(self._wishes(parts))
             if "nan" in self.asked:
@@ -342,20 +341,6 @@ class Worker:
     def _read_broken(self) -> list[dict[str, Any]]:
         broken: list[dict[str, Any]] = self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []
         return broken
-
-
-def assert_synchronised(model: torch.nn.Module, rank: int) -> None:
-    """Compares all ranks' weights bit for bit: a model that DDP does not wrap trains apart without any error.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)  # of the bit patterns, so order of summation is irrelevant
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    if any(int(other) != int(mine) for other in every):
-        raise RuntimeError(f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised")
 
 
 def _staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
