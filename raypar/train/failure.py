@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import errno
 import json
+import re
 import time
 from typing import Any
 
@@ -60,6 +61,8 @@ class UnplaceableError(RuntimeError):
     """There is no place for the workers."""
 
 
+LESS_MEMORY = ("fewer images a worker (train.batch, or more nodes), fewer workers a node (train.cpus_per_worker), train.cache=none and a "
+               "smaller train.yolo.imgsz take less")  # fmt: skip
 TOLD = (OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError)
 
 
@@ -70,6 +73,8 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfDiskError(f"{life}: {text}")
+    if isinstance(error, ray.exceptions.OutOfMemoryError):  # of a data task, tried again by Ray as often as is allowed
+        return RankError(f"{life}: a task that reads data was killed: {memory_of_node(error)}")
     if is_out_of_memory(error):
         return OutOfMemoryError(f"{life}: {text}")
     if any(word in text.lower() for word in ("timed out", "timeout", "wait time")):
@@ -179,6 +184,10 @@ def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]
         if isinstance(inner, OSError) and inner.errno not in (errno.ENOSPC, errno.EDQUOT):
             return "failure", f"the controller: {_first_line(inner)}"
         return "final", _first_line(inner)
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return "final", f"the run's controller was killed: {memory_of_node(error)}"
+    if isinstance(error, ray.exceptions.RayActorError):
+        return "final", f"the run's controller is lost: {_death(error)}"
     if type(error).__name__ == "PreemptionError":
         return "preemption", _first_line(error)
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
@@ -199,20 +208,31 @@ def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[
     if isinstance(failure, (*MISTAKES, OutOfMemoryError, OutOfDiskError)):
         return "final", f"worker {rank}: {_first_line(failure)}"
     who = f"worker {rank}" + (f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else "")
+    held = f"it held {beat.memory_gb:.1f} GB" if beat else ""
     if isinstance(dead, ray.exceptions.OutOfMemoryError):
-        return "lost", (f"{who} was killed: its node ran out of memory"
-                        + (f" (this process held {beat.memory_gb:.1f} GB)" if beat else "")
-                        + "; fewer images a worker (train.batch, or more nodes) or a smaller train.yolo.imgsz take less")  # fmt: skip
+        return "lost", f"{who} was killed: {memory_of_node(dead, held)}"
     if isinstance(dead, ray.exceptions.RayActorError):
         if dead.preempted:
             return "preemption", f"{who} went with its node, which was taken away"
-        reason = (
-            "its node died"
-            if "node" in str(dead).lower() and "died" in str(dead).lower() and "worker" not in str(dead).lower()
-            else "its process died"
-        )
-        return "lost", f"{who} is lost: {reason}"
+        return "lost", f"{who} is lost: {_death(dead, held)}"
     return "cut off" if isinstance(failure, CutOffError) else "failure", _first_line(failure)
+
+
+def memory_of_node(error: Exception, held: str = "") -> str:
+    """That Ray's memory monitor killed a process, with its node's figures out of the error's text (Ray 2.60.0), and what takes less."""
+    used = re.search(r"was ([\d.]+ ?GB) used / ([\d.]+ ?GB) limit", str(error))
+    figures = ", ".join(filter(None, [f"{used[1]} of {used[2]} were used" if used else "", held]))
+    return f"its node ran out of memory{f' ({figures})' if figures else ''}: {LESS_MEMORY}"
+
+
+def _death(error: ray.exceptions.RayActorError, held: str = "") -> str:
+    """What Ray says of a process' end, in short."""
+    text = str(error)
+    if "node has died" in text:
+        return "its node died"
+    silent = "OOM killer" in text  # Ray guesses so of every process that ends without a word
+    hint = " without a word, as when its host runs out of memory (dmesg says so)" if silent else ""
+    return f"its process died{hint}{f'; {held}' if silent and held else ''}"
 
 
 def missing(timeout_s: float, cause: str) -> str:

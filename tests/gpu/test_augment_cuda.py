@@ -11,11 +11,12 @@ import pytest
 import torch
 
 from raypar.augment import fused
+from raypar.augment import ring as ring_module
 from raypar.augment.cpu import Renderer
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.gpu import GpuRenderer
 from raypar.augment.pack import Table, pack
-from raypar.augment.ring import Ring, decode_batch
+from raypar.augment.ring import Ring, decode_batch, has_nvjpeg
 from raypar.images import decode, encode_jpeg, encode_png
 from raypar.prefetch import prefetched
 
@@ -104,3 +105,30 @@ def test_batches_made_on_a_side_stream_are_whole_when_they_are_used() -> None:
         busy = busy @ busy / 2048  # the model: the batch waits in the stream, and its memory must not be given away
         found.append(batch.float().sum())
     assert torch.equal(torch.stack(found), torch.stack(expected))
+
+
+def test_without_nvjpeg_the_same_images_come_from_the_host(monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded = [encode_jpeg(picture(np.random.default_rng(i), 64, 80)) for i in range(3)]
+    on_device, _ = decode_batch(encoded, [(64, 80)] * 3, SIZE, "cuda")
+    assert [image.is_cuda for image in on_device] == [has_nvjpeg(torch.device("cuda"))] * 3
+    monkeypatch.setattr(ring_module, "has_nvjpeg", lambda device: False)
+    on_host, grey = decode_batch(encoded, [(64, 80)] * 3, SIZE, "cuda")
+    assert not grey
+    rings = [Ring(3, SIZE, "cuda") for _ in range(2)]
+    for ring, images in zip(rings, (on_device, on_host), strict=True):
+        ring.put(range(3), images)
+    first, second = (ring.pixels[:, :64, :80, :3].int() for ring in rings)
+    assert (first - second).abs().float().mean() <= 2
+
+
+def test_where_triton_cannot_compile_the_torch_program_renders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("Failed to find C compiler")
+
+    table, ring, expected = prepared(RECIPES["upright"], 0)
+    renderer = GpuRenderer(RECIPES["upright"], "cuda")
+    assert renderer.is_fused == fused.IS_HERE
+    monkeypatch.setattr(fused, "render", fail)
+    got = renderer.render(table, ring).cpu().numpy()
+    assert differences(got, expected).max() <= 2
+    assert capsys.readouterr().out.count("C compiler") == int(fused.IS_HERE)

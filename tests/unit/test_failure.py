@@ -1,0 +1,86 @@
+"""How processes died, from Ray's own errors: what is said of it, in one line, and what is done."""
+
+from __future__ import annotations
+
+import pytest
+import ray.exceptions
+import ray.train
+from ray.core.generated.common_pb2 import ActorDiedErrorContext
+from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
+
+from raypar.train import failure, launch, pulse
+
+# What Ray 2.60.0 says, shortened in the middle, where its memory monitor or a SIGKILL ended an actor
+MONITOR = (
+    "1 worker(s) were killed due to the node running low on memory. Memory on the node (IP: 10.0.0.2, ID: 8317af77) was 22.36GB used / "
+    "23.54GB limit (0.95)\nOOM kill reason: Memory usage 24012667200B exceeded threshold of 24012667190B (95.0% of 25276502016B limit)\n"
+    "Object store memory usage: [- objects spillable: 0\n]\nRay killed 1 worker(s) based on the killing policy\nRefer to the documentation"
+)
+SILENT = (
+    "The actor is dead because its worker process has died. Worker exit type: SYSTEM_ERROR Worker exit detail: Worker unexpectedly exits with a "
+    "connection error code 2. End of file. Some common causes include: (1) the process was killed by the OOM killer due to high memory usage, "
+    "(2) ray stop --force was called, or (3) the worker crashed unexpectedly due to SIGSEGV or another unexpected error."
+)
+NODE = "The actor died because its node has died. Node Id: 8317af77\n\tthe actor's node was terminated unexpectedly: health check failed"
+BEAT = pulse.Beat(1, 2, "b (10.0.0.2)", 77, "step 3 of epoch 2", 1.0, 120, 9, 7.25)
+LIFE = "rank 0 on a (10.0.0.1) in stage 'wait for data', after 12 images"  # as a pulse says of its worker
+ADVICE = ("train.batch", "train.cpus_per_worker", "train.cache=none", "train.yolo.imgsz")
+
+
+def dead(text: str) -> ray.exceptions.ActorDiedError:
+    """As Ray builds it for whoever calls the actor."""
+    return ray.exceptions.ActorDiedError(
+        ActorDiedErrorContext(class_name="RayTrainWorker", actor_id=b"a" * 16, pid=77, node_ip_address="10.0.0.2", error_message=text)
+    )
+
+
+def of_worker(error: Exception) -> Exception:
+    """As Ray Train's controller passes it on."""
+    failures = {0: failure.CutOffError("rank 0: connection closed by peer"), 1: WorkerHealthCheckFailedError("x", failure=error)}
+    return ray.train.WorkerGroupError("x", failures)
+
+
+def test_a_worker_that_the_memory_monitor_kills_is_told_with_what_takes_less() -> None:
+    kind, cause = failure.diagnosis(of_worker(ray.exceptions.OutOfMemoryError(MONITOR)), {1: BEAT})
+    assert kind == "failure"
+    assert cause.startswith(
+        "worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, was killed: its node ran out of memory "
+        "(22.36GB of 23.54GB were used, it held 7.2 GB): "
+    )
+    assert all(setting in cause for setting in ADVICE)
+    assert "\n" not in cause
+    without = failure.diagnosis(of_worker(ray.exceptions.OutOfMemoryError("killed")), {})[1]
+    assert "worker 1 was killed: its node ran out of memory: fewer images" in without
+
+
+def test_a_data_task_that_the_memory_monitor_kills_is_no_step_that_does_not_fit() -> None:
+    error = failure.explained(ray.exceptions.OutOfMemoryError(MONITOR), LIFE)  # type: ignore[arg-type]
+    assert type(error) is failure.RankError
+    assert "a task that reads data was killed: its node ran out of memory (22.36GB of 23.54GB were used): " in str(error)
+    assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {}) == ("failure", str(error))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (SILENT, "is lost: its process died without a word, as when its host runs out of memory (dmesg says so); it held 7.2 GB"),
+        (NODE, "is lost: its node died"),
+        ("The actor is dead because it was killed by `ray.kill`.", "is lost: its process died"),
+    ],
+)
+def test_how_a_worker_died(text: str, said: str) -> None:
+    kind, cause = failure.diagnosis(of_worker(dead(text)), {1: BEAT})
+    assert (kind, cause) == ("failure", f"worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, {said}")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (ray.exceptions.OutOfMemoryError(MONITOR), "the run's controller was killed: its node ran out of memory (22.36GB of 23.54GB were used)"),
+        (dead(NODE), "the run's controller is lost: its node died"),
+    ],
+)
+def test_a_lost_controller_is_the_end_of_this_start(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+    monkeypatch.setattr(pulse, "read", lambda run_id, name: None)
+    monkeypatch.setattr(pulse, "clear", lambda run_id, name="": None)
+    assert launch.cause("id", error).startswith(said)
