@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import io
 import math
+import os
 import tempfile
 from copy import copy, deepcopy
 from datetime import UTC, datetime
@@ -30,6 +31,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest
+from raypar.storage import Folder
 
 # Settings of Ultralytics that this version cannot honour: better refused than ignored.
 NOT_YET = {
@@ -225,3 +227,11 @@ def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, met
         buffer,
     )  # fmt: skip
     return buffer.getvalue()
+
+
+def staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
+    """Weights that the driver put into storage come to this node; a yaml's content is used as it is."""
+    if isinstance(model, dict):
+        return model
+    local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
+    return str(out.download(model, local))

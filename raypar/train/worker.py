@@ -37,7 +37,7 @@ from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
 from raypar.train.prime import settle_buckets
 from raypar.train.pulse import Pulse
-from raypar.train.recipe import Lender, settings, weights_file
+from raypar.train.recipe import Lender, settings, staged, weights_file
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
@@ -78,10 +78,10 @@ class Worker:
         state = self._find_state()
         self.stream = iter(()) if self.is_finished else self._stream(self.spec)  # first: its processes start while the model is built
 
-        lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
+        lender = Lender(train["yolo"], model=staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=self.device)  # fmt: skip
         if config["init_from"]:
-            lender.model.load(load_checkpoint(_staged(config["init_from"], self.out))[0], verbose=False)
+            lender.model.load(load_checkpoint(staged(config["init_from"], self.out))[0], verbose=False)
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
         lender.args.epochs = self.args.epochs
@@ -341,11 +341,3 @@ class Worker:
     def _read_broken(self) -> list[dict[str, Any]]:
         broken: list[dict[str, Any]] = self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []
         return broken
-
-
-def _staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
-    """Weights that the driver put into storage come to this node; a yaml's content is used as it is."""
-    if isinstance(model, dict):
-        return model
-    local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
-    return str(out.download(model, local))

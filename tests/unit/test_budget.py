@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -72,6 +73,7 @@ def test_closing_mosaic_begins_a_new_stream_at_the_cursor(monkeypatch: pytest.Mo
     monkeypatch.setattr(worker, "to_tensors", lambda batch: {"of": batch})
     one: Any = object.__new__(worker.Worker)
     one.spec, one.cursor, one.rank, one.train = Spec(ENDLESS), 0, 0, {"augment": "cpu"}
+    one.device = torch.device("cpu")
     one.stream = one._stream(one.spec)
     seen = []
     for batch, tensors in one._batches():

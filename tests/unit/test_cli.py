@@ -31,7 +31,7 @@ def verb(monkeypatch: pytest.MonkeyPatch) -> types.SimpleNamespace:
     module.run = lambda c: module.calls.append("run")
     monkeypatch.setitem(sys.modules, "raypar.prepare", module)
     fake_cluster = types.SimpleNamespace(
-        connect=lambda: module.calls.append("connect"), num_gpus=lambda: 0.0, needs=lambda verb, config, gpus: (1.0, 0.0),
+        connect=lambda **_: module.calls.append("connect"), num_gpus=lambda: 0.0, needs=lambda verb, config, gpus: (1.0, 0.0),
         require=lambda cpus, gpus: module.calls.append("require"), task_cause=lambda error: error,
         check_without_starting=lambda verb, config: "enough",
     )  # fmt: skip
@@ -158,7 +158,7 @@ def test_user_errors_out_of_ray_tasks(
     def fail(config: object) -> None:
         raise RuntimeError("the stream failed") from wrapped
 
-    monkeypatch.setattr(cluster, "connect", lambda: None)
+    monkeypatch.setattr(cluster, "connect", lambda **_: None)
     monkeypatch.setattr(cluster, "num_gpus", lambda: 0.0)
     monkeypatch.setattr(cluster, "require", lambda cpus, gpus: None)
     verb.run = fail

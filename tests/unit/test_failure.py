@@ -76,7 +76,10 @@ def test_how_a_worker_died(text: str, said: str) -> None:
 @pytest.mark.parametrize(
     ("error", "said"),
     [
-        (ray.exceptions.OutOfMemoryError(MONITOR), "the run's controller was killed: its node ran out of memory (22.36GB of 23.54GB were used)"),
+        (
+            ray.exceptions.OutOfMemoryError(MONITOR),
+            "the run's controller was killed: its node ran out of memory (22.36GB of 23.54GB were used)",
+        ),
         (dead(NODE), "the run's controller is lost: its node died"),
     ],
 )

@@ -203,7 +203,8 @@ def labels_from_xyxy(rows: list[tuple[float, ...]], num_classes: int, image_hw: 
 def boxes_around(polygons: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Upright boxes around polygons (P, 2), as ``ultralytics.utils.ops.segments2boxes``: float64 (N, 4), centre and size."""
     low, high = (np.array([f(polygon, axis=0) for polygon in polygons]).reshape(-1, 2) for f in (np.min, np.max))
-    return np.concatenate([(low + high) / 2, high - low], axis=1)
+    with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is for check_table to refuse
+        return np.concatenate([(low + high) / 2, high - low], axis=1)
 
 
 def as_corners(polygon: NDArray[np.float64], image_hw: tuple[int, int]) -> NDArray[np.float64]:
