@@ -185,7 +185,7 @@ def test_other_settings_that_are_refused(checked: list[RunConfig], change: dict[
 def test_without_optuna(checked: list[RunConfig], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(raypar.tune, "find_spec", lambda name: None)
     assert raypar.tune.check(config_of()).endswith("by random")
-    with pytest.raises(ValueError, match=r"Optuna is not installed: pip install optuna"):
+    with pytest.raises(ValueError, match="Optuna is not installed: pip install optuna"):
         raypar.tune.check(config_of(search="optuna"))
 
 
