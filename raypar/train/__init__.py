@@ -111,7 +111,11 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     try:
         with Bar(trainer.run_id):
             result = trainer.fit()
-    except (ray.train.TrainingFailedError, ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError) as error:  # two are the controller's
+    except (
+        ray.train.TrainingFailedError,
+        ray.exceptions.RayActorError,
+        ray.exceptions.OutOfMemoryError,
+    ) as error:  # two are the controller's
         chronicle.happened(out, trainer.run_id)  # what the controller has told, before its words are taken away
         cause = launch.cause(trainer.run_id, error)
         chronicle.close(out, trainer.run_id, config.name, "failed", f"failed: {cause}")

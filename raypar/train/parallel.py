@@ -130,6 +130,20 @@ def synchronise_batch_norm(model: nn.Module, device: torch.device) -> None:
             module.__class__ = BatchNormOverRanks
 
 
+def assert_synchronised(model: torch.nn.Module, rank: int) -> None:
+    """Compares all ranks' weights bit for bit: a model that DDP does not wrap trains apart without any error.
+
+    Raises:
+        RuntimeError: they differ.
+    """
+    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
+    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)  # of the bit patterns, so order of summation is irrelevant
+    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, mine)
+    if any(int(other) != int(mine) for other in every):
+        raise RuntimeError(f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised")
+
+
 class _SumOverRanks(torch.autograd.Function):
     """The sum over all ranks, on every rank; so is its gradient."""
 

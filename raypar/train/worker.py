@@ -18,21 +18,20 @@ import ray.train
 import ray.train.torch
 import ray.train.v2._internal.execution.context
 import torch
-import torch.distributed as dist
 import ultralytics.utils
 from torch import Tensor
 from ultralytics.nn.tasks import load_checkpoint
 
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
-from raypar.dataset.manifest import Manifest
+from raypar.dataset.manifest import MANIFEST, Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.rendered import Rendered, rendered_batches
 from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import budget, checkpoint, failure, memory, pictures, say
+from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -62,8 +61,9 @@ class Worker:
         train = self.train
         device = ray.train.torch.get_device()
 
-        self.out, dataset = Folder(config["folder"]) / "train", Folder(config["dataset"])
-        manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
+        patience_s = train["storage_timeout_s"]
+        self.out, dataset = Folder(config["folder"], patience_s) / "train", Folder(config["dataset"], patience_s)
+        manifest = patiently(lambda: Manifest.load(dataset), f"read {dataset.shown(MANIFEST)}", patience_s)
         lender = Lender(train["yolo"], model=_staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
                         seed=config["seed"], device=device)  # fmt: skip
         if config["init_from"]:
@@ -84,7 +84,7 @@ class Worker:
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
                                         batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
         self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
-        self.saver = Saver(train["storage_timeout_s"]) if self.rank == 0 else None
+        self.saver = Saver(patience_s) if self.rank == 0 else None
         self.finite = FiniteWatch()
         self.saved_at, self.saved_cursor = time.monotonic(), -1
         self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
@@ -152,7 +152,7 @@ class Worker:
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
             if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
-                assert_synchronised(self.loop.lender.model, self.rank)
+                parallel.assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
             self.asked |= self.agreement.step(self._wishes(parts))
             if "nan" in self.asked:
@@ -189,7 +189,8 @@ class Worker:
         if self.args.single_cls:
             tensors["cls"].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
-            pictures.training_batch(self.out, replace(batch, images=tensors["img"].cpu().numpy()), self.class_names, step)
+            sheet = pictures.training_batch(replace(batch, images=tensors["img"].cpu().numpy()), self.class_names)
+            self.watch.aside.submit(f"batch_{step}.png", partial(self.out.write, f"batch_{step}.png", sheet))
         torch.manual_seed(hash((self.args.seed, step, self.rank)))  # for models that draw (dropout): a resume draws alike
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
@@ -251,8 +252,9 @@ class Worker:
         history, files = [*self.history, line], dict[str, Any]()
         if self.rank == 0:
             weights = weights_file(self.loop.ema.ema, self.args, epoch=line["epoch"] - 1, metrics={k: line[k] for k in line if "map" in k})
-            files = {f"write {name}": partial(self.out.write, name, weights) for name in ("last.pt", "best.pt")[: 1 + is_best]}
-            files["write metrics.jsonl"] = lambda: pictures.tables(self.out, history)
+            names = ("last.pt", "best.pt")[: 1 + is_best]
+            files = {f"write {self.out.shown(name)}": partial(self.out.write, name, weights) for name in names}
+            files[f"write {self.out.shown('metrics.jsonl')}"] = lambda: pictures.tables(self.out, history)
         self._save(None, is_finished=is_finished, has_gradients=has_gradients, line=line, before=files)
         self.pulse.stage = "report"
         ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)})
@@ -280,7 +282,7 @@ class Worker:
             for what, do in (before or {}).items():
                 self.saver.submit(what, do)
             state |= {"cursor": self.cursor, "history": self.history, "is_finished": is_finished, "epoch": epoch}
-            self.saver.submit(f"write {checkpoint.name_of(self.cursor)}",
+            self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip
         self.saved_at, self.saved_cursor = time.monotonic(), self.cursor
         self.asked.discard("save")
@@ -313,7 +315,11 @@ class Worker:
         self.broken.append({"epoch": epoch, "images_seen": self.cursor})
         if self.saver is not None:
             self.saver.flush()
-            patiently(lambda: self.out.write_json(NAN_RESTARTS, self.broken), f"write {NAN_RESTARTS}", self.train["storage_timeout_s"])
+            patiently(
+                lambda: self.out.write_json(NAN_RESTARTS, self.broken),
+                f"write {self.out.shown(NAN_RESTARTS)}",
+                self.train["storage_timeout_s"],
+            )
         self.agreement.any(False)
         what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
         if len(self.broken) > limit:
@@ -324,22 +330,10 @@ class Worker:
         raise failure.NotFiniteError(f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate")
 
     def _read_broken(self) -> list[dict[str, Any]]:
-        broken: list[dict[str, Any]] = self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []
-        return broken
+        def read() -> list[dict[str, Any]]:
+            return self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []  # type: ignore[no-any-return]
 
-
-def assert_synchronised(model: torch.nn.Module, rank: int) -> None:
-    """Compares all ranks' weights bit for bit: a model that DDP does not wrap trains apart without any error.
-
-    Raises:
-        RuntimeError: they differ.
-    """
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)  # of the bit patterns, so order of summation is irrelevant
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    if any(int(other) != int(mine) for other in every):
-        raise RuntimeError(f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised")
+        return patiently(read, f"read {self.out.shown(NAN_RESTARTS)}", self.out.patience_s)
 
 
 def _staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
@@ -347,4 +341,4 @@ def _staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
     if isinstance(model, dict):
         return model
     local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
-    return str(out.download(model, local))
+    return str(patiently(lambda: out.download(model, local), f"read {out.shown(model)}", out.patience_s))

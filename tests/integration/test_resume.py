@@ -101,7 +101,9 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
     resumed = int(re.findall(r"resuming after (\d+) of", first.text())[0])
     assert resumed > IMAGES
     assert resumed % IMAGES
-    assert re.search(r"worker \d on .*, in stage '.*' after \d+ images, is lost: its process died without a word.*; failure 1 of 3", first.text())
+    assert re.search(
+        r"worker \d on .*, in stage '.*' after \d+ images, is lost: its process died without a word.*; failure 1 of 3", first.text()
+    )
 
     second = Job(disturbed, tmp_path)
     try:

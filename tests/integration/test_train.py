@@ -86,8 +86,8 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
         from raypar.dataset.manifest import Manifest
         from raypar.storage import Folder
         from raypar.train.loop import Loop
+        from raypar.train.parallel import assert_synchronised
         from raypar.train.recipe import Lender
-        from raypar.train.worker import assert_synchronised
 
         rank = dist.get_rank()
         manifest = Manifest.load(Folder(config["dataset"]))

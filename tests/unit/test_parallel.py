@@ -222,7 +222,9 @@ def test_what_fsdp_cannot_do_is_refused_before_anything_starts(
     section = {"model": "yolov8n.yaml", "parallel": "fsdp", "num_workers": 2, **train}
     config = RunConfig.model_validate({"name": "x", "storage": str(tmp_path), "train": section})
     shard = Shard(path="train/00000.parquet", num_bytes=1, sha256="", row_groups=(320, 320))
-    Manifest(task="detect", class_names=("a",), splits={"train": Split(shards=(shard,), num_images=640)}, source="").save(config.dataset_folder)
+    Manifest(task="detect", class_names=("a",), splits={"train": Split(shards=(shard,), num_images=640)}, source="").save(
+        config.dataset_folder
+    )
     monkeypatch.setattr(raypar.train.verify, "check_sizes", lambda *_: None)
     with pytest.raises(ValueError, match=said) if said else nullcontext():
         raypar.train.check(config)

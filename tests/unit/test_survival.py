@@ -23,7 +23,6 @@ from raypar.dataset.manifest import Manifest, Split
 from raypar.storage import Folder, OutOfDiskError, patiently
 from raypar.train import checkpoint, failure, memory, pulse
 from raypar.train import saver as saver_module
-from raypar.train import saver as saver_module
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.elastic import largest
 from raypar.train.epoch import Epoch, summary

@@ -47,7 +47,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def error_of(source: str, format_: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
     """What the command line says; on one line, and without a traceback."""
-    (tmp_path / "run.yaml").write_text(json.dumps({"name": "x", "storage": str(tmp_path), "prepare": {"source": source, "format": format_}}))
+    (tmp_path / "run.yaml").write_text(
+        json.dumps({"name": "x", "storage": str(tmp_path), "prepare": {"source": source, "format": format_}})
+    )
     assert cli.main(["prepare", str(tmp_path / "run.yaml")]) == 2
     said = capsys.readouterr().err.strip()
     assert said.startswith("error: ")

@@ -48,7 +48,9 @@ def scan(source: str | Place, seed: int) -> Listing:
         if not names:
             raise ValueError(f"{root}: split '{split}' has no images")
         if not any(name in images for name in names):
-            raise ValueError(f"{root}: none of the {len(names)} images that ImageSets/Main names for {split} is in JPEGImages, e.g. {names[0]}")
+            raise ValueError(
+                f"{root}: none of the {len(names)} images that ImageSets/Main names for {split} is in JPEGImages, e.g. {names[0]}"
+            )
         splits[split] = [_record(root, name, images, class_names) for name in names]
     return Listing(class_names, splits, tuple(notes))
 

@@ -231,9 +231,7 @@ def _root(path: object, file: Place) -> Place:
             f"{file}: path '{path}' is neither in {file.parent}, nor in {Path.cwd()}, nor in {DATASETS_DIR}: "
             "mend it, or leave 'path' out where the images are beside the file"
         )
-    raise ValueError(
-        f"{file}: path '{path}' {wanted.absent(root)}: mend it, or leave 'path' out where the images are beside the file"
-    )
+    raise ValueError(f"{file}: path '{path}' {wanted.absent(root)}: mend it, or leave 'path' out where the images are beside the file")
 
 
 def _records(value: str | list[str], root: Place, split: str, file: Place) -> Records:
