@@ -2,12 +2,17 @@
 
     python benchmarks/resume.py exact [--source BCCD] [--imgsz 160]     # killed worker, killed job: the last bit
     python benchmarks/resume.py elastic [--epochs 12]                   # 4 workers -> 2 -> 4 within one run
+    python benchmarks/resume.py preempted [--notice 30]                 # a node of the run is drained, and gone after the notice
 
 ``exact``: fp32, 2 workers, 4 epochs. One run is left alone; of a second one a worker is killed with SIGKILL in the middle of epoch
 3; of a third one the whole job, which is then started again. Weights, EMA and optimizer state are compared bit by bit.
 
 ``elastic``: a cluster of three nodes on this machine, of which one with two of the four workers dies and comes back. Every epoch
 must show every image once; the final mAP is set against runs left alone, with two seeds.
+
+``preempted``: a cluster of three nodes on this machine. Both workers are on one of them, which Ray is told to drain as a cloud does before it
+takes a spot machine back; when the notice is over, that node is killed. The run has ``max_failures: 0`` and saves by itself only at epochs' ends.
+It is compared bit by bit with a run left alone.
 """
 
 from __future__ import annotations
@@ -30,21 +35,24 @@ import torch
 import yaml
 
 from raypar.config import RunConfig
+from raypar.storage import Folder
 from raypar.train import checkpoint
 
+PREEMPTION = 2  # ray.core.generated.autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
 QUIET = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("exact", "elastic"))
+    parser.add_argument("what", choices=("exact", "elastic", "preempted"))
     parser.add_argument("--source", help="a Pascal VOC folder; nothing: generated shapes")
     parser.add_argument("--imgsz", type=int, default=160)
     parser.add_argument("--epochs", type=int, default=12, help="of the elastic runs")
+    parser.add_argument("--notice", type=float, default=30.0, help="seconds between the drain and the node's end")
     options = parser.parse_args()
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory(prefix="raypar-resume-") as storage:
-        (exact if options.what == "exact" else elastic)(options, Path(storage))
+        {"exact": exact, "elastic": elastic, "preempted": preempted}[options.what](options, Path(storage))
 
 
 def run_file(options: argparse.Namespace, storage: Path, name: str, seed: int = 0, **train: Any) -> RunConfig:
@@ -125,24 +133,19 @@ def exact(options: argparse.Namespace, storage: Path) -> None:
             job.wait()
         resumed = [line.split("train: ", 1)[1].split(";")[0] for line in job.log.read_text().splitlines() if "resuming after" in line]
         print(
-            f"{name} killed with a checkpoint after {before} of {4 * per_epoch} images; {resumed[-1]}; {differing(alone, job)}", flush=True
+            f"{name} killed with a checkpoint after {before} of {4 * per_epoch} images; {resumed[-1]}; {differing(alone.train, job.train)}",
+            flush=True,
         )
 
 
-def differing(a: Job, b: Job) -> str:
-    """Where the final states of two runs differ."""
-    states = [checkpoint.load(_folder(job), checkpoint.names(_folder(job))[0], 1.0) for job in (a, b)]
+def differing(a: Path, b: Path) -> str:
+    """Where the final states of two runs, by their ``train`` folders, differ."""
+    states = [checkpoint.load(out, checkpoint.names(out)[0], 1.0) for out in (Folder.at(a), Folder.at(b))]
     found: list[str] = []
     count = [0]
     for part in ("model", "ema", "ema_updates", "optimizer", "gradients", "scaler", "best_fitness", "cursor"):
         _compare(states[0][part], states[1][part], part, found, count)
     return f"{count[0]} numbers of weights, EMA and optimizer: " + ("equal to the last bit" if not found else f"DIFFER in {found[:5]}")
-
-
-def _folder(job: Job) -> Any:
-    from raypar.storage import Folder
-
-    return Folder.at(job.train)
 
 
 def _compare(a: Any, b: Any, path: str, found: list[str], count: list[int]) -> None:
@@ -206,6 +209,65 @@ def elastic(options: argparse.Namespace, storage: Path) -> None:
         wrong = [line["epoch"] for line in lines if line["images_missed"] or line["images_repeated"] != -(-200 // 16) * 16 - 200]
         print(f"{name:10} workers {[x['world_size'] for x in lines]}, best mAP50 {max(x['map50'] for x in lines):.3f}, mAP50-95 "
               f"{max(x['map50_95'] for x in lines):.3f}; epochs that did not show every image exactly as planned: {wrong or 'none'}", flush=True)  # fmt: skip
+    ray.shutdown()
+    cluster.shutdown()
+
+
+def preempted(options: argparse.Namespace, storage: Path) -> None:
+    """A drained node, seen from outside: what was saved, when, where it went on, and what that cost."""
+    import ray
+    from ray.cluster_utils import Cluster
+
+    import raypar.prepare
+    import raypar.train
+    from raypar.train import pulse
+
+    cluster = Cluster(initialize_head=True, connect=True, head_node_args={"num_cpus": 1, "include_dashboard": False, "object_store_memory": 200 << 20})  # fmt: skip
+    nodes = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
+    cluster.wait_for_nodes()
+    raypar.prepare.run(run_file(options, storage, "data"))
+    train: dict[str, Any] = {"num_workers": 2, "precision": "fp32", "max_failures": 0, "yolo": {"epochs": 3, "imgsz": options.imgsz}}
+    config = run_file(options, storage, "preempted", **train)
+    out, said = storage / "preempted" / "train", dict[int, float]()
+    thread = threading.Thread(target=raypar.train.run, args=(config,), kwargs={"run_id": "preempted"})
+    thread.start()
+
+    def beat_when(holds: Callable[[pulse.Beat], bool]) -> pulse.Beat:
+        while True:
+            for beat in pulse.beats("preempted"):
+                said.setdefault(beat.cursor, time.monotonic())
+                if beat.rank == 0 and holds(beat):
+                    return beat
+            if not thread.is_alive():
+                sys.exit("the training ended before")
+            time.sleep(0.05)
+
+    before = beat_when(lambda beat: beat.cursor > 240 and beat.stage.startswith("step"))  # in the middle of epoch 2
+    drained = {node for table in ray.util.placement_group_table().values() if table["state"] == "CREATED" for node in table["bundles_to_node_id"].values()}  # fmt: skip
+    assert len(drained) == 1, "both workers are on one node"
+    began = time.monotonic()
+    ray._raylet.GcsClient(address=cluster.address).drain_node(
+        *drained, PREEMPTION, "taken back", int((time.time() + options.notice) * 1000)
+    )
+    print(f"{before.cursor} images seen; the node of both workers is drained, {options.notice:g} s are left to it", flush=True)
+    while not (saved := [c for c in checkpoint.names(Folder.at(out)) if int(c.split("_")[1]) > before.cursor - 1]):
+        time.sleep(0.05)
+    saved_s, cursor = time.monotonic() - began, int(saved[-1].split("_")[1])
+    after = beat_when(lambda beat: beat.pid != before.pid and beat.cursor > cursor)
+    back_s = time.monotonic() - began
+    last_seen = max((c for c in said if said[c] < began + saved_s), default=0)
+    print(f"{saved_s:.1f} s later a checkpoint after {cursor} images is in the storage; images redone: {max(0, last_seen - cursor)}; "
+          f"{back_s - saved_s:.1f} s after that, the first step on another node ({after.cursor} images seen)", flush=True)  # fmt: skip
+    time.sleep(max(0.0, options.notice - (time.monotonic() - began)))
+    cluster.remove_node(next(node for node in nodes if node.node_id in drained), allow_graceful=False)
+    print("the drained node is gone", flush=True)
+    thread.join()
+    for event in (json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()):
+        print(f"  events.jsonl: {event['what']}")
+    raypar.train.run(run_file(options, storage, "alone", **train))
+    lines = _lines(out / "metrics.jsonl")
+    print(f"images missed {[x['images_missed'] for x in lines]}, repeated {[x['images_repeated'] for x in lines]} (padding of the last step "
+          f"alone: {-(-200 // 16) * 16 - 200}); against a run left alone: {differing(out, storage / 'alone' / 'train')}", flush=True)  # fmt: skip
     ray.shutdown()
     cluster.shutdown()
 

@@ -1,9 +1,9 @@
 """Training on a CPU: raypar against ``yolo train``, and against its own parts.
 
-    python benchmarks/train.py [--voc ../shared/data/bccd] [--epochs 4] [--pairs 3] [--imgsz 320] [--full [--seeds 2]]
+    python benchmarks/train.py [--voc ../shared/data/bccd] [--epochs 4] [--pairs 3] [--imgsz 320] [--full [--seeds 2]] [--as-it-comes]
 
-Both sides train yolov8n from scratch on the same images, batch 16, in processes of their own, in turn. The rival at its best: Ultralytics sets
-OMP_NUM_THREADS=1 when nothing else is set, here it gets every core. Rates are of whole epochs (data, steps, validation, saving), the first one
+Both sides train yolov8n from scratch on the same images, batch 16, in processes of their own, in turn. The rival at its best: on a CPU Ultralytics
+trains with a thread less than there are cores, whatever OMP_NUM_THREADS says; here it gets every core (--as-it-comes: not). Rates are of whole epochs (data, steps, validation, saving), the first one
 left out on both sides; wall times are of the whole command, start included. The guard: --full trains 40 epochs with each seed and compares mAP.
 
 Beside it: one worker with its stream against the same loop on one cached batch; two workers with one thread against one; and two ranks that
@@ -72,10 +72,11 @@ def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Tr
     return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"])
 
 
-def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0) -> Trained:
-    """``yolo train device=cpu`` with all cores."""
+def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0, *, threads: int | None) -> Trained:
+    """``yolo train device=cpu`` with so many threads, or as many as it takes by itself."""
     folder = Path(tempfile.mkdtemp(dir=base))
-    command = [sys.executable, "-c", "from ultralytics.cfg import entrypoint; entrypoint()", "detect", "train", "model=yolov8n.yaml",
+    patch = f"import ultralytics.utils.torch_utils as u; u.NUM_THREADS = {threads}; " if threads else ""  # select_device sets it
+    command = [sys.executable, "-c", f"{patch}from ultralytics.cfg import entrypoint; entrypoint()", "detect", "train", "model=yolov8n.yaml",
                f"data={data_yaml}", f"imgsz={imgsz}", f"batch={BATCH}", f"epochs={epochs}", f"seed={seed}", "device=cpu", "plots=False",
                f"project={folder}", "name=run"]  # fmt: skip
     wall_s = _call(command, folder / "log.txt", OMP_NUM_THREADS=str(CORES))
@@ -206,18 +207,19 @@ def against_yolo(base: Path, data_yaml: Path, num_images: int, options: argparse
     """Whole trainings, in turn."""
     pairs: list[tuple[Trained, Trained]] = []
     epochs, num_pairs = (40, options.seeds) if options.full else (options.epochs, options.pairs)
+    threads = None if options.as_it_comes else CORES
     for i in range(num_pairs):
         seed = i if options.full else 0
         if i % 2:
-            rival = theirs(base, data_yaml, options.imgsz, epochs, seed)
+            rival = theirs(base, data_yaml, options.imgsz, epochs, seed, threads=threads)
             mine = ours(base, options.imgsz, epochs, seed)
         else:
             mine = ours(base, options.imgsz, epochs, seed)
-            rival = theirs(base, data_yaml, options.imgsz, epochs, seed)
+            rival = theirs(base, data_yaml, options.imgsz, epochs, seed, threads=threads)
         print(f"  {epochs} epochs, seed {seed}: raypar {mine.wall_s:.0f} s, mAP50 {mine.map50:.3f} mAP50-95 {mine.map50_95:.3f}; "
               f"yolo train {rival.wall_s:.0f} s, mAP50 {rival.map50:.3f} mAP50-95 {rival.map50_95:.3f}", flush=True)  # fmt: skip
         pairs.append((mine, rival))
-    names = ("raypar", "yolo train")
+    names = ("raypar", "yolo train" if threads else "yolo train as it comes")
     rates = [(num_images / a.epoch_s, num_images / b.epoch_s) for a, b in pairs]
     rows = [
         row("images/s of whole epochs, raypar / yolo train", rates, 2.0, names, "images/s"),
@@ -240,6 +242,7 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--full", action="store_true", help="40 epochs a training, mAP compared")
+    parser.add_argument("--as-it-comes", action="store_true", help="Ultralytics with the threads that it takes by itself")
     parser.add_argument("--seeds", type=int, default=2, help="pairs with --full, each with a seed of its own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raypar-train-") as name:

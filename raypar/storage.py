@@ -9,10 +9,11 @@ from __future__ import annotations
 import errno
 import json
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
@@ -38,9 +39,11 @@ class Folder:
 
     Attributes:
         uri: an absolute local path, or a URI with a scheme (``s3://bucket/prefix``).
+        patience_s: how long :meth:`reading` tries a store again that fails.
     """
 
     uri: str
+    patience_s: float = field(default=PATIENCE_S, compare=False)
 
     @classmethod
     def at(cls, uri: str | os.PathLike[str]) -> Folder:
@@ -50,7 +53,7 @@ class Folder:
 
     def __truediv__(self, name: str) -> Folder:
         place, options = _options(self.uri)
-        return Folder(f"{place.rstrip('/')}/{name}{options}")
+        return Folder(f"{place.rstrip('/')}/{name}{options}", self.patience_s)
 
     @classmethod
     def holding(cls, uri: str) -> tuple[Folder, str]:
@@ -59,11 +62,12 @@ class Folder:
         parent, _, name = place.rstrip("/").rpartition("/")
         return cls.at((parent if parent or not uri.startswith("/") else "/") + options), name
 
-    def __getstate__(self) -> dict[str, str]:
-        return {"uri": self.uri}  # a cached file system does not travel
+    def __getstate__(self) -> tuple[str, float]:
+        return self.uri, self.patience_s  # a cached file system does not travel
 
-    def __setstate__(self, state: dict[str, str]) -> None:
-        object.__setattr__(self, "uri", state["uri"])
+    def __setstate__(self, state: tuple[str, float]) -> None:
+        for name, value in zip(("uri", "patience_s"), state, strict=True):
+            object.__setattr__(self, name, value)
 
     @cached_property
     def _resolved(self) -> tuple[pafs.FileSystem, str]:
@@ -114,6 +118,11 @@ class Folder:
     def read_json(self, name: str) -> Any:
         return json.loads(self.read(name))
 
+    def shown(self, name: str = "") -> str:
+        """A file's whole name, for messages: without the URI's options and keys."""
+        place = re.sub(r"://[^/]*@", "://", _options(self.uri)[0], count=1)
+        return f"{place.rstrip('/')}/{name}".rstrip("/")
+
     def reading(self, name: str, do: Callable[[BinaryIO], Result]) -> Result:
         """What comes of reading a file. A remote store that fails is asked again for a while; a local file that fails is damaged."""
 
@@ -121,7 +130,7 @@ class Folder:
             with self.open(name) as file:
                 return do(file)
 
-        return read() if self.is_local else patiently(read, f"read {self.uri}/{name}")
+        return read() if self.is_local else patiently(read, f"read {self.shown(name)}", self.patience_s)
 
     def write(self, name: str, data: bytes | memoryview | str) -> None:
         """Writes a whole file; readers see the old one or the new one."""
@@ -213,6 +222,10 @@ class Folder:
         return f"{parent}/.{base}.{uuid.uuid4().hex[:8]}.part"
 
 
+class StorageError(OSError):
+    """A store went on failing for as long as is allowed."""
+
+
 class OutOfDiskError(RuntimeError):
     """There is no room left to write in."""
 
@@ -228,7 +241,8 @@ def patiently(do: Callable[[], Result], what: str, patience_s: float = PATIENCE_
 
     Raises:
         OutOfDiskError: the disk or the quota is full.
-        OSError: the last failure, when patience is at its end, or one that no repetition mends.
+        StorageError: it failed to the end of the patience.
+        OSError: a failure that no repetition mends.
     """
     failed_since: float | None = None
     pause = FIRST_PAUSE_S
@@ -242,8 +256,10 @@ def patiently(do: Callable[[], Result], what: str, patience_s: float = PATIENCE_
             now = time.monotonic()
             failed_since = now if failed_since is None else failed_since
             left = patience_s - (now - failed_since)
-            if isinstance(error, FINAL) or left <= 0 or stop():
+            if isinstance(error, FINAL):
                 raise
+            if left <= 0 or stop():
+                raise StorageError(f"cannot {what}, tried for {now - failed_since:.0f} s: {reason}") from error
             pause = min(pause, left)
             print(f"storage: cannot {what} (attempt {attempt}; given up in {left:.0f} s): {reason}; again in {pause:.1f} s", flush=True)
         time.sleep(pause)

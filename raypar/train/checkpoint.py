@@ -121,7 +121,7 @@ def names(out: Folder) -> list[str]:
 
 def load(out: Folder, name: str, patience_s: float) -> dict[str, Any]:
     """A checkpoint's content, on the CPU."""
-    content = patiently(lambda: out.read(f"{name}/{STATE}"), f"read {name}", patience_s)
+    content = patiently(lambda: out.read(f"{name}/{STATE}"), f"read {out.shown(name)}", patience_s)
     state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
     return state
 
@@ -132,7 +132,7 @@ def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
     Raises:
         ValueError: there are some and none can be read.
     """
-    found = patiently(lambda: names(out), "list the checkpoints", patience_s)
+    found = patiently(lambda: names(out), f"list the checkpoints in {out.shown()}", patience_s)
     for name in found:
         try:
             return name, load(out, name, patience_s)

@@ -15,7 +15,7 @@ import ray
 import ray.train
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 
-from raypar.storage import OutOfDiskError
+from raypar.storage import OutOfDiskError, StorageError
 from raypar.train import pulse
 
 START_ATTEMPTS = 3
@@ -63,12 +63,14 @@ class UnplaceableError(RuntimeError):
 
 LESS_MEMORY = ("fewer images a worker (train.batch, or more nodes), fewer workers a node (train.cpus_per_worker), train.cache=none and a "
                "smaller train.yolo.imgsz take less")  # fmt: skip
-TOLD = (OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError)
+TOLD = (OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError, StorageError)
 
 
 def explained(error: Exception, life: pulse.Pulse) -> Exception:
     """A worker's error as the controller and the user are told of it."""
     text = _first_line(error)
+    if (failed := _storage_error(error)) is not None:
+        return StorageError(f"{life}: {failed}; raise train.storage_timeout_s to wait longer")
     if isinstance(error, (*TOLD, RankError, *MISTAKES)):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -82,6 +84,14 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
     if any(word in text.lower() for word in ("connection closed by peer", "connection reset", "broken pipe")):
         return CutOffError(f"{life}: {text}{_who_is_silent(life)}")
     return RankError(f"{life}: {type(error).__name__}: {text}")
+
+
+def _storage_error(error: Exception) -> StorageError | None:
+    """A store's failure, of this process or, by the text of its traceback, of a task that reads data; nothing when it is something else."""
+    if type(error) is StorageError:
+        return error
+    told = re.search(r"^raypar\.storage\.StorageError: (.+)$", str(error), re.MULTILINE)
+    return StorageError(told[1]) if told else None
 
 
 def start_attempts(placement_timeout_s: float, *, is_elastic: bool) -> tuple[int, float]:
@@ -205,7 +215,7 @@ def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[
             "grow", "more workers can be had and everything is saved")  # fmt: skip
     if isinstance(failure, NotFiniteError):
         return "not finite", str(failure)
-    if isinstance(failure, (*MISTAKES, OutOfMemoryError, OutOfDiskError)):
+    if isinstance(failure, (*MISTAKES, OutOfMemoryError, OutOfDiskError, StorageError)):
         return "final", f"worker {rank}: {_first_line(failure)}"
     who = f"worker {rank}" + (f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else "")
     held = f"it held {beat.memory_gb:.1f} GB" if beat else ""

@@ -20,8 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from raypar.storage import Folder
+from raypar.storage import Folder, patiently
 
+PATIENCE_S = 60.0  # with a store or server that fails
 IDS = "loggers.json"  # which run of MLflow and of Weights & Biases this one is
 # metrics.jsonl's names, grouped as TensorBoard folds them; what has a slash keeps its name.
 GROUPS = {
@@ -37,7 +38,8 @@ Line = Mapping[str, Any]
 class Aside:
     """A thread that does things which training need not wait for, in order, each under a name.
 
-    What fails is told in one warning; from then on nothing more is done under that name.
+    A store or server that fails (``OSError``) is tried again for a while. What goes on failing is told in one warning; from then on nothing
+    more is done under that name.
     """
 
     def __init__(self) -> None:
@@ -63,7 +65,7 @@ class Aside:
             if name in self.failed:
                 continue
             try:
-                do()
+                patiently(do, f"bring {name} up to date", PATIENCE_S)
             except Exception as error:
                 self.failed.add(name)
                 reason = (str(error).strip().splitlines() or [""])[0][:300]

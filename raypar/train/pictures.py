@@ -28,12 +28,12 @@ def wants(batch: Batch, plan: Plan, mosaic_epochs: int) -> bool:
     return batch.step < min(SHEETS, plan.steps_per_epoch) and batch.epoch in {0, mosaic_epochs}
 
 
-def training_batch(out: Folder, batch: Batch, class_names: list[str], step: int) -> None:
-    """Writes ``batch_{step}.png``: up to 16 images exactly as the model gets them, labels drawn."""
+def training_batch(batch: Batch, class_names: list[str]) -> bytes:
+    """A PNG of up to 16 images exactly as the model gets them, labels drawn."""
     sheet = []
     for i in range(min(16, len(batch.images))):
         sheet.append(batch_image(batch, i, class_names, with_class=True))
-    out.write(f"batch_{step}.png", encode_png(contact_sheet(sheet)))
+    return encode_png(contact_sheet(sheet))
 
 
 def tables(out: Folder, history: list[dict[str, Any]]) -> None:

@@ -31,7 +31,7 @@ from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest
-from raypar.storage import Folder
+from raypar.storage import Folder, patiently
 
 # Settings of Ultralytics that this version cannot honour: better refused than ignored.
 NOT_YET = {
@@ -234,4 +234,4 @@ def staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
     if isinstance(model, dict):
         return model
     local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
-    return str(out.download(model, local))
+    return str(patiently(lambda: out.download(model, local), f"read {out.shown(model)}", out.patience_s))

@@ -24,7 +24,7 @@ from ultralytics.nn.tasks import load_checkpoint
 
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
-from raypar.dataset.manifest import Manifest
+from raypar.dataset.manifest import MANIFEST, Manifest
 from raypar.dataset.plan import Plan
 from raypar.dataset.stream import StreamSpec, batches, recipe_of
 from raypar.precision import pick_precision
@@ -64,8 +64,9 @@ class Worker:
         train = self.train
         self.device = ray.train.torch.get_device()
 
-        self.out, dataset = Folder(config["folder"]) / "train", Folder(config["dataset"])
-        manifest = patiently(lambda: Manifest.load(dataset), "read the manifest", train["storage_timeout_s"])
+        patience_s = train["storage_timeout_s"]
+        self.out, dataset = Folder(config["folder"], patience_s) / "train", Folder(config["dataset"], patience_s)
+        manifest = patiently(lambda: Manifest.load(dataset), f"read {dataset.shown(MANIFEST)}", patience_s)
         self.args = settings(train["yolo"], batch=train["batch"], seed=config["seed"], task=manifest.task)
         self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
         cache = CacheSpec(**config["cache"]) if config["cache"] else None
@@ -91,7 +92,7 @@ class Worker:
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
                                         batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
-        self.saver = Saver(train["storage_timeout_s"]) if self.rank == 0 else None
+        self.saver = Saver(patience_s) if self.rank == 0 else None
         self.finite = FiniteWatch()
         self.saved_at, self.saved_cursor = time.monotonic(), -1
         self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
@@ -105,12 +106,11 @@ class Worker:
     def _find_state(self) -> dict[str, Any] | None:
         """The newest checkpoint's content, which rank 0 chooses, and where the run goes on from there."""
         self.pulse.stage = "resume"
-        patience_s = self.train["storage_timeout_s"]
-        found = checkpoint.newest(self.out, patience_s) if self.rank == 0 else None
+        found = checkpoint.newest(self.out, self.out.patience_s) if self.rank == 0 else None
         state: dict[str, Any] | None = None
         name = self.agreement.from_rank_zero(found[0] if found else None)
         if name is not None:
-            state = found[1] if found else checkpoint.load(self.out, name, patience_s)
+            state = found[1] if found else checkpoint.load(self.out, name, self.out.patience_s)
         self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
         self.cursor, self.history, self.is_finished = (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
         self.pulse.cursor = self.cursor
@@ -204,7 +204,8 @@ class Worker:
             tensors["cls"].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
             shown = batch if batch.images.size else replace(batch, images=tensors["img"].cpu().numpy())
-            pictures.training_batch(self.out, shown, self.class_names, step)
+            sheet = pictures.training_batch(shown, self.class_names)
+            self.watch.aside.submit(f"batch_{step}.png", partial(self.out.write, f"batch_{step}.png", sheet))
         torch.manual_seed(hash((self.args.seed, step, self.rank)))  # for models that draw (dropout): a resume draws alike
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
@@ -266,8 +267,9 @@ class Worker:
         history, files = [*self.history, line], dict[str, Any]()
         if self.rank == 0:
             weights = weights_file(self.loop.ema.ema, self.args, epoch=line["epoch"] - 1, metrics={k: line[k] for k in line if "map" in k})
-            files = {f"write {name}": partial(self.out.write, name, weights) for name in ("last.pt", "best.pt")[: 1 + is_best]}
-            files["write metrics.jsonl"] = lambda: pictures.tables(self.out, history)
+            names = ("last.pt", "best.pt")[: 1 + is_best]
+            files = {f"write {self.out.shown(name)}": partial(self.out.write, name, weights) for name in names}
+            files[f"write {self.out.shown('metrics.jsonl')}"] = lambda: pictures.tables(self.out, history)
         self._save(None, is_finished=is_finished, has_gradients=has_gradients, line=line, before=files)
         self.pulse.stage = "report"
         ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)})
@@ -295,7 +297,7 @@ class Worker:
             for what, do in (before or {}).items():
                 self.saver.submit(what, do)
             state |= {"cursor": self.cursor, "history": self.history, "is_finished": is_finished, "epoch": epoch}
-            self.saver.submit(f"write {checkpoint.name_of(self.cursor)}",
+            self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip
         self.saved_at, self.saved_cursor = time.monotonic(), self.cursor
         self.asked.discard("save")
@@ -328,7 +330,11 @@ class Worker:
         self.broken.append({"epoch": epoch, "images_seen": self.cursor})
         if self.saver is not None:
             self.saver.flush()
-            patiently(lambda: self.out.write_json(NAN_RESTARTS, self.broken), f"write {NAN_RESTARTS}", self.train["storage_timeout_s"])
+            patiently(
+                lambda: self.out.write_json(NAN_RESTARTS, self.broken),
+                f"write {self.out.shown(NAN_RESTARTS)}",
+                self.train["storage_timeout_s"],
+            )
         self.agreement.any(False)
         what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
         if len(self.broken) > limit:
@@ -339,5 +345,5 @@ class Worker:
         raise failure.NotFiniteError(f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate")
 
     def _read_broken(self) -> list[dict[str, Any]]:
-        broken: list[dict[str, Any]] = self.out.read_json(NAN_RESTARTS) if self.out.exists(NAN_RESTARTS) else []
-        return broken
+        out, what = self.out, f"read {self.out.shown(NAN_RESTARTS)}"
+        return patiently(lambda: out.read_json(NAN_RESTARTS) if out.exists(NAN_RESTARTS) else [], what, out.patience_s)

@@ -15,6 +15,7 @@ from typing import Any
 import boto3
 import numpy as np
 import pytest
+import ray.train
 from moto.server import ThreadedMotoServer
 from PIL import Image
 
@@ -28,8 +29,11 @@ from raypar.dataset import verify
 from raypar.dataset.formats import coco, voc, yolo
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.remote import place_of
-from raypar.storage import Folder
+from raypar.storage import Folder, StorageError
+from raypar.train import checkpoint, failure
+from raypar.train.saver import Saver
 from tests.conftest import start_ray
+from tests.link import Link
 
 KEYS = {
     "AWS_ACCESS_KEY_ID": "test",
@@ -40,15 +44,16 @@ KEYS = {
 
 
 @pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    """host:port of an S3 server with an empty bucket ``runs``; the environment names it, and Ray's workers inherit that."""
+def link() -> Iterator[Link]:
+    """To an S3 server with an empty bucket ``runs``; the environment names it, and Ray's workers inherit that."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
-    host, port = server.get_host_and_port()
+    link = Link(*server.get_host_and_port())
     before = {name: os.environ.get(name) for name in (*KEYS, "AWS_ENDPOINT_URL")}
-    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://{host}:{port}")
+    os.environ.update(KEYS, AWS_ENDPOINT_URL=f"http://{link.address}")
     boto3.client("s3").create_bucket(Bucket="runs")
-    yield f"{host}:{port}"
+    yield link
+    link.close()
     server.stop()
     for name, value in before.items():
         os.environ.pop(name)
@@ -57,9 +62,13 @@ def endpoint() -> Iterator[str]:
 
 
 @pytest.fixture(scope="module")
-def ray_with_s3(endpoint: str) -> Iterator[None]:
-    import ray
+def endpoint(link: Link) -> str:
+    """host:port of the S3 server."""
+    return link.address
 
+
+@pytest.fixture(scope="module")
+def ray_with_s3(endpoint: str) -> Iterator[None]:
     start_ray()
     yield
     ray.shutdown()
@@ -76,6 +85,48 @@ def run_of(storage: str, **train: Any) -> RunConfig:
             "predict": {"use_gpu": False},
         }
     )
+
+
+class Outage(threading.Thread):
+    """Cuts the link to the store once a checkpoint is there, and mends it when a worker has said that it cannot write."""
+
+    def __init__(self, link: Link, out: Folder, capfd: pytest.CaptureFixture[str]):
+        super().__init__(daemon=True)
+        self.link, self.out, self.capfd, self.said = link, out, capfd, ""
+        self.start()
+
+    def run(self) -> None:
+        while not any(name.endswith("state.pt") for name in self.out.list(recursive=True)):
+            time.sleep(0.1)
+        self.link.cut()
+        while "storage: cannot write" not in self.said:
+            self.said += "".join(self.capfd.readouterr())
+            time.sleep(0.1)
+        self.link.mend()
+
+
+def test_a_store_that_does_not_come_back_is_named(link: Link, endpoint: str) -> None:
+    """What rank 0's saver does with it, and what is said of that; a worker's start is not needed for it."""
+    out = Folder.at(f"s3://runs/gone?endpoint_override={endpoint}&scheme=http") / "train"
+    saver = Saver(1.0)
+    link.cut()
+    try:
+        saver.submit(f"write {out.shown('checkpoint_0000000008')}", lambda: checkpoint.write(out, {"cursor": 8}, keep=2))
+        with pytest.raises(StorageError) as caught:
+            saver.flush()
+        with pytest.raises(StorageError, match="cannot list the checkpoints in s3://runs/gone/train, tried for"):
+            checkpoint.newest(out, 0.0)
+    finally:
+        link.mend()
+        saver.end()
+    error = failure.explained(caught.value, "rank 0 on a in stage 'step 1', after 8 images")  # type: ignore[arg-type]
+    kind, cause = failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {})
+    assert kind == "final"
+    assert cause.startswith(
+        "worker 0: rank 0 on a in stage 'step 1', after 8 images: cannot write s3://runs/gone/train/checkpoint_0000000008, tried"
+    )
+    assert cause.endswith("; raise train.storage_timeout_s to wait longer")
+    assert "\n" not in cause
 
 
 def test_a_folder_is_a_folder_in_a_bucket_too(endpoint: str, tmp_path: Path) -> None:
@@ -109,12 +160,16 @@ def test_a_folder_is_a_folder_in_a_bucket_too(endpoint: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("ray_with_s3")
-def test_prepare_train_evaluate_and_predict_in_a_bucket(endpoint: str, tmp_path: Path) -> None:
-    config, local = run_of("s3://runs/all"), run_of(str(tmp_path))
+def test_prepare_train_evaluate_and_predict_in_a_bucket(link: Link, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    config, local = run_of("s3://runs/all", yolo={"epochs": 3, "imgsz": 64}, storage_timeout_s=60), run_of(str(tmp_path))
     manifest = raypar.prepare.run(config)
     assert manifest == raypar.prepare.run(local)  # the same shards to the byte, by their checksums
+    outage = Outage(link, config.folder / "train", capfd)
     summary = raypar.train.run(config)
-    assert summary["num_epochs"] == 1
+    outage.join(60)
+    assert "storage: cannot write s3://runs/all/train/" in outage.said
+    assert "failure 1 of" not in outage.said + capfd.readouterr().out  # the first attempt waited it out
+    assert summary["num_epochs"] == 3
     assert (config.folder / "train").exists("best.pt")
     assert raypar.train.run(config) == summary  # complete: nothing to do
     metrics = raypar.evaluate.run(config)

@@ -8,6 +8,7 @@ import ray.train
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
 from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
+from raypar.storage import StorageError
 from raypar.train import failure, launch, pulse
 
 # What Ray 2.60.0 says, shortened in the middle, where its memory monitor or a SIGKILL ended an actor
@@ -87,3 +88,14 @@ def test_a_lost_controller_is_the_end_of_this_start(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(pulse, "read", lambda run_id, name: None)
     monkeypatch.setattr(pulse, "clear", lambda run_id, name="": None)
     assert launch.cause("id", error).startswith(said)
+
+
+def test_a_store_that_fails_a_task_is_told_as_such() -> None:
+    told = "cannot read s3://runs/x/dataset/train/00000.parquet, tried for 300 s: curlCode: 7, Couldn't connect to server"
+    trace = (
+        f"Traceback (most recent call last):\n  File 'stream.py'\nraypar.storage.StorageError: {told}\n\nThe above exception was the cause"
+    )
+    for cause in (StorageError(told), RuntimeError("wrapped once more")):
+        error = failure.explained(ray.exceptions.RayTaskError("task", trace, cause).as_instanceof_cause(), LIFE)  # type: ignore[arg-type]
+        assert str(error) == f"{LIFE}: {told}; raise train.storage_timeout_s to wait longer"
+        assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {}) == ("final", f"worker 0: {error}")

@@ -149,6 +149,23 @@ def test_what_fails_aside_is_told_once_and_stops_nothing(capsys: pytest.CaptureF
     assert capsys.readouterr().out.count("mlflow is given up, metrics.jsonl has all metrics: RuntimeError: no server\n") == 1
 
 
+def test_a_store_that_is_away_for_a_while_costs_no_logger(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("raypar.storage.FIRST_PAUSE_S", 0.0)
+    aside, left = Aside(), [2]
+
+    def write() -> None:
+        left[0] -= 1
+        if left[0] >= 0:
+            raise OSError("curlCode: 7, Couldn't connect to server")
+
+    aside.submit("tensorboard", write)
+    aside.end()
+    said = capsys.readouterr().out
+    assert said.count("storage: cannot bring tensorboard up to date (attempt") == 2
+    assert "given up, metrics.jsonl" not in said
+    assert not aside.failed
+
+
 def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
     aside, let_go = Aside(), threading.Event()
     aside.submit("mlflow", let_go.wait)
