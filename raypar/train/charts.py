@@ -56,7 +56,7 @@ def curves(x: Sequence[float], series: Series, *, mark: float | None = None, fro
     values = [float(b or 0.0) for each in points.values() for _, b in each]
     if not values:
         return '<p class="muted">no values</p>'
-    marks = ticks(min(0.0, *values) if from_zero else min(values), max(values))
+    marks = ticks(min(0.0, *values), max(values) or 1.0) if from_zero else ticks(min(values), max(values))
     low, high, first, last = marks[0], marks[-1], min(x), max(x)
 
     def at(a: float, b: float) -> tuple[float, float]:

@@ -329,6 +329,10 @@ def test_ticks_of_epochs_have_no_fractions() -> None:
     assert charts.ticks(1, 40, whole=True) == [0, 10, 20, 30, 40]
 
 
+def test_nothing_learnt_yet_is_drawn_at_the_foot() -> None:
+    assert ">-0" not in charts.curves([1, 2], {"mAP": [0.0, 0.0]}, from_zero=True), "no axis below 0"
+
+
 def a_figures(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> tuple[Figures, dict[str, float]]:
     """Figures whose metrics are written to a dict."""
     import ray.util.metrics
