@@ -243,6 +243,9 @@ def test_a_white_rectangle_fills_its_box(seed: int, recipe: Recipe) -> None:
         return
     x, y, w, h = boxes[0] * SIZE
     rows, columns = np.nonzero(rendered[..., 0] > 180)
+    if not len(rows):  # all that is seen is a corner of the box around a turned rectangle
+        assert not recipe.is_axis_aligned
+        return
     found = np.array([columns.min(), rows.min(), columns.max() + 1, rows.max() + 1])
     said = np.array([x - w / 2, y - h / 2, x + w / 2, y + h / 2])
     assert (found[:2] >= said[:2] - 1.5).all()  # never outside of its box
