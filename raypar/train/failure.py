@@ -255,8 +255,9 @@ def missing(timeout_s: float, cause: str) -> str:
 
 
 def _first_line(error: BaseException) -> str:
-    """The line of an error's text that says most: the last one of a traceback, the first one else."""
-    lines = [line.strip() for line in str(error).strip().splitlines() if line.strip()]
+    """The line of an error's text that says most: the last one of a traceback, the first one else; gloo adds a place and a joke."""
+    text = re.sub(r"\[\S+?\.(?:cc|h|cpp):\d+\] | This is typically caused by a remote worker crashing.*", "", str(error))
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
     return (lines[-1] if "Traceback" in str(error) else lines[0])[:500]

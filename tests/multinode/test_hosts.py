@@ -130,9 +130,11 @@ def test_two_hosts_train_one_dies_and_a_link_is_cut(lan: Lan, tmp_path: Path) ->
         assert sorted(first.values()) == [[0, 1], [0, 1]], first
         dying = job.host(sorted(first)[0])
         dying.kill()
-        lost = job.wait_for(rf"worker (\d) on {dying.name} \(\S+\), in stage '(.*)' after (\d+) images, is lost: .*; failure 1 of 3", 60)
+        # Ray notices the dead host first, or a rank that loses its connection to it does: both name it.
+        lost = job.wait_for(rf"(?:train: worker|no sign of life from rank) \d on {dying.name} \(\S+?\),? in stage '[^']*'.*? after (\d+) images"
+                            r".*; failure 1 of 3", 60)  # fmt: skip
         resumed = int(job.wait_for(r"resuming after (\d+) of", 90)[1])
-        assert saved <= resumed <= int(lost[3]) + 2 * STEP
+        assert saved <= resumed <= int(lost[1]) + 2 * STEP
         assert resumed % IMAGES
 
         saved = job.wait_for_middle(2)
