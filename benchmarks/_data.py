@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import cv2
@@ -18,18 +19,23 @@ QUALITY = 90
 NUM_CLASSES = 4
 
 
-def generated(folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: int = 0) -> Path:
-    """Textured images (JPEG, about 130 KB at 480 x 640) with 7 boxes on average; returns the data.yaml."""
-    rng = np.random.default_rng(seed)
+def generated(folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: int = 0, *, val: int = 0) -> Path:
+    """Textured images (JPEG, about 130 KB at 480 x 640) with 7 boxes on average; returns the data.yaml. Without a val split it names train twice."""
     height, width = hw
-    for i in range(count):
+
+    def make(i: int) -> None:
+        rng = np.random.default_rng((seed, i))
         coarse = rng.integers(0, 256, (height // 8, width // 8, 3), dtype=np.uint8)
         smooth = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC).astype(np.int16)
         image = (smooth + rng.normal(0, 5, (height, width, 1)).astype(np.int16)).clip(0, 255).astype(np.uint8)
         sides = rng.uniform(0.03, 0.4, (rng.poisson(7), 2))
         boxes = np.concatenate([rng.uniform(sides / 2, 1 - sides / 2), sides], 1)
-        _write(folder, f"{i:05d}", encode_jpeg(image, QUALITY), rng.integers(NUM_CLASSES, size=len(boxes)), boxes)
-    return _yaml(folder, [f"c{i}" for i in range(NUM_CLASSES)])
+        split = "train" if i < count else "val"
+        _write(folder, f"{i:05d}", encode_jpeg(image, QUALITY), rng.integers(NUM_CLASSES, size=len(boxes)), boxes, split)
+
+    with ThreadPoolExecutor() as pool:  # OpenCV and NumPy let others run
+        list(pool.map(make, range(count + val)))
+    return _yaml(folder, [f"c{i}" for i in range(NUM_CLASSES)], "val" if val else "train")
 
 
 def from_voc(folder: Path, source: Path) -> Path:
@@ -86,7 +92,7 @@ def _write(folder: Path, name: str, image: bytes, class_ids: np.ndarray, boxes_x
     (folder / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
 
 
-def _yaml(folder: Path, names: list[str]) -> Path:
+def _yaml(folder: Path, names: list[str], val: str = "train") -> Path:
     path = folder / "data.yaml"
-    path.write_text(f"path: {folder}\ntrain: images/train\nval: images/train\nnames: {names}\n")
+    path.write_text(f"path: {folder}\ntrain: images/train\nval: images/{val}\nnames: {names}\n")
     return path

@@ -66,19 +66,22 @@ def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Tr
     best = max(lines, key=lambda line: line.get("fitness", 0.0))
     rest = lines[1:] or lines
     steps = [line["wait_s"] + line["step_s"] for line in rest]
-    whole = [s + line["validate_s"] + line["checkpoint_s"] for s, line in zip(steps, rest, strict=True)]
+    whole = [line["images_seen"] / line["epoch"] / line["images_per_s"] + line["validate_s"] + line["checkpoint_s"] for line in rest]
     made_ahead = -(-LOOK_AHEAD_IMAGES * epochs // lines[-1]["images_seen"])  # the last epochs' images are ready long before
     busy = steps[:-made_ahead] or steps
     return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"])
 
 
-def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0, *, threads: int | None) -> Trained:
-    """``yolo train device=cpu`` with so many threads, or as many as it takes by itself."""
+def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0, *, threads: int | None = None, patch: str = "",
+           **overrides: Any) -> Trained:  # fmt: skip
+    """``yolo train device=cpu`` with so many threads, or as many as it takes by itself; ``patch`` is Python that runs before it."""
     folder = Path(tempfile.mkdtemp(dir=base))
-    patch = f"import ultralytics.utils.torch_utils as u; u.NUM_THREADS = {threads}; " if threads else ""  # select_device sets it
-    command = [sys.executable, "-c", f"{patch}from ultralytics.cfg import entrypoint; entrypoint()", "detect", "train", "model=yolov8n.yaml",
-               f"data={data_yaml}", f"imgsz={imgsz}", f"batch={BATCH}", f"epochs={epochs}", f"seed={seed}", "device=cpu", "plots=False",
-               f"project={folder}", "name=run"]  # fmt: skip
+    if threads:  # select_device sets it
+        patch += f"import ultralytics.utils.torch_utils as u; u.NUM_THREADS = {threads}\n"
+    told = {"model": "yolov8n.yaml", "data": data_yaml, "imgsz": imgsz, "batch": BATCH, "epochs": epochs, "seed": seed, "device": "cpu",
+            "plots": False, "project": folder, "name": "run", **overrides}  # fmt: skip
+    command = [sys.executable, "-c", f"{patch}from ultralytics.cfg import entrypoint\nentrypoint()", "detect", "train",
+               *(f"{key}={value}" for key, value in told.items())]  # fmt: skip
     wall_s = _call(command, folder / "log.txt", OMP_NUM_THREADS=str(CORES))
     with (folder / "run/results.csv").open() as file:
         rows = [{key.strip(): float(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -97,8 +100,9 @@ def _call(command: list[str], log: Path, **environment: str) -> float:
     return time.perf_counter() - began
 
 
-def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: int, global_batch: int = BATCH) -> float:
-    """Our loop on one batch that stays in memory: global steps a second, on any process group that is up."""
+def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: int, global_batch: int = BATCH, *,
+                model: str = "yolov8n.yaml", on: str = "cpu", yolo: dict[str, Any] | None = None) -> float:  # fmt: skip
+    """Our loop on one batch that stays on the device: global steps a second, on any process group that is up."""
     import torch
 
     from raypar.augment.geometry import Recipe
@@ -112,21 +116,26 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
 
     dataset = Folder.at(prepared) / "dataset"
     manifest = Manifest.load(dataset)
-    device = torch.device("cpu")
-    lender = Lender({"epochs": 100, "imgsz": imgsz}, model="yolov8n.yaml", manifest=manifest, batch=global_batch, seed=0, device=device)
+    device = torch.device(on)
+    settings = {"epochs": 100, "imgsz": imgsz, **(yolo or {})}
+    lender = Lender(settings, model=model, manifest=manifest, batch=global_batch, seed=0, device=device)
     torch.set_num_threads(threads)
+    wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     split = manifest.split("train")
     plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=global_batch, epochs=100)
     spec = StreamSpec.of(dataset, split, plan, Recipe.from_yolo(vars(lender.args)), mosaic_epochs=90, albumentations=None,
                          world_size=world_size)  # fmt: skip
     batch = to_tensors(next(b for b in render(spec, next(plan.items())) if b.rank == rank))
+    batch = {name: value.to(device) for name, value in batch.items()}
     loop = Loop(lender, num_images=plan.num_images, steps_per_epoch=plan.steps_per_epoch, world_size=world_size,
                 precision=pick_precision("auto", device))  # fmt: skip
     loop.start_epoch()
     for step in range(WARM_STEPS + STEPS):
         if step == WARM_STEPS:
+            wait()
             began = time.perf_counter()
         loop.step({name: value.clone() for name, value in batch.items()}, step)
+    wait()
     return STEPS / (time.perf_counter() - began)
 
 
@@ -251,13 +260,13 @@ def main() -> None:
         print(f"{num_images} images, imgsz {options.imgsz}, batch {BATCH}, {CORES} cores", flush=True)
         rows, mine = against_yolo(base, data_yaml, num_images, options)
         beside: dict[str, list[tuple[float, float]]] = {"stream": [], "workers": [], "torchrun": []}
-        shown = -(-num_images // BATCH) * BATCH  # an epoch: its last step is topped up
+        per_epoch = -(-num_images // BATCH) * BATCH  # an epoch: its last step is topped up
         for one in mine:
             if not options.full:  # a few epochs are all made ahead: the stream would cost nothing
                 one = ours(base, options.imgsz, BESIDE_EPOCHS)
-            beside["stream"].append((shown / one.step_s, alone(base, options.imgsz, CORES)))
+            beside["stream"].append((per_epoch / one.step_s, alone(base, options.imgsz, CORES)))
             two, single = (ours(base, options.imgsz, BESIDE_EPOCHS, num_workers=n, threads_per_worker=1) for n in (2, 1))
-            beside["workers"].append((shown / two.step_s, shown / single.step_s))
+            beside["workers"].append((per_epoch / two.step_s, per_epoch / single.step_s))
             beside["torchrun"].append((under_ray_train(base, options.imgsz), under_torchrun(base, options.imgsz)))
         rows.append(row("images/s, with the stream / on one cached batch", beside["stream"], 0.95, ("stream", "cached"), "images/s"))
         rows.append(row("images/s, 2 workers x 1 thread / 1 worker x 1 thread", beside["workers"], 1.8, ("two", "one"), "images/s"))

@@ -113,7 +113,7 @@ def _run(options: argparse.Namespace) -> int:
     cluster.check_without_starting(options.verb, config)
     cluster.connect(with_dashboard=options.verb == "tune")  # Ray Train asks it about trials
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
-    config.folder.write("run.yaml", runfile.dump(config) + runfile.versions())
+    config.folder.write("run.yaml", runfile.dump(config) + runfile.written_by())
     verb.run(config)
     return 0
 

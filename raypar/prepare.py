@@ -17,13 +17,11 @@ import json
 import time
 from collections import Counter
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pyarrow.compute as pc
 
-import raypar
 from raypar.config import PrepareConfig, RunConfig
 from raypar.dataset import append, remote, shards, verify
 from raypar.dataset.formats import SPLITS, Listing, coco, folders, shapes, voc, yolo
@@ -32,6 +30,7 @@ from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
 from raypar.dataset.records import Records
 from raypar.progress import Progress
 from raypar.storage import Folder
+from raypar.versions import versions
 
 REJECTED = "rejected.jsonl"
 CHECK_HOLDS_S = 60.0
@@ -161,7 +160,7 @@ def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], n
         num_rejected=num_rejected,
         num_repaired=sum(report.num_repaired for report in reports),
         seed=config.seed,
-        versions={"raypar": raypar.__version__, **{name: version(name) for name in ("ray", "pyarrow", "opencv-python", "pillow")}},
+        versions=versions("ray", "pyarrow", "opencv-python", "opencv-python-headless", "pillow"),
     )
 
 

@@ -12,16 +12,15 @@ import difflib
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from raypar import __version__
 from raypar.config import RunConfig
 from raypar.storage import Folder
+from raypar.versions import versions
 
 Location = tuple[str, ...]  # ("train", "num_workers")
 
@@ -109,10 +108,10 @@ def dump(config: RunConfig) -> str:
     return str(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
-def versions() -> str:
+def written_by() -> str:
     """A comment that says what wrote a run file."""
-    names = ("ray", "ultralytics", "torch", "albumentations", "pyarrow")
-    return f"# written by raypar {__version__}; " + ", ".join(f"{n} {version(n)}" for n in names) + f"; Python {sys.version.split()[0]}\n"
+    found = versions("ray", "ultralytics", "torch", "albumentations", "pyarrow")
+    return f"# written by {', '.join(f'{name} {number}' for name, number in found.items())}; Python {sys.version.split()[0]}\n"
 
 
 def parse_override(text: str) -> tuple[Location, Any]:

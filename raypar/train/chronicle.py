@@ -10,12 +10,11 @@ import os
 import platform
 import sys
 import time
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from raypar import __version__
 from raypar.storage import Folder
 from raypar.train import pulse, report
+from raypar.versions import versions
 
 EVENTS, ENVIRONMENT = report.EVENTS, report.ENVIRONMENT
 USED = "used.json"  # the settings as rank 0 has them
@@ -23,13 +22,8 @@ USED = "used.json"  # the settings as rank 0 has them
 
 def environment(device: str, precision: str, threads: int, hosts: list[str]) -> dict[str, Any]:
     """Where and with what a training runs, for its report."""
-    found: dict[str, Any] = {"raypar": __version__, "python": sys.version.split()[0]}
-    for name in ("ray", "torch", "ultralytics", "albumentations", "pyarrow", "numpy"):
-        try:
-            found[name] = version(name)
-        except PackageNotFoundError:
-            continue
-    return {**found, "system": f"{platform.system()} {platform.release()}", "processor": _processor(), "cores of rank 0's host": os.cpu_count(),
+    found = versions("ray", "torch", "ultralytics", "albumentations", "pyarrow", "numpy")
+    return {**found, "python": sys.version.split()[0], "system": f"{platform.system()} {platform.release()}", "processor": _processor(), "cores of rank 0's host": os.cpu_count(),
             "device": device, "precision": precision, "torch threads a worker": threads, "workers": hosts}  # fmt: skip
 
 

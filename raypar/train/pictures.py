@@ -48,12 +48,15 @@ def tables(out: Folder, history: list[dict[str, Any]]) -> None:
 
 
 def curves(out: Folder) -> None:
-    """Writes ``results.png``, Ultralytics' own plot of ``results.csv``."""
+    """Writes ``results.png``, Ultralytics' own plot of ``results.csv``; a training does not fail for want of a picture."""
     from ultralytics.utils.plotting import plot_results
 
     with tempfile.TemporaryDirectory() as folder:
         out.download("results.csv", Path(folder) / "results.csv")
-        plot_results(file=str(Path(folder) / "results.csv"))
+        try:
+            plot_results(file=str(Path(folder) / "results.csv"))
+        except Exception as error:  # of polars, matplotlib, fonts ...
+            print(f"train: results.png cannot be drawn (report.html has the curves too): {error}", flush=True)
         if (Path(folder) / "results.png").exists():
             out.upload(Path(folder) / "results.png", "results.png")
 

@@ -106,7 +106,7 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         record["scores"] = []  # it will tell all its epochs again
         self.running[trial_id] = record
         run = space.trial_run(self.run, record["trial"], record["params"])
-        patiently(lambda: run.folder.write("run.yaml", runfile.dump(run) + runfile.versions()), "write a trial's run.yaml")
+        patiently(lambda: run.folder.write("run.yaml", runfile.dump(run) + runfile.written_by()), "write a trial's run.yaml")
         self.write()
         print(f"tune: {record['trial']} of {self.run.tune.num_trials}: {shown(record['params'])}", flush=True)
         return {"run": run.model_dump(mode="json"), "epochs": self.epochs, "metric": self.run.tune.metric, "folder": self.folder,
