@@ -11,9 +11,11 @@ one left out; seconds are of the whole command. Without a GPU there is nothing t
 from __future__ import annotations
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +23,8 @@ import _data
 import _measure
 import train as benchmark
 
-ALIKE = {"yolo": {"warmup_epochs": 1, "close_mosaic": 0}}
+ALIKE = {"warmup_epochs": 1, "close_mosaic": 0}
+AS_IT_COMES, AT_ITS_BEST, CACHED = "yolo train as it comes", "yolo train at its best", "one cached batch"
 # check_amp would download weights; results.csv is read for a picture and a record in the checkpoint, by polars, which a bare machine lacks
 PATCH = """
 import importlib.util, torch, ultralytics.engine.trainer as trainer
@@ -39,7 +42,7 @@ def device_name() -> str | None:
 
 
 def prepared(base: Path, num_images: int) -> tuple[Path, int]:
-    data_yaml = _data.generated(base / "yolo", num_images, val=num_images // 8)
+    data_yaml = _data.generated(base / "yolo", num_images, val=num_images // 16)
     run = {"name": "run", "storage": str(base / "prepared"), "prepare": {"format": "yolo", "source": str(data_yaml)}}
     (base / "prepare.json").write_text(json.dumps(run))
     benchmark._call([sys.executable, "-m", "raypar", "prepare", str(base / "prepare.json")], base / "prepare.log")
@@ -47,39 +50,64 @@ def prepared(base: Path, num_images: int) -> tuple[Path, int]:
 
 
 def cached(base: Path, model: str, options: argparse.Namespace) -> float:
-    """Images a second of raypar's loop on one batch."""
-    how = {"model": model, "on": options.device, "yolo": {"compile": options.compile}, "global_batch": options.batch}
-    told = [str(base / "prepared/run"), str(options.imgsz), "1", json.dumps(how)]
-    return options.batch * benchmark._asked([sys.executable, __file__, "--cached", *told], 1)
+    """Images a second of raypar's loop on one batch, in this process."""
+    import torch
+
+    rate = benchmark.steps_per_s(
+        str(base / "prepared/run"), options.imgsz, 0, 1, benchmark.CORES, options.batch, model=model, on=options.device,
+        yolo={"compile": options.compile},
+    )  # fmt: skip
+    gc.collect()
+    torch.cuda.empty_cache()  # the others need it
+    return options.batch * rate
 
 
-def sides(base: Path, data_yaml: Path, model: str, options: argparse.Namespace) -> dict[str, Any]:
-    """What is measured of a model; each gives images a second and seconds of the whole command."""
-    num_images = options.images
+def sides(base: Path, data_yaml: Path, model: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+    """What is measured of a model: two sides of it and raypar's loop on one batch."""
 
-    def ours() -> tuple[float, float]:
+    def ours() -> benchmark.Trained:
         chosen = {
             "use_gpu": options.device == "cuda",
             "batch": options.batch,
             "model": model,
             **dict(one.split("=") for one in options.train),
         }
-        yolo = {**ALIKE["yolo"], "epochs": options.epochs, "imgsz": options.imgsz, "compile": options.compile}
-        made = benchmark.ours(base, options.imgsz, options.epochs, **chosen, yolo=yolo)
-        return num_images / made.epoch_s, made.wall_s
+        yolo = {**ALIKE, "epochs": options.epochs, "imgsz": options.imgsz, "compile": options.compile}
+        return benchmark.ours(base, options.imgsz, options.epochs, **chosen, yolo=yolo)
 
-    def theirs(patch: str, **overrides: Any) -> tuple[float, float]:
-        told = {"model": model, "device": options.device.replace("cuda", "0"), **ALIKE["yolo"], **overrides}
-        made = benchmark.theirs(base, data_yaml, options.imgsz, options.epochs, patch=PATCH + patch, **told)
-        return num_images / made.epoch_s, made.wall_s
+    def theirs(patch: str, **overrides: Any) -> benchmark.Trained:
+        told = {"model": model, "device": options.device.replace("cuda", "0"), **ALIKE, **overrides}
+        return benchmark.theirs(base, data_yaml, options.imgsz, options.epochs, patch=PATCH + patch, **told)
 
     best = {"batch": options.batch, "workers": benchmark.CORES, "cache": "ram", "compile": options.compile}
     return {
         "raypar": ours,
-        "yolo train as it comes": lambda: theirs("", batch=16),
-        "yolo train at its best": lambda: theirs(BF16, **best),
-        "cached batch": lambda: (cached(base, model, options), 0.0),
+        AS_IT_COMES: lambda: theirs("", batch=16),
+        AT_ITS_BEST: lambda: theirs(BF16, **best),
+        CACHED: lambda: cached(base, model, options),
     }
+
+
+def compared(model: str, turns: dict[str, Callable[[], Any]], num_images: int, pairs: int) -> list[dict[str, Any]]:
+    """Runs a model's sides in turn; a row for each rival."""
+    found: dict[str, list[Any]] = {side: [] for side in turns}
+    for i in range(pairs):
+        for side in list(turns)[:: -1 if i % 2 else 1]:
+            found[side].append(made := turns[side]())
+            if side == CACHED:
+                print(f"{model}, {side}: {made:.0f} images/s", flush=True)
+                continue
+            steps = f" ({made.images_per_s:.0f} without validation and saving)" if made.images_per_s else ""
+            print(f"{model}, {side}: {num_images / made.epoch_s:.0f} images/s{steps}, whole command {made.wall_s:.0f} s", flush=True)
+    ours, rows = found.get("raypar", []), []
+    for side in found if ours else ():
+        if side in (AS_IT_COMES, AT_ITS_BEST):
+            rates = [(num_images / a.epoch_s, num_images / b.epoch_s) for a, b in zip(ours, found[side], strict=True)]
+            rows.append(benchmark.row(f"{model}, images/s of whole epochs, raypar / {side}", rates, 1.0, ("raypar", side), "images/s"))
+        elif side == CACHED:
+            rates = [(a.images_per_s, b) for a, b in zip(ours, found[side], strict=True)]
+            rows.append(benchmark.row(f"{model}, images/s of data and steps, raypar / {side}", rates, 0.95, ("raypar", side), "images/s"))
+    return rows
 
 
 def main() -> None:
@@ -106,27 +134,11 @@ def main() -> None:
         data_yaml, _ = prepared(base, options.images)
         for letter in options.models:
             turns = sides(base, data_yaml, f"yolov8{letter}.yaml", options)
-            chosen = [side for side in turns if not options.sides or side.startswith(tuple(options.sides))]
-            found: dict[str, list[tuple[float, float]]] = {side: [] for side in chosen}
-            for i in range(options.pairs):
-                for side in chosen if i % 2 == 0 else chosen[::-1]:
-                    found[side].append(turns[side]())
-                    rate, wall_s = found[side][-1]
-                    print(
-                        f"YOLOv8{letter}, {side}: {rate:.0f} images/s" + (f", whole command {wall_s:.0f} s" if wall_s else ""), flush=True
-                    )
-            rates = {side: [rate for rate, _ in runs] for side, runs in found.items()}
-            for rival in [side for side in chosen if side != "raypar" and "raypar" in rates]:
-                claim = f"YOLOv8{letter}, images/s, raypar / {rival}"
-                pairs = list(zip(rates["raypar"], rates[rival], strict=True))
-                rows.append(benchmark.row(claim, pairs, 0.95 if rival == "cached batch" else 1.0, ("raypar", rival), "images/s"))
+            chosen = {side: turn for side, turn in turns.items() if not options.sides or side.startswith(tuple(options.sides))}
+            rows += compared(f"YOLOv8{letter}", chosen, options.images, options.pairs)
     _measure.finish("gpu_train", rows, device=name or "cpu: not a measurement", cores=benchmark.CORES, batch=options.batch, imgsz=options.imgsz,
                     compile=options.compile)  # fmt: skip
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["--cached"]:
-        prepared_run, imgsz, threads, how = sys.argv[2:]
-        print("rate", benchmark.steps_per_s(prepared_run, int(imgsz), 0, 1, int(threads), **json.loads(how)))
-    else:
-        main()
+    main()

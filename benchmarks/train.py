@@ -51,6 +51,7 @@ class Trained:
     step_s: float  # of epochs during which the stream still makes images
     map50: float
     map50_95: float
+    images_per_s: float = 0.0  # of data and steps of an epoch after the first; of raypar
 
 
 def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Trained:
@@ -69,7 +70,8 @@ def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Tr
     whole = [line["images_seen"] / line["epoch"] / line["images_per_s"] + line["validate_s"] + line["checkpoint_s"] for line in rest]
     made_ahead = -(-LOOK_AHEAD_IMAGES * epochs // lines[-1]["images_seen"])  # the last epochs' images are ready long before
     busy = steps[:-made_ahead] or steps
-    return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"])
+    return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"],
+                   median(line["images_per_s"] for line in rest))  # fmt: skip
 
 
 def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0, *, threads: int | None = None, patch: str = "",

@@ -121,14 +121,15 @@ class TrainConfig(Section):
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs Ray reserves for each worker; nothing: 1")
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
     batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
-    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: bf16 where the chip has it")
+    precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("auto", description="auto: fp16 on a GPU, bf16 on a CPU that has it")
     parallel: Literal["ddp", "fsdp"] = Field(
         "ddp",
         description="how workers share the model; ddp: each holds all of it; fsdp: each holds a share, for models that outgrow one device",
     )
     sync_bn: bool = Field(False, description="batch norm by the statistics of all workers' images; for few images a worker")
     augment: Literal["auto", "cpu", "gpu"] = Field(
-        "auto", description="where to augment; cpu: in Ray Data tasks; gpu: on the training workers' devices, which decode too; auto: cpu"
+        "auto",
+        description="where to augment; cpu: in Ray Data tasks; gpu: on the training workers' devices, which decode too; auto: gpu if they are GPUs and it can be had",
     )
     cache: Literal["none", "ram", "disk"] = Field("none", description="keep decoded images between epochs, once a node")
     cache_gb: float | None = Field(

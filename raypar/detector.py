@@ -96,7 +96,7 @@ class Detector:
         self.class_names, self.stride = list(class_names), stride
         self.imgsz = math.ceil(imgsz / stride) * stride
         self.device = torch.device(device)
-        self.precision = pick_precision(precision, self.device, is_inference=True)
+        self.precision = pick_precision(precision, self.device)
         self.conf, self.iou, self.max_det = conf, iou, max_det
         self.pad, self.square, self.evaluating = pad, square, pad > 0 if evaluating is None else evaluating
         self.task = "detect"

@@ -142,7 +142,7 @@ def _nvjpeg(encoded: Sequence[Any], device: torch.device) -> list[Tensor]:
     """uint8 (H, W, 3) each, through torchvision's operator."""
     from torchvision.io import ImageReadMode  # loads the operator, whose Python wrapper is deprecated and says so each time
 
-    data = [torch.from_numpy(np.frombuffer(one, np.uint8).copy()) for one in encoded]
+    data = [torch.from_numpy(np.frombuffer(one, np.uint8)) for one in encoded]  # read only, of which torch warns once
     stream = torch.cuda.current_stream(device)
     # The decoder writes on a stream of its own, which waits for nobody: not for those who still read what this memory was before.
     stream.synchronize()

@@ -38,7 +38,8 @@ from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 128 << 20, 8  # of what one rank is dealt at a time
-LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
+LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about, at the least
+WINDOWS_PER_CPU, SPARE_CPUS = 3, 2  # more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
@@ -278,7 +279,7 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
         spec: of the stream.
         execution: the items.
         task: makes an item's blocks, given a reference to ``spec``.
-        look_ahead_bytes: of blocks that may wait for the workers, about; nothing: ``LOOK_AHEAD_IMAGES``.
+        look_ahead_bytes: of blocks that may wait for the workers, about; nothing: of as many images as :func:`look_ahead_images` says.
     """
     import ray
     from ray.data import Datasource, ExecutionOptions, ExecutionResources
@@ -297,7 +298,10 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
             unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(partial(task, spec_ref, item), unknown) for item in execution]
 
-    look_ahead_bytes = look_ahead_bytes or LOOK_AHEAD_IMAGES * 3 * spec.recipe.imgsz**2
+    if look_ahead_bytes is None:
+        window_images = spec.plan.steps_per_window * spec.plan.global_batch
+        free, store = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("object_store_memory", 0.0)
+        look_ahead_bytes = 3 * spec.recipe.imgsz**2 * look_ahead_images(window_images, free, store / (3 * spec.recipe.imgsz**2))
     dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
     dataset.context.target_max_block_size = 1  # a block is one row: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(
@@ -306,6 +310,12 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
     dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
     dataset.context.execution_no_progress_timeout_s = -1  # a long validation is not a hang; collectives have their own limit
     return list(dataset.streaming_split(spec.world_size, equal=False))
+
+
+def look_ahead_images(window_images: int, free_cpus: float, store_images: float) -> int:
+    """How many rendered images may wait for the workers, so that every CPU has work; half of what the object stores hold at the most."""
+    wanted = max(LOOK_AHEAD_IMAGES, int(WINDOWS_PER_CPU * window_images * (free_cpus - SPARE_CPUS)))
+    return max(1, min(wanted, int(store_images / 2)))
 
 
 @lru_cache(maxsize=1)

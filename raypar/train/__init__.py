@@ -12,7 +12,7 @@ import json
 import os
 import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from raypar.config import RunConfig
 from raypar.dataset import verify
@@ -47,11 +47,9 @@ def check(config: RunConfig) -> None:
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
     recipe_of(vars(args), manifest)
     _check_optimizer(config, manifest)
-    transforms = albu.make(config.train.albumentations, manifest.task)
+    albu.make(config.train.albumentations, manifest.task)
     if config.train.augment == "gpu":
-        from raypar.dataset.encoded import refuse
-
-        refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=transforms.move_pixels)
+        _refuse_on_device(config, manifest)
     _model(config.train.model, manifest.task)
     if config.train.init_from is not None:
         _model(config.train.init_from, manifest.task, "train.init_from")
@@ -87,9 +85,12 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     from raypar.train import chronicle, launch
     from raypar.train.watch import Bar
 
-    train, out = config.train, config.folder / "train"
-    if train.overwrite:
+    out = config.folder / "train"
+    if config.train.overwrite:
         out.delete()
+    manifest = Manifest.load(config.dataset_folder)
+    train = config.train.model_copy(update={"augment": where_to_augment(config, manifest)})
+    config = config.model_copy(update={"train": train})
     settings = fingerprint(config)
     if out.exists(SETTINGS) and (others := differing(out.read_json(SETTINGS), settings)):
         raise ValueError(
@@ -99,7 +100,6 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
-    manifest = Manifest.load(config.dataset_folder)
     verify.check_sums(config.dataset_folder, manifest, SPLITS)
     _check_optimizer(config, manifest)  # here too: not everybody has called check
     model = _stage(_model(train.model, manifest.task), out)
@@ -133,6 +133,39 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     )
     print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
     return summary
+
+
+def where_to_augment(config: RunConfig, manifest: Manifest) -> Literal["cpu", "gpu"]:
+    """What ``train.augment`` means on the cluster that was joined: auto is what the run was begun with, or the GPUs if workers have them."""
+    import ray
+
+    out = config.folder / "train"
+    if config.train.augment != "auto":
+        return config.train.augment
+    if out.exists(SETTINGS):
+        return "gpu" if out.read_json(SETTINGS)["augment"] == "gpu" else "cpu"
+    if not uses_gpu(config, ray.cluster_resources().get("GPU", 0)):
+        return "cpu"
+    try:
+        _refuse_on_device(config, manifest)
+    except ValueError:
+        return "cpu"
+    return "gpu"
+
+
+def _refuse_on_device(config: RunConfig, manifest: Manifest) -> None:
+    """Says what workers' devices cannot augment.
+
+    Raises:
+        ValueError: it is asked for.
+    """
+    from raypar.augment import albu
+    from raypar.dataset.encoded import refuse
+    from raypar.train.recipe import settings
+
+    args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
+    moves_pixels = albu.make(config.train.albumentations, manifest.task).move_pixels
+    refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=moves_pixels)
 
 
 def _trainer(

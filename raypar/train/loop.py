@@ -104,11 +104,11 @@ class Loop:
             model=lender.model, name=self.args.optimizer, lr=self.args.lr0, momentum=self.args.momentum,
             decay=self.args.weight_decay * batch * max(round(nominal / batch), 1) / nominal,
             iterations=iterations(self.args, num_images))  # fmt: skip
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         if self.is_sharded:
             assert not isinstance(self.optimizer, MuSGD), "raypar.train refuses it before workers start"
         else:
-            self.optimizer = parallel.fused(self.optimizer)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
+            self.optimizer = parallel.fused(self.optimizer, is_scaled=self.scaler.is_enabled())
         self.stopper = EarlyStopping(patience=self.args.patience)
         warmup_epochs = min(self.args.warmup_epochs, max(self.args.epochs - 1, 0))
         self.warmup_steps = round(warmup_epochs * steps_per_epoch)
@@ -147,8 +147,8 @@ class Loop:
         with nullcontext() if is_update or self.world_size == 1 or self.is_sharded else self.model.no_sync():
             if self.args.multi_scale:
                 random.seed(f"{self.args.seed}:{global_step}")  # Ultralytics draws the size from here: alike on every rank
-            batch = self.lender.preprocess_batch(dict(batch))
-            images = batch["img"].to(memory_format=torch.channels_last) if self.channels_last else batch["img"]
+            batch = self.lender.preprocess_batch(batch, self.precision)
+            images = batch["img"].contiguous(memory_format=torch.channels_last) if self.channels_last else batch["img"]
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 predictions = self.model(images)
             loss, parts = self.lender.model.loss(batch, _float(predictions))

@@ -74,7 +74,7 @@ def first_images(batch: dict[str, Tensor], num_images: int) -> dict[str, Tensor]
 
 def _try(loop: Any, batch: dict[str, Tensor]) -> None:
     states = [torch.empty_like(p) for p in loop.lender.model.parameters() for _ in range(STATES_PER_WEIGHT)]
-    batch = loop.lender.preprocess_batch(dict(batch))
+    batch = loop.lender.preprocess_batch(batch, loop.precision)
     with torch.autocast(loop.device.type, loop.precision, enabled=loop.precision != torch.float32):
         loss, _ = loop.lender.model.loss(batch)
     loss.sum().backward()

@@ -94,10 +94,16 @@ def assert_synchronised(model: nn.Module, rank: int) -> None:
         raise RuntimeError(f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised")
 
 
-def fused(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
-    """The same optimizer in torch's one kernel a group, where there is one (SGD, Adam, AdamW); else as it is."""
+def fused(optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> torch.optim.Optimizer:
+    """The same optimizer in torch's one kernel a group, where there is one (SGD, Adam, AdamW); else as it is.
+
+    Args:
+        optimizer: without a step yet.
+        is_scaled: whether a ``GradScaler`` drives it (fp16): then not SGD, whose kernel leaves momentum of unset memory behind when the first steps
+            overflow and are left out, as they are on purpose (torch 2.11 to 2.15).
+    """
     kind = type(optimizer)
-    if kind not in (torch.optim.SGD, torch.optim.Adam, torch.optim.AdamW):
+    if kind not in (torch.optim.Adam, torch.optim.AdamW) and (kind is not torch.optim.SGD or is_scaled):
         return optimizer
     known = inspect.signature(kind).parameters
     groups = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in optimizer.param_groups]

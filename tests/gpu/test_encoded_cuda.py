@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from raypar.augment import ring
 from raypar.augment.geometry import Recipe
 from raypar.dataset.batch import Batch
 from raypar.dataset.encoded import encoded_blocks, pack, unpack
@@ -38,7 +39,10 @@ def shown(spec: StreamSpec, device: str, first_step: int = 0) -> list[Rendered]:
 
 
 @pytest.mark.parametrize("more", [{}, {"degrees": 20, "shear": 5}])
-def test_a_stream_is_rendered_as_on_cpu_tensors_from_any_step(folder: Path, more: dict[str, float]) -> None:
+def test_a_stream_is_rendered_as_on_cpu_tensors_from_any_step(
+    folder: Path, more: dict[str, float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ring, "has_nvjpeg", lambda device: False)  # one decoder: what two of them differ by is another test's
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=12, window_images=8)
     spec = replace(spec, recipe=Recipe(32, **EVERYTHING, **more), mosaic_epochs=10)  # type: ignore[arg-type]
     expected, got = shown(spec, "cpu"), shown(spec, "cuda")
@@ -46,8 +50,7 @@ def test_a_stream_is_rendered_as_on_cpu_tensors_from_any_step(folder: Path, more
     for (batch, tensors), (other, made) in zip(expected, got, strict=True):
         assert made["img"].dtype == torch.uint8
         difference = (made["img"].float() - tensors["img"].float()).abs().mean((1, 2, 3))
-        assert difference.max() <= 4, "two decoders"
-        assert difference.mean() <= 2
+        assert difference.max() <= 0.5
         assert torch.equal(made["bboxes"], tensors["bboxes"])
         assert np.array_equal(batch.class_ids, other.class_ids)
     for (_, made), (_, again) in zip(got[20:], shown(spec, "cuda", 20), strict=True):

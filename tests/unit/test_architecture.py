@@ -19,7 +19,7 @@ MAX_FILE_LINES, MAX_FUNCTION_LINES = 350, 60
 # Imports go from a module to one of a lower rank, or of its own rank when both have the same first word (dataset.formats.coco -> dataset.ingest).
 RANKS = [
     {"__init__", "boxes", "storage", "precision", "prefetch", "progress", "quiet", "images", "scores", "domain"},
-    {"config", "weights", "detector"},
+    {"config", "weights", "detector", "versions"},
     {"runfile", "draw", "metrics", "augment", "pool"},
     {"dataset"},
     {"sources", "judge"},

@@ -161,7 +161,7 @@ def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(two: list[dict[str
 def test_the_fused_optimizer_takes_the_same_steps(optimizer: str, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = make_loop(optimizer=optimizer)
     assert mine.optimizer.defaults["fused"]
-    monkeypatch.setattr(parallel, "fused", lambda plain: plain)
+    monkeypatch.setattr(parallel, "fused", lambda plain, **_: plain)
     plain = make_loop(optimizer=optimizer)
     assert not plain.optimizer.defaults["fused"]
     keys = ("lr", "momentum", "betas", "weight_decay", "nesterov", "param_group", "initial_lr")
@@ -169,6 +169,30 @@ def test_the_fused_optimizer_takes_the_same_steps(optimizer: str, monkeypatch: p
         [g.get(k) for k in keys] for g in plain.optimizer.param_groups
     ]
     assert trained(mine, 0, range(3)) == pytest.approx(trained(plain, 0, range(3)), rel=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, torch.optim.AdamW])
+def test_a_step_that_overflows_leaves_no_trace(kind: type[torch.optim.Optimizer]) -> None:
+    """fp16's first steps overflow on purpose: torch's fused SGD would go on with momentum that nobody has set."""
+    how: dict[str, Any] = {"momentum": 0.9, "nesterov": True} if kind is torch.optim.SGD else {}
+    layers = [nn.Linear(64, 64) for _ in range(2)]
+    layers[1].load_state_dict(layers[0].state_dict())
+    optimizers = [kind(layer.parameters(), lr=0.1, **how) for layer in layers]  # type: ignore[call-arg]
+    optimizers[0] = parallel.fused(optimizers[0], is_scaled=True)
+    for values in ((float("inf"), 1.0, -2.0), (1.0, -2.0)):  # only one of the two sees the overflow
+        layer, optimizer = layers.pop(0), optimizers.pop(0)
+        scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+        for value in values:
+            before = layer.weight.clone()
+            scaler.scale(layer(torch.full((1, 64), value)).sum()).backward()
+            scaler.unscale_(optimizer)
+            nn.utils.clip_grad_norm_(layer.parameters(), 10.0)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            assert torch.equal(before, layer.weight) == (value == float("inf"))
+        layers.append(layer)
+    torch.testing.assert_close(layers[0].weight, layers[1].weight)
 
 
 def test_compiling_leaves_names_and_losses_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
