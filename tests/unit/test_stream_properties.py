@@ -19,7 +19,7 @@ from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import Plan, first_images
 from raypar.dataset.rows import cells
-from raypar.dataset.stream import StreamSpec, blocks
+from raypar.dataset.stream import LOOK_AHEAD_IMAGES, StreamSpec, blocks, look_ahead_images
 from raypar.storage import Folder
 
 RECIPE = Recipe(imgsz=32, mosaic=0.7, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
@@ -120,3 +120,14 @@ def test_cells_are_the_values_of_a_column_and_not_copies(chunks: list[list[bytes
     assert [cell.to_pybytes() for cell in cells(column)] == column.to_pylist()
     whole = {chunk.buffers()[2].address: chunk.buffers()[2] for chunk in column.chunks if chunk.buffers()[2]}
     assert all(any(a <= cell.address <= a + b.size for a, b in whole.items()) for cell in cells(column) if cell.size)
+
+
+@given(st.integers(1, 4096), st.integers(0, 2048), st.integers(0, 10**7))
+def test_more_cpus_may_look_further_ahead_within_half_of_the_object_stores(window_images: int, cpus: int, store_images: int) -> None:
+    found = look_ahead_images(window_images, cpus, store_images)
+    assert 1 <= found <= max(1, store_images // 2)
+    assert found <= look_ahead_images(window_images, cpus + 1, store_images)
+    if store_images > 10**6:
+        assert found >= min(LOOK_AHEAD_IMAGES, store_images // 2)
+    if 2 * 8 * cpus * window_images < store_images and cpus > 4:
+        assert found / window_images / 2.7 >= cpus / 4, "no CPU is idle for want of room, whatever Ray Data keeps back"
