@@ -20,6 +20,7 @@ BYTES_PER_PIXEL = 0.35  # of a finished JPEG; sizes shards
 EMPTY_SHARE = 0.03  # of the images
 MAX_SHAPES = 8
 SIDES = (0.12, 0.45)  # of the image's height
+SINGLE_SIDES = (0.4, 0.8)  # of an image that shows one shape, about its middle: classifiers see a square out of there
 MAX_COVERED = 0.6  # a shape hidden more than this is not drawn
 HUE_SPREAD = 25  # degrees to both sides of a class's hue
 KEYPOINT_SHAPE, FLIP_IDX = (5, 3), (0, 1, 3, 2, 4)  # a shape's centre, top, left, right and bottom
@@ -72,7 +73,9 @@ def _scene(seed: int, split: str, index: int, height: int, width: int, *, is_sin
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     image = _background(rng, height, width)
     num_shapes = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_SHAPES + 1))
-    shapes = _visible([_shape(rng, height, width) for _ in range(1 if is_single else num_shapes)])
+    shapes = (
+        [_shape(rng, height, width, is_single=True)] if is_single else _visible([_shape(rng, height, width) for _ in range(num_shapes)])
+    )
     for _, colour, mask, _ in shapes:
         image[mask] = np.clip(colour + rng.normal(0, 4, (int(mask.sum()), 3)), 0, 255)
     return image.astype(np.uint8), shapes
@@ -120,12 +123,14 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
     return np.clip(image, 0, 255)
 
 
-def _shape(rng: np.random.Generator, height: int, width: int) -> Shape:
+def _shape(rng: np.random.Generator, height: int, width: int, *, is_single: bool = False) -> Shape:
     """One shape; its centre lies inside the image."""
     class_id = int(rng.integers(len(CLASS_NAMES)))
-    side = height * float(np.exp(rng.uniform(*np.log(SIDES))))
+    side = (min(height, width) if is_single else height) * float(np.exp(rng.uniform(*np.log(SINGLE_SIDES if is_single else SIDES))))
     margin = min(0.25 * side, 0.5 * width)
     centre = np.array([rng.uniform(margin, width - margin), rng.uniform(0.25 * side, height - 0.25 * side)])
+    if is_single:
+        centre = np.array([width, height]) / 2 + rng.uniform(-0.1, 0.1, 2) * min(height, width)
     points = centre + _outline(class_id, rng.uniform(0, 2 * np.pi)) * side / 2
     mask = np.zeros((height, width), np.uint8)
     cv2.fillPoly(mask, [np.round(points * 16).astype(np.int32)], 1, shift=4)
