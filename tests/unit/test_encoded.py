@@ -21,14 +21,17 @@ from raypar.augment.albu import make
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.labels import batch_labels
+from raypar.config import RunConfig
 from raypar.dataset import encoded as encoded_module
 from raypar.dataset import rendered as rendered_module
 from raypar.dataset.batch import Batch
 from raypar.dataset.encoded import EncodedBatch, depth_of, encoded_blocks, in_lane, pack, refuse, unpack
+from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Plan
 from raypar.dataset.rendered import Feed, Rendered, rendered, without
 from raypar.dataset.stream import StreamSpec, _read, render
 from raypar.storage import Folder
+from raypar.train import where_to_augment
 from raypar.train.loop import to_tensors as loss_tensors
 
 __all__ = ["folder"]  # a fixture
@@ -291,3 +294,35 @@ def test_what_the_device_does_not_do_is_refused_in_one_line() -> None:
             refuse(**fine | change)
     assert make([{"HorizontalFlip": {"p": 0.5}}]).move_pixels
     assert not make(None).move_pixels
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "train", "task", "begun", "expected"),
+    [
+        (1, {}, "detect", None, "gpu"),
+        (1, {"augment": "cpu"}, "detect", None, "cpu"),
+        (0, {}, "detect", None, "cpu"),
+        (1, {"use_gpu": False}, "detect", None, "cpu"),
+        (1, {"num_workers": 2}, "detect", None, "cpu"),  # `use_gpu: auto` takes GPUs when every worker can have one
+        (1, {"cache": "ram"}, "detect", None, "cpu"),
+        (1, {}, "classify", None, "cpu"),
+        (0, {}, "detect", {"augment": "gpu"}, "gpu"),  # what it was begun with
+        (1, {}, "detect", {"augment": None}, "cpu"),
+        (0, {"augment": "gpu"}, "detect", None, "gpu"),
+    ],
+)
+def test_auto_is_what_the_run_was_begun_with_or_the_gpus_that_workers_have(
+    num_gpus: int,
+    train: dict[str, object],
+    task: str,
+    begun: dict[str, object] | None,
+    expected: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("ray.cluster_resources", lambda: {"CPU": 4.0, "GPU": float(num_gpus)})
+    config = RunConfig.model_validate({"name": "run", "storage": str(tmp_path), "train": train})
+    if begun is not None:
+        (config.folder / "train").write_json("settings.json", begun)
+    manifest = Manifest(task=task, class_names=("a",), splits={"train": Split(num_images=8)}, source="")
+    assert where_to_augment(config, manifest) == expected
