@@ -97,10 +97,10 @@ class Job:
         return max((int(name.split("/")[0].split("_")[1]) for name in names), default=0)
 
     def wait_for_middle(self, epoch: int) -> int:
-        """Until a checkpoint lies in an epoch's first half (counted from 1); returns its images."""
+        """Until a checkpoint lies in an epoch's first three quarters (counted from 1); returns its images."""
         first = (epoch - 1) * IMAGES
-        deadline = time.monotonic() + 90
-        while not first < (cursor := self.newest()) < first + IMAGES // 2:
+        deadline = time.monotonic() + 180
+        while not first < (cursor := self.newest()) < first + 3 * IMAGES // 4:
             assert self.process.poll() is None, self.end()
             assert time.monotonic() < deadline, f"at {cursor} images: {self.end()}"
             time.sleep(0.3)
@@ -132,8 +132,8 @@ def test_two_hosts_train_one_dies_and_a_link_is_cut(lan: Lan, tmp_path: Path) ->
         dying.kill()
         # Ray notices the dead host first, or a rank that loses its connection to it does: both name it.
         lost = job.wait_for(rf"(?:train: worker|no sign of life from rank) \d on {dying.name} \(\S+?\),? in stage '[^']*'.*? after (\d+) images"
-                            r".*; failure 1 of 3", 60)  # fmt: skip
-        resumed = int(job.wait_for(r"resuming after (\d+) of", 90)[1])
+                            r".*; failure 1 of 3", 120)  # fmt: skip
+        resumed = int(job.wait_for(r"resuming after (\d+) of", 180)[1])
         assert saved <= resumed <= int(lost[1]) + 2 * STEP
         assert resumed % IMAGES
 
@@ -145,14 +145,14 @@ def test_two_hosts_train_one_dies_and_a_link_is_cut(lan: Lan, tmp_path: Path) ->
         lonely.cut()
         began = time.monotonic()
         stuck = job.wait_for(r"rank \d on (\w+) \(\S+\) in stage '(.*)', after \d+ images: waited too long for the others: .*"
-                             r"no sign of life from (.*); failure 2 of 3", TIMEOUT_S + 30)  # fmt: skip
-        assert time.monotonic() - began < TIMEOUT_S + 15
+                             r"no sign of life from (.*); failure 2 of 3", TIMEOUT_S + 60)  # fmt: skip
+        assert time.monotonic() - began < TIMEOUT_S + 30
         assert stuck[1] == next(name for name in second if name != lonely.name)
         assert re.match(rf"rank \d on {lonely.name} \({re.escape(lonely.address)}\) in stage '\w.*' for \d+ s", stuck[3]), stuck[3]
         lonely.kill()  # Ray gives a host up that it has not heard of for half a minute, more or less: another one comes in its place
         delta = lan.host("delta", head.variables)
         delta.start_ray(head.address, num_cpus=4)
-        assert job.process.wait(180) == 0, job.end()
+        assert job.process.wait(300) == 0, job.end()
     finally:
         if job.process.poll() is None:
             job.process.kill()
