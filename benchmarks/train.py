@@ -177,7 +177,11 @@ def as_rank(prepared: str, imgsz: int, threads: int, global_batch: int = BATCH) 
 
 
 def as_ray_driver(prepared: str, imgsz: int, threads: int) -> None:
-    import ray.train.torch
+    """Ray Train as ``raypar train`` starts it."""
+    import ray.train
+
+    from raypar.cluster import connect
+    from raypar.train.launch import Trainer
 
     def train_loop(config: dict[str, Any]) -> float:
         import train  # this file
@@ -185,12 +189,12 @@ def as_ray_driver(prepared: str, imgsz: int, threads: int) -> None:
         context = ray.train.get_context()
         return train.steps_per_s(config["prepared"], config["imgsz"], context.get_world_rank(), context.get_world_size(), config["threads"])
 
-    paths = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
-    ray.init(address="local", num_cpus=CORES + 2, include_dashboard=False, logging_level="error", log_to_driver=False,
-             runtime_env={"env_vars": {"PYTHONPATH": paths}})  # fmt: skip
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
+    connect()
     with tempfile.TemporaryDirectory() as folder:
-        found = ray.train.torch.TorchTrainer(
-            train_loop, train_loop_config={"prepared": prepared, "imgsz": imgsz, "threads": threads},
+        found = Trainer(
+            run_id="benchmark", world_sizes=[2], placement_timeout_s=60,
+            train_loop_per_worker=train_loop, train_loop_config={"prepared": prepared, "imgsz": imgsz, "threads": threads},
             scaling_config=ray.train.ScalingConfig(num_workers=2), run_config=ray.train.RunConfig(storage_path=folder)).fit()  # fmt: skip
     print("rate", found.return_value, flush=True)
 
