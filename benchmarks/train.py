@@ -67,7 +67,7 @@ def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Tr
     best = max(lines, key=lambda line: line.get("fitness", 0.0))
     rest = lines[1:] or lines
     steps = [line["wait_s"] + line["step_s"] for line in rest]
-    whole = [line["images_seen"] / line["epoch"] / line["images_per_s"] + line["validate_s"] + line["checkpoint_s"] for line in rest]
+    whole = [line["epoch_s"] for line in rest]
     made_ahead = -(-LOOK_AHEAD_IMAGES * epochs // lines[-1]["images_seen"])  # the last epochs' images are ready long before
     busy = steps[:-made_ahead] or steps
     return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"],

@@ -115,7 +115,7 @@ class Watch:
     def __init__(self, worker: Worker, run_id: str):
         self.worker, self.run_id, self.out = worker, run_id, worker.out
         self.name = worker.out.path.rstrip("/").split("/")[-2]
-        self.figures = Figures(self.name, worker.rank, worker.loop.model)
+        self.figures, self.line_at = Figures(self.name, worker.rank, worker.loop.model), time.monotonic()
         worker.pulse.total = worker.total
         worker.pulse.on_beat = self.figures.on_beat
         if worker.rank != 0:
@@ -129,9 +129,10 @@ class Watch:
         self.aside.submit(chronicle.USED, partial(self.out.write_json, chronicle.USED, used(worker)))
 
     def line(self) -> dict[str, float]:
-        """What an epoch's line says of the gradients' travel, when DDP has measured it."""
-        took = all_reduce_s(self.worker.loop.model)
-        return {} if took is None else {"all_reduce_ms": 1e3 * took}
+        """For the line of an epoch that has just been validated: seconds since the line before, and the gradients' travel when DDP has measured it."""
+        now, took = time.monotonic(), all_reduce_s(self.worker.loop.model)
+        epoch_s, self.line_at = now - self.line_at, now
+        return {"epoch_s": epoch_s, **({} if took is None else {"all_reduce_ms": 1e3 * took})}
 
     def epoch(self, line: dict[str, Any], history: Sequence[dict[str, Any]], per_class: Sequence[dict[str, Any]] | None) -> None:
         """An epoch has ended.

@@ -46,6 +46,7 @@ def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     }
     assert all(e.keys() >= wanted for e in epochs[:1])
     assert all(np.isfinite(v) for e in epochs for v in e.values() if isinstance(v, float))
+    assert all(e["epoch_s"] > e["wait_s"] + e["step_s"] + e["validate_s"] - 0.5 for e in epochs), "of the whole epoch"
     assert sorted(p.name for p in folder.glob("checkpoint_0*")) == ["checkpoint_0000000048", "checkpoint_0000000096"]
 
 
