@@ -115,7 +115,7 @@ class Watch:
     def __init__(self, worker: Worker, run_id: str):
         self.worker, self.run_id, self.out = worker, run_id, worker.out
         self.name = worker.out.path.rstrip("/").split("/")[-2]
-        self.figures, self.line_at = Figures(self.name, worker.rank, worker.loop.model), time.monotonic()
+        self.figures, self.line_at = Figures(self.name, worker.rank, worker.loop.model), worker.epoch.began
         worker.pulse.total = worker.total
         worker.pulse.on_beat = self.figures.on_beat
         if worker.rank != 0:
