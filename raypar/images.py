@@ -17,17 +17,12 @@ from numpy.typing import NDArray
 Image = NDArray[np.uint8]
 
 
-JPEG = b"\xff\xd8"
-REDUCED = {2: 16, 4: 32, 8: 64}  # cv2.IMREAD_REDUCED_GRAYSCALE_2 ..., which with IMREAD_COLOR_RGB stand for the size alone
-
-
-def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> Image:
+def decode(data: Any, max_pixels: int | None = None) -> Image:
     """Decodes an image as Ultralytics does: upright by its EXIF orientation, grey repeated, alpha dropped, 16 bits cut to 8.
 
     Args:
         data: encoded bytes (JPEG, PNG, WebP, BMP, TIFF ...), or any buffer of them.
         max_pixels: larger images are refused by their header, before a pixel is decoded.
-        reduction: 2, 4 or 8 decode a JPEG at that part of its size, rounded up: a pixel is the mean of a square (libjpeg, in a third of the time).
 
     Returns:
         uint8 (H, W, 3) RGB.
@@ -41,7 +36,7 @@ def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> I
         if height * width > max_pixels:
             raise ValueError(f"an image of {width} x {height} has more than {max_pixels} pixels")
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | REDUCED.get(reduction, 0)) if len(encoded) else None
+        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB) if len(encoded) else None
     except cv2.error as error:
         raise ValueError(f"not an image that can be decoded: {error}") from error
     if image is None:
@@ -79,30 +74,10 @@ def resized_hw(image_hw: tuple[int, int], side: int) -> tuple[int, int]:
 def shrink(image: Image, side: int) -> Image:
     """The image with its longer side at most ``side`` px, by bilinear interpolation; smaller images stay as they are."""
     image_hw = image.shape[0], image.shape[1]
-    return image if max(image_hw) <= side else _resized(image, resized_hw(image_hw, side))
-
-
-def _resized(image: Image, hw: tuple[int, int]) -> Image:
-    return image if image.shape[:2] == hw else np.asarray(cv2.resize(image, hw[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
-
-
-def decode_shrunk(data: Any, image_hw: tuple[int, int], side: int) -> Image:
-    """``shrink(decode(data), side)``, without all pixels of a JPEG that is at least twice as large and whose sides are even.
-
-    Args:
-        data: encoded bytes, as for :func:`decode`.
-        image_hw: height and width of the upright image, px. If they are wrong, all is decoded.
-        side: px of the longer side, at most.
-
-    Raises:
-        ValueError: the bytes are not an image.
-    """
-    fits = [r for r in REDUCED if max(image_hw) >= r * side and all(length % r == 0 for length in image_hw)]  # else it would be stretched
-    if fits and bytes(memoryview(data)[:2]) == JPEG:
-        image = decode(data, reduction=max(fits))
-        if image.shape[:2] == tuple(length // max(fits) for length in image_hw):
-            return _resized(image, resized_hw(image_hw, side))
-    return shrink(decode(data), side)
+    if max(image_hw) <= side:
+        return image
+    height, width = resized_hw(image_hw, side)
+    return np.asarray(cv2.resize(image, (width, height), interpolation=cv2.INTER_LINEAR), np.uint8)
 
 
 def encode_jpeg(image: Image, quality: int = 90) -> bytes:

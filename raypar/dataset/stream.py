@@ -33,14 +33,13 @@ from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
 from raypar.dataset.rows import cells, row_labels
 from raypar.dataset.schema import row_schema
-from raypar.images import Image, decode, decode_shrunk
+from raypar.images import Image, decode, shrink
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 128 << 20, 8  # of what one rank is dealt at a time
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about, at the least
 WINDOWS_PER_CPU, SPARE_CPUS = 3, 2  # more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
-SIZE = ("height", "width")  # columns of a row
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
@@ -72,7 +71,7 @@ class StreamSpec:
     @cached_property
     def label_columns(self) -> list[str]:
         """What is read of a row beside its image."""
-        return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", *SIZE)]
+        return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", "height", "width")]
 
     @cached_property
     def labels_kept(self) -> dict[int, Any]:
@@ -155,26 +154,22 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
     path, index = spec.groups[group]
     cache = None if spec.cache is None else node_cache(spec.cache)
     images = None if cache is None else cache.get(str(group))
-    kept = [*SIZE, *spec.label_columns]
-    columns = ["image"] * (images is None) + kept
+    columns = ["image"] * (images is None) + spec.label_columns
     table = spec.dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=columns))
     if images is not None:
         return table, images
     encoded = cells(table["image"])
     if cache is None:
-        return table.select(kept), encoded
-    decoded = [decoded_row(spec, table, i, image) for i, image in enumerate(encoded)]
+        return table.select(spec.label_columns), encoded
+    decoded = [_decode(spec, image) for image in encoded]
     cache.put(str(group), decoded)
-    return table.select(kept), decoded
+    return table.select(spec.label_columns), decoded
 
 
-def decoded_row(spec: StreamSpec, table: pa.Table, i: int, image: pa.Buffer) -> Image | None:
-    """A row's image, at most ``imgsz`` px long but for classify, which takes crops of it; None: it cannot be decoded."""
+def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
     try:
-        if spec.recipe.task == "classify":
-            return decode(image)
-        height, width = (table[name][i].as_py() for name in SIZE)
-        return decode_shrunk(image, (height, width), spec.recipe.imgsz)
+        decoded = decode(image)
+        return decoded if spec.recipe.task == "classify" else shrink(decoded, spec.recipe.imgsz)  # classify takes crops of it
     except ValueError:
         return None
 
@@ -182,7 +177,7 @@ def decoded_row(spec: StreamSpec, table: pa.Table, i: int, image: pa.Buffer) -> 
 def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: int, table: pa.Table, i: int,
             image: pa.Buffer | Image | None) -> Source | None:  # fmt: skip
     if isinstance(image, pa.Buffer):
-        image = decoded_row(spec, table, i, image)
+        image = _decode(spec, image)
     if image is None:
         return None
     class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)

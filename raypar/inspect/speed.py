@@ -106,7 +106,7 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
     """Does what ``render`` does before it renders, stage by stage; returns how many images the window has."""
     from raypar.augment.geometry import generator
     from raypar.dataset.rows import cells
-    from raypar.dataset.stream import decoded_row, transform_of
+    from raypar.dataset.stream import _decode, transform_of
 
     transform = transform_of(spec)
     window, num_images = spec.plan.window(item.epoch, item.window), 0
@@ -114,18 +114,17 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
     for group in window.row_groups:
         path, index = spec.groups[group]
         with clock("read"), spec.dataset.open(path) as file:
-            table = pq.ParquetFile(file).read_row_group(index)
-        mine = table.slice(first, max(0, last - first))
-        for i, data in enumerate(cells(mine["image"])):
+            encoded = pq.ParquetFile(file).read_row_group(index)["image"]
+        for data in cells(encoded.slice(first, max(0, last - first))):
             with clock("decode"):
-                image = decoded_row(spec, mine, i, data)
+                image = _decode(spec, data)
             if image is None:
                 continue
             rng = generator(spec.plan.seed, item.epoch, num_images)
             with clock("albumentations"):
                 transform(image, np.zeros(0, np.int32), np.zeros((0, 4), np.float32), rng)
             num_images += 1
-        first, last = max(0, first - len(table)), last - len(table)
+        first, last = max(0, first - len(encoded)), last - len(encoded)
     return num_images
 
 
