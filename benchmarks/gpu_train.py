@@ -1,6 +1,6 @@
 """Training on a GPU: raypar against ``yolo train``, and against its own loop on one batch that stays on the device.
 
-    python benchmarks/gpu_train.py [--models n s m] [--batch 128] [--epochs 6] [--pairs 1] [--compile] [--train train.augment=cpu ...]
+    python benchmarks/gpu_train.py [--models n s m] [--batch 128] [--epochs 6] [--pairs 1] [--compile] [--train augment=cpu ...]
 
 All train from scratch at 640 px on the same generated images (640x480 JPEGs of about 130 KB), each in a process of its own, in turn:
 raypar; ``yolo train`` as it comes (batch 16, 8 loader processes, fp16); and ``yolo train`` at its best: raypar's batch, a loader process a core,
@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
-import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -39,14 +37,6 @@ def device_name() -> str | None:
     import torch
 
     return torch.cuda.get_device_name() if torch.cuda.is_available() else None
-
-
-def prepared(base: Path, num_images: int) -> tuple[Path, int]:
-    data_yaml = _data.generated(base / "yolo", num_images, val=num_images // 16)
-    run = {"name": "run", "storage": str(base / "prepared"), "prepare": {"format": "yolo", "source": str(data_yaml)}}
-    (base / "prepare.json").write_text(json.dumps(run))
-    benchmark._call([sys.executable, "-m", "raypar", "prepare", str(base / "prepare.json")], base / "prepare.log")
-    return data_yaml, num_images
 
 
 def cached(base: Path, model: str, options: argparse.Namespace) -> float:
@@ -131,7 +121,8 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="raypar-gpu-train-") as made:
         base = Path(made)
-        data_yaml, _ = prepared(base, options.images)
+        data_yaml = _data.generated(base / "yolo", options.images, val=options.images // 16)
+        benchmark.prepare(base, {"format": "yolo", "source": str(data_yaml)})
         for letter in options.models:
             turns = sides(base, data_yaml, f"yolov8{letter}.yaml", options)
             chosen = {side: turn for side, turn in turns.items() if not options.sides or side.startswith(tuple(options.sides))}

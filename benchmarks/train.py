@@ -199,12 +199,16 @@ def as_ray_driver(prepared: str, imgsz: int, threads: int) -> None:
     print("rate", found.return_value, flush=True)
 
 
+def prepare(base: Path, section: dict[str, Any]) -> None:
+    """``raypar prepare`` with a section, into ``base/prepared/run``."""
+    run = base / "prepare.json"
+    run.write_text(json.dumps({"name": "run", "storage": str(base / "prepared"), "prepare": section}))
+    _call([sys.executable, "-m", "raypar", "prepare", str(run)], base / "prepare.log")
+
+
 def prepared(base: Path, voc: Path | None) -> tuple[Path, int]:
     """Shards, and the same images and labels as a folder for Ultralytics: its data.yaml, and how many are trained on."""
-    source = {"format": "voc", "source": str(voc)} if voc else {"format": "shapes", "shapes": {"train": 208, "val": 80}}
-    run = base / "prepare.json"
-    run.write_text(json.dumps({"name": "run", "storage": str(base / "prepared"), "prepare": source}))
-    _call([sys.executable, "-m", "raypar", "prepare", str(run)], base / "prepare.log")
+    prepare(base, {"format": "voc", "source": str(voc)} if voc else {"format": "shapes", "shapes": {"train": 208, "val": 80}})
     return _data.as_yolo(base / "prepared/run/dataset", base / "yolo")
 
 

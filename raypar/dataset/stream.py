@@ -299,9 +299,9 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
             return [ReadTask(partial(task, spec_ref, item), unknown) for item in execution]
 
     if look_ahead_bytes is None:
-        window_images = spec.plan.steps_per_window * spec.plan.global_batch
+        window_images, image_bytes = spec.plan.steps_per_window * spec.plan.global_batch, 3 * spec.recipe.imgsz**2
         free, store = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("object_store_memory", 0.0)
-        look_ahead_bytes = 3 * spec.recipe.imgsz**2 * look_ahead_images(window_images, free, store / (3 * spec.recipe.imgsz**2))
+        look_ahead_bytes = image_bytes * look_ahead_images(window_images, free, store / image_bytes)
     dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
     dataset.context.target_max_block_size = 1  # a block is one row: never joined, never cut
     dataset.context.execution_options = ExecutionOptions(

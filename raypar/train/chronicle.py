@@ -23,8 +23,9 @@ USED = "used.json"  # the settings as rank 0 has them
 def environment(device: str, precision: str, threads: int, hosts: list[str]) -> dict[str, Any]:
     """Where and with what a training runs, for its report."""
     found = versions("ray", "torch", "ultralytics", "albumentations", "pyarrow", "numpy")
-    return {**found, "python": sys.version.split()[0], "system": f"{platform.system()} {platform.release()}", "processor": _processor(), "cores of rank 0's host": os.cpu_count(),
-            "device": device, "precision": precision, "torch threads a worker": threads, "workers": hosts}  # fmt: skip
+    return {**found, "python": sys.version.split()[0], "system": f"{platform.system()} {platform.release()}", "processor": _processor(),
+            "cores of rank 0's host": os.cpu_count(), "device": device, "precision": precision, "torch threads a worker": threads,
+            "workers": hosts}  # fmt: skip
 
 
 def _processor() -> str:
