@@ -1,9 +1,11 @@
-"""Peak memory of the stream at 20,000 images over that at 2,000: it must not grow with the dataset.
+"""Peak memory of the stream at 20,000 images over that at 2,000, or of `raypar prepare`: it must not grow with the dataset.
 
     python benchmarks/memory.py [--small 2000] [--large 20000] [--limit 1.15]
+    python benchmarks/memory.py --of prepare [--small 100000] [--large 1000000]
 
-Each size runs in a process of its own: a dataset of a few hundred encoded JPEGs, repeated; Ray with one training worker that takes every batch
-of one epoch and drops it. The measure is PSS (shared pages counted once) summed over the process tree, Ray's daemons included, sampled every
+Each size runs in a process of its own. stream: a dataset of a few hundred encoded JPEGs, repeated; Ray with one training worker that takes every
+batch of one epoch and drops it. prepare: a folder of so many small images, which are links to a few hundred files, with YOLO labels, and the
+whole verb, from the listing to the manifest. The measure is PSS (shared pages counted once) summed over the process tree, Ray's daemons included, sampled every
 0.2 s. The last line is JSON.
 """
 
@@ -17,6 +19,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,45 +29,98 @@ EVERY_S = 0.2
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--small", type=int, default=2000)
-    parser.add_argument("--large", type=int, default=20_000)
+    parser.add_argument("--of", choices=list(MEASURES), default="stream")
+    parser.add_argument("--small", type=int, help="images; 2,000 of the stream, 100,000 of prepare")
+    parser.add_argument("--large", type=int, help="images; ten times as many")
     parser.add_argument("--limit", type=float, default=1.15, help="exit 1 above this ratio")
     parser.add_argument("--run", type=int, help="images: one measurement, in this process")
     options = parser.parse_args()
     if options.run:
-        print(json.dumps(measure(options.run)), flush=True)
+        print(json.dumps(measure(MEASURES[options.of], options.run)), flush=True)
         return
-    results = [_in_a_process(count) for count in (options.small, options.large)]
+    small = options.small or {"stream": 2000, "prepare": 100_000}[options.of]
+    results = [_in_a_process(options.of, count) for count in (small, options.large or 10 * small)]
     ratio = results[1]["peak_mb"] / results[0]["peak_mb"]
     is_held = ratio <= options.limit
     print(f"{'held' if is_held else 'NOT HELD'}: peak PSS {ratio:.3f} times, at most {options.limit}")
     print(
         json.dumps(
-            {"benchmark": "memory", "small": results[0], "large": results[1], "ratio": ratio, "limit": options.limit, "held": is_held}
+            {
+                "benchmark": f"memory of {options.of}",
+                "small": results[0],
+                "large": results[1],
+                "ratio": ratio,
+                "limit": options.limit,
+                "held": is_held,
+            }
         )
     )
     sys.exit(0 if is_held else 1)
 
 
-def _in_a_process(count: int) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--run", str(count)], check=True, stdout=subprocess.PIPE, text=True)
+def _in_a_process(of: str, count: int) -> dict[str, Any]:
+    done = subprocess.run([sys.executable, __file__, "--of", of, "--run", str(count)], check=True, stdout=subprocess.PIPE, text=True)
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"{count} images: peak {found['peak_mb']:.0f} MB, {found['images_per_s']:.0f} images/s", flush=True)
     return found
 
 
-def measure(count: int) -> dict[str, Any]:
-    """Peak PSS, MB, while a training worker takes an epoch of ``count`` images."""
+def measure(work: Callable[[Path, int], Callable[[], tuple[int, float]]], count: int) -> dict[str, Any]:
+    """Peak PSS, MB, while something is done with ``count`` images, once they are there."""
     os.environ.setdefault("PYTHONPATH", str(Path(__file__).resolve().parents[1]))  # of Ray's workers
     sys.path.insert(0, os.environ["PYTHONPATH"])
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     with tempfile.TemporaryDirectory(prefix="raypar-memory-") as folder:
-        split = write_dataset(Path(folder), count)
+        do = work(Path(folder), count)
         began = time.monotonic()
         with Watch() as watch:
-            num_seen, seconds = consume(Path(folder), split)
-        assert num_seen >= count
+            num_seen, seconds = do()
+        assert num_seen >= count, num_seen
         return {"images": count, "peak_mb": watch.peak_mb, "images_per_s": num_seen / seconds, "seconds": time.monotonic() - began}
+
+
+def of_prepare(folder: Path, count: int) -> Callable[[], tuple[int, float]]:
+    """`raypar prepare` of a folder in Ultralytics' layout, a thousand images in each of its folders."""
+    from raypar.config import RunConfig
+    from raypar.dataset.formats import shapes
+    from raypar.images import encode_jpeg
+
+    for i in range(NUM_JPEGS):
+        image, class_ids, boxes = shapes.render(0, "train", i, 48, 64)
+        labels = shapes.labels(class_ids, boxes, (48, 64))
+        (folder / f"{i}.jpg").write_bytes(encode_jpeg(image))
+        lines = [f"{c} " + " ".join(map(str, box)) for c, box in zip(labels.class_ids, labels.boxes_xywhn.tolist(), strict=True)]
+        (folder / f"{i}.txt").write_text("\n".join(lines))
+    source = folder / "source"
+    for kind in ("images", "labels"):
+        for part in ("val/00000", *(f"train/{i:05d}" for i in range(-(-count // 1000)))):
+            (source / kind / part).mkdir(parents=True)
+    for i in range(count):
+        split, part = ("val", 0) if i % 100 == 0 else ("train", i // 1000)
+        for kind, suffix in (("images", "jpg"), ("labels", "txt")):
+            os.link(folder / f"{i % NUM_JPEGS}.{suffix}", source / kind / split / f"{part:05d}" / f"{i:08d}.{suffix}")
+    names = "".join(f"  {i}: {name}\n" for i, name in enumerate(shapes.CLASS_NAMES))
+    (source / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames:\n{names}")
+    config = RunConfig.model_validate(
+        {"name": "memory", "storage": str(folder), "prepare": {"source": str(source / "data.yaml"), "format": "yolo"}}
+    )
+
+    def prepare() -> tuple[int, float]:
+        import raypar.prepare
+        from raypar import cluster
+
+        began = time.monotonic()
+        cluster.connect()
+        manifest = raypar.prepare.run(config)
+        return sum(split.num_images for split in manifest.splits.values()), time.monotonic() - began
+
+    return prepare
+
+
+def of_stream(folder: Path, count: int) -> Callable[[], tuple[int, float]]:
+    """A training worker takes an epoch."""
+    split = write_dataset(folder, count)
+    return lambda: consume(folder, split)
 
 
 def write_dataset(folder: Path, count: int) -> Any:
@@ -155,6 +211,8 @@ def _pss_mb(pid: int) -> float:
         return 0.0
     return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
 
+
+MEASURES = {"stream": of_stream, "prepare": of_prepare}
 
 if __name__ == "__main__":
     main()

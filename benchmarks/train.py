@@ -6,8 +6,8 @@ Both sides train yolov8n from scratch on the same images, batch 16, in processes
 trains with a thread less than there are cores, whatever OMP_NUM_THREADS says; here it gets every core (--as-it-comes: not). Rates are of whole epochs (data, steps, validation, saving), the first one
 left out on both sides; wall times are of the whole command, start included. The guard: --full trains 40 epochs with each seed and compares mAP.
 
-Beside it: one worker with its stream against the same loop on one cached batch; two workers with one thread against one; and two ranks that
-Ray Train starts against the same function under torchrun. Epochs count only while the stream still makes images for later ones.
+Beside it: our loop on one cached batch in bf16 against fp32, which is all that this chip can give; one worker with its stream against that
+loop; two workers with one thread against one; and two ranks that Ray Train starts against the same function under torchrun. Epochs count only while the stream still makes images for later ones.
 """
 
 from __future__ import annotations
@@ -103,7 +103,7 @@ def _call(command: list[str], log: Path, **environment: str) -> float:
 
 
 def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: int, global_batch: int = BATCH, *,
-                model: str = "yolov8n.yaml", on: str = "cpu", yolo: dict[str, Any] | None = None) -> float:  # fmt: skip
+                model: str = "yolov8n.yaml", on: str = "cpu", yolo: dict[str, Any] | None = None, precision: str = "auto") -> float:  # fmt: skip
     """Our loop on one batch that stays on the device: global steps a second, on any process group that is up."""
     import torch
 
@@ -130,7 +130,7 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
     batch = to_tensors(next(b for b in render(spec, next(plan.items())) if b.rank == rank))
     batch = {name: value.to(device) for name, value in batch.items()}
     loop = Loop(lender, num_images=plan.num_images, steps_per_epoch=plan.steps_per_epoch, world_size=world_size,
-                precision=pick_precision("auto", device))  # fmt: skip
+                precision=pick_precision(precision, device))  # fmt: skip
     loop.start_epoch()
     for step in range(WARM_STEPS + STEPS):
         if step == WARM_STEPS:
@@ -141,14 +141,14 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
     return STEPS / (time.perf_counter() - began)
 
 
-def alone(base: Path, imgsz: int, threads: int) -> float:
+def alone(base: Path, imgsz: int, threads: int, precision: str = "auto") -> float:
     """The cached loop in a process of its own: images a second."""
-    return BATCH * _asked([sys.executable, __file__, "--rank", str(base / "prepared/run"), str(imgsz), str(threads)], threads)
+    return BATCH * _asked([sys.executable, __file__, "--rank", str(base / "prepared/run"), str(imgsz), str(threads), precision], threads)
 
 
 def under_torchrun(base: Path, imgsz: int) -> float:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return BATCH * _asked([*launcher, __file__, "--rank", str(base / "prepared/run"), str(imgsz), "1"], 1)
+    return BATCH * _asked([*launcher, __file__, "--rank", str(base / "prepared/run"), str(imgsz), "1", "auto"], 1)
 
 
 def under_ray_train(base: Path, imgsz: int) -> float:
@@ -162,14 +162,14 @@ def _asked(command: list[str], threads: int) -> float:
     return float(next(line for line in found.stdout.splitlines() if line.startswith("rate ")).split()[1])
 
 
-def as_rank(prepared: str, imgsz: int, threads: int, global_batch: int = BATCH) -> None:
+def as_rank(prepared: str, imgsz: int, threads: int, precision: str) -> None:
     """What torchrun starts, or one process alone."""
     import torch.distributed as dist
 
     rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     if world_size > 1:
         dist.init_process_group("gloo")
-    rate = steps_per_s(prepared, imgsz, rank, world_size, threads, global_batch)
+    rate = steps_per_s(prepared, imgsz, rank, world_size, threads, precision=precision)
     if rank == 0:
         print("rate", rate, flush=True)
     if world_size > 1:
@@ -269,15 +269,18 @@ def main() -> None:
         data_yaml, num_images = prepared(base, options.voc.absolute() if options.voc else None)
         print(f"{num_images} images, imgsz {options.imgsz}, batch {BATCH}, {CORES} cores", flush=True)
         rows, mine = against_yolo(base, data_yaml, num_images, options)
-        beside: dict[str, list[tuple[float, float]]] = {"stream": [], "workers": [], "torchrun": []}
+        beside: dict[str, list[tuple[float, float]]] = {"chip": [], "stream": [], "workers": [], "torchrun": []}
         per_epoch = -(-num_images // BATCH) * BATCH  # an epoch: its last step is topped up
         for one in mine:
             if not options.full:  # a few epochs are all made ahead: the stream would cost nothing
                 one = ours(base, options.imgsz, BESIDE_EPOCHS)
-            beside["stream"].append((per_epoch / one.step_s, alone(base, options.imgsz, CORES)))
+            cached = alone(base, options.imgsz, CORES)
+            beside["chip"].append((cached, alone(base, options.imgsz, CORES, "fp32")))
+            beside["stream"].append((per_epoch / one.step_s, cached))
             two, single = (ours(base, options.imgsz, BESIDE_EPOCHS, num_workers=n, threads_per_worker=1) for n in (2, 1))
             beside["workers"].append((per_epoch / two.step_s, per_epoch / single.step_s))
             beside["torchrun"].append((under_ray_train(base, options.imgsz), under_torchrun(base, options.imgsz)))
+        rows.append(row("images/s on one cached batch, bf16 / fp32", beside["chip"], 2.3, ("bf16", "fp32"), "images/s"))
         rows.append(row("images/s, with the stream / on one cached batch", beside["stream"], 0.95, ("stream", "cached"), "images/s"))
         rows.append(row("images/s, 2 workers x 1 thread / 1 worker x 1 thread", beside["workers"], 1.8, ("two", "one"), "images/s"))
         rows.append(row("images/s of 2 ranks, Ray Train / torchrun", beside["torchrun"], 0.97, ("Ray Train", "torchrun"), "images/s"))
@@ -286,6 +289,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--rank"], ["--ray"]):
-        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(sys.argv[2], *map(int, sys.argv[3:]))
+        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(sys.argv[2], *map(int, sys.argv[3:5]), *sys.argv[5:])
     else:
         main()

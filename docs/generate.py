@@ -22,7 +22,7 @@ INTRODUCTION = """\
 Written by `make docs` from `raypar/config.py`; do not edit by hand.
 
 One YAML file holds a run: settings at the top, and one section for each verb. An unknown key is an error that names its line and the nearest key.
-Any setting can be replaced on the command line, `raypar train RUN_FILE train.batch=32 train.yolo.lr0=1e-3`: dots lead into sections, the value is YAML,
+Any setting can be replaced on the command line, `raypar train RUN_FILE train.batch=32 train.yolo.epochs=50`: dots lead into sections, the value is YAML,
 the later of two wins. `raypar VERB RUN_FILE --dry-run` prints the whole, defaults included, and makes every check.
 
 YAML is read as version 1.2 has it: `1e-3` is a number, only `true` and `false` are booleans (`on`, `off`, `yes`, `no` are words), `010` is ten,

@@ -218,7 +218,9 @@ class EvaluateConfig(InferenceConfig):
 class PredictConfig(InferenceConfig):
     """Weights and images -> detections in Parquet."""
 
-    source: str | None = Field(None, description="folder, glob, image, or Parquet shards; nothing: the dataset's val split")
+    source: str | None = Field(
+        None, description="folder, glob, image, .txt of paths or Parquet shards, also as s3://, gs:// ...; nothing: the dataset's val split"
+    )
     conf: float = Field(0.25, ge=0, le=1, description="boxes below this confidence are dropped")
     batch: PositiveInt = Field(16, description="images a forward pass")
     num_workers: PositiveInt = Field(1, description="detector processes")
@@ -254,7 +256,7 @@ class ServeConfig(InferenceConfig):
 
     conf: float = Field(0.25, ge=0, le=1, description="default of the query parameter conf")
     host: str = Field("127.0.0.1", description="address to listen on; 0.0.0.0 for every one")
-    port: PositiveInt = Field(8000, description="TCP port")
+    port: int = Field(8000, ge=1, le=65535, description="TCP port")
     num_replicas: PositiveInt | Autoscaling = Field(1, description="detector replicas, or {min, max} to follow the load")
     num_gpus: float = Field(1.0, gt=0, description="share of a GPU a replica takes, when use_gpu holds")
     num_cpus: float = Field(1.0, gt=0, description="CPUs Ray reserves for a replica")

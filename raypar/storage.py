@@ -18,6 +18,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, TypeVar, cast
 
+import pyarrow as pa
 import pyarrow.fs as pafs
 
 COPY_CHUNK_BYTES = 8 << 20
@@ -73,7 +74,13 @@ class Folder:
     def _resolved(self) -> tuple[pafs.FileSystem, str]:
         if "://" not in self.uri:
             return pafs.LocalFileSystem(), self.uri
-        fs, path = pafs.FileSystem.from_uri(self.uri)
+        try:
+            fs, path = pafs.FileSystem.from_uri(self.uri)
+        except pa.ArrowInvalid as error:
+            reason = str(error).partition(" in URI")[0]  # which may hold keys
+            raise ValueError(
+                f"{self.shown()} cannot be opened: {reason}; there are paths, and the stores of pyarrow.fs, as s3://, gs://, abfs:// and hdfs://"
+            ) from error
         return fs, path
 
     @property

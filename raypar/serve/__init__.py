@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
+from raypar import cluster
 from raypar.config import Autoscaling, RunConfig, ServeConfig
 from raypar.storage import Folder
 
@@ -23,7 +25,7 @@ INGRESS_MARGIN = 1000  # requests that an ingress takes beyond what the detector
 
 
 def check(config: RunConfig) -> None:
-    """All checks that need no cluster: the weights can be read, the API keys are set.
+    """All checks that need no cluster: the weights can be read, the API keys are set, the port is free.
 
     Raises:
         ValueError: with what is wrong and how to mend it.
@@ -41,6 +43,8 @@ def check(config: RunConfig) -> None:
         if is_empty:
             raise ValueError(f"weights {weights} are empty: train again, or name others with serve.weights=PATH")
     _key_digests(config.serve)
+    if not cluster.belongs_to_one():  # else the port is another machine's, or Serve has it already
+        _check_port(config.serve.host, config.serve.port)
 
 
 def run(config: RunConfig) -> None:
@@ -159,6 +163,23 @@ def _key_digests(config: ServeConfig) -> tuple[bytes, ...]:
         name = config.api_key_env
         raise ValueError(f"serve.api_key_env names {name}, and that variable is not set: export {name}=KEY (or KEY1,KEY2)")
     return tuple(digest(key) for key in keys)
+
+
+def _check_port(host: str, port: int) -> None:
+    """Whether a service can listen there.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except OSError as error:
+        raise ValueError(
+            f"serve.host={host} serve.port={port}: nothing can listen there ({error.strerror}): name another, as serve.port={port % 65535 + 1}"
+        ) from error
 
 
 def _weights(config: RunConfig) -> str:

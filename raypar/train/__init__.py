@@ -7,11 +7,11 @@ Runs in: the driver. The work is in :mod:`raypar.train.worker`, one process a ra
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import uuid
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from raypar.config import RunConfig
@@ -21,6 +21,7 @@ from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import first_images
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
+from raypar.train import initial
 
 if TYPE_CHECKING:
     from raypar.train import launch
@@ -29,7 +30,7 @@ SUMMARY = "summary.json"  # written last: where it is, the training is complete
 SETTINGS = "settings.json"  # what a run must keep to be resumed
 GROW_EVERY_S = 30.0  # how often an elastic run looks for more room
 SPLITS = ("train", "val")  # that training reads
-INITIAL = "init.pt"  # weights that training starts from
+IGNORED_BY_AUTO = ("lr0", "momentum", "warmup_bias_lr")  # Ultralytics' optimizer=auto chooses them itself
 
 
 def check(config: RunConfig) -> None:
@@ -50,9 +51,12 @@ def check(config: RunConfig) -> None:
     albu.make(config.train.albumentations, manifest.task)
     if config.train.augment == "gpu":
         _refuse_on_device(config, manifest)
-    _model(config.train.model, manifest.task)
+    initial.find(config.train.model, manifest.task)
     if config.train.init_from is not None:
-        _model(config.train.init_from, manifest.task, "train.init_from")
+        initial.find(config.train.init_from, manifest.task, "train.init_from")
+    if not config.train.overwrite and (config.folder / "train").exists(SETTINGS):
+        _check_begun(_placed(config, manifest))
+    _note_what_is_otherwise(config.train.yolo, args)
 
 
 def needs(config: RunConfig, *, use_gpu: bool) -> tuple[float, float]:
@@ -89,23 +93,20 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     if config.train.overwrite:
         out.delete()
     manifest = Manifest.load(config.dataset_folder)
-    train = config.train.model_copy(update={"augment": where_to_augment(config, manifest)})
-    config = config.model_copy(update={"train": train})
-    settings = fingerprint(config)
-    if out.exists(SETTINGS) and (others := differing(out.read_json(SETTINGS), settings)):
-        raise ValueError(
-            f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add train.overwrite=true"
-        )
+    config = _placed(config, manifest)
+    train, is_begun = config.train, out.exists(SETTINGS)
+    if is_begun:
+        _check_begun(config)
     if out.exists(SUMMARY):
         print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
         return summary
     verify.check_sums(config.dataset_folder, manifest, SPLITS)
     _check_optimizer(config, manifest)  # here too: not everybody has called check
-    model = _stage(_model(train.model, manifest.task), out)
+    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
     if train.init_from is not None:
-        _stage(_model(train.init_from, manifest.task, "train.init_from"), out)
-    out.write_json(SETTINGS, settings)
+        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+    out.write_json(SETTINGS, fingerprint(config))
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
     try:
@@ -135,15 +136,49 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     return summary
 
 
-def where_to_augment(config: RunConfig, manifest: Manifest) -> Literal["cpu", "gpu"]:
-    """What ``train.augment`` means on the cluster that was joined: auto is what the run was begun with, or the GPUs if workers have them."""
-    import ray
+def _check_begun(config: RunConfig) -> None:
+    """Whether a run goes on as it was begun.
 
+    Raises:
+        ValueError: with what is otherwise.
+    """
+    out = config.folder / "train"
+    if others := differing(out.read_json(SETTINGS), fingerprint(config)):
+        raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, add train.overwrite=true, "
+                         f"or choose another name, with dataset={config.dataset_folder.uri}")  # fmt: skip
+
+
+def _note_what_is_otherwise(yolo: dict[str, Any], args: Any) -> None:
+    """Says which of the user's settings do not act as they are written."""
+    ignored = [f"train.yolo.{name}" for name in IGNORED_BY_AUTO if name in yolo]
+    if ignored and str(args.optimizer).lower() == "auto":
+        _note(
+            f"{', '.join(ignored)} without effect: optimizer=auto, Ultralytics' default, chooses for itself; add e.g. train.yolo.optimizer=SGD"
+        )
+    if yolo.get("imgsz", args.imgsz) != args.imgsz:
+        _note(f"train.yolo.imgsz={yolo['imgsz']} becomes {args.imgsz}, a multiple of the model's stride")
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Once, however often a run is checked."""
+    print(f"train: note: {text}", flush=True)
+
+
+def _placed(config: RunConfig, manifest: Manifest) -> RunConfig:
+    """The same with a place to augment."""
+    return config.model_copy(update={"train": config.train.model_copy(update={"augment": where_to_augment(config, manifest)})})
+
+
+def where_to_augment(config: RunConfig, manifest: Manifest) -> Literal["cpu", "gpu"]:
+    """What ``train.augment`` means: auto is what the run was begun with, or on a cluster that was joined the GPUs if workers have them."""
     out = config.folder / "train"
     if config.train.augment != "auto":
         return config.train.augment
     if out.exists(SETTINGS):
         return "gpu" if out.read_json(SETTINGS)["augment"] == "gpu" else "cpu"
+    import ray
+
     if not uses_gpu(config, ray.cluster_resources().get("GPU", 0)):
         return "cpu"
     try:
@@ -191,7 +226,7 @@ def _trainer(
             "dataset": config.dataset_folder.uri,
             "seed": config.seed,
             "model": model,
-            "init_from": None if train.init_from is None else INITIAL,
+            "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),
             "plan": {"row_groups": _row_groups(config, manifest), "seed": config.seed, "global_batch": train.batch},
             "cache": None if cache is None else dataclasses.asdict(cache),
@@ -261,42 +296,6 @@ def _finish(out: Folder, label: str) -> dict[str, Any]:
     return summary
 
 
-def _model(name: str, wanted: str, key: str = "train.model") -> str | dict[str, Any]:
-    """A model yaml's content, or the local path of weights; for the task ``wanted``.
-
-    Raises:
-        ValueError: it cannot be found or read, or is for another task.
-    """
-    from ultralytics.nn.tasks import guess_model_task, load_checkpoint, yaml_model_load
-    from ultralytics.utils.downloads import attempt_download_asset
-
-    try:
-        if name.endswith((".yaml", ".yml")):
-            content: dict[str, Any] = yaml_model_load(name)
-            task = guess_model_task(content)
-        elif "://" in name:
-            folder, base = Folder.holding(name)
-            name = str(folder.download(base, Path("/tmp") / f"raypar-{hashlib.sha256(name.encode()).hexdigest()[:12]}.pt"))
-        if not name.endswith((".yaml", ".yml")):
-            name = str(Path(attempt_download_asset(name)).absolute())
-            task = load_checkpoint(name)[0].task
-    except Exception as error:
-        raise ValueError(f"{key}: {name} cannot be read: {' '.join(str(error).split())[:300]}") from error
-    if task != wanted:
-        suffix = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}.get(wanted, "")
-        raise ValueError(f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': write e.g. yolov8n{suffix}.yaml")
-    return content if name.endswith((".yaml", ".yml")) else name
-
-
-def _stage(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
-    """Puts weights into storage once, where every node can read them; returns their name there."""
-    if isinstance(model, dict):
-        return model
-    if not (out.exists(SETTINGS) and out.exists(INITIAL)):  # a run that goes on does so with what it was begun with
-        out.upload(model, INITIAL)
-    return INITIAL
-
-
 def fingerprint(config: RunConfig) -> dict[str, Any]:
     """The settings that decide what is computed, and the dataset's checksum."""
     manifest = config.dataset_folder.read("manifest.json")
@@ -309,4 +308,7 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     """Which settings of a run are not those that it was begun with, in words; nothing when all are."""
-    return ", ".join(f"{k}: {before.get(k)!r} then, {now[k]!r} now" for k in now if before.get(k) != now[k])
+    then, today = ({**{k: v for k, v in side.items() if k != "yolo"}, **{f"yolo.{k}": v for k, v in side.get("yolo", {}).items()}}
+                   for side in (before, now))  # fmt: skip
+    names = [*today, *(name for name in then if name.startswith("yolo.") and name not in today)]
+    return ", ".join(f"{n}: {then.get(n)!r} then, {today.get(n)!r} now" for n in names if then.get(n) != today.get(n))

@@ -33,6 +33,7 @@ from ultralytics.utils.torch_utils import init_seeds
 from raypar.dataset.manifest import Manifest
 from raypar.storage import Folder, patiently
 
+STRIDE = 32  # px, of the coarsest level of a model; more with a level more
 # Settings of Ultralytics that this version cannot honour: better refused than ignored.
 NOT_YET = {
     "distill_model": "distillation is not supported",
@@ -65,6 +66,9 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
         raise ValueError(f"train.yolo.time={args.time}: hours, more than 0")
     if args.epochs < 1:
         raise ValueError(f"train.yolo.epochs={args.epochs}: at least 1 is needed")
+    if not isinstance(args.imgsz, int) or args.imgsz < 1:
+        raise ValueError(f"train.yolo.imgsz={args.imgsz}: one whole number of px, for training images are squares")
+    args.imgsz = math.ceil(args.imgsz / STRIDE) * STRIDE  # as Ultralytics' check_imgsz
     return args
 
 
@@ -149,7 +153,9 @@ class Lender:
             self.setup_model()  # type: ignore[attr-defined]
         self.model.to(device)
         self.set_model_attributes()  # type: ignore[attr-defined]
-        self.stride = max(int(self.model.stride.max()), 32)
+        self.stride = max(int(self.model.stride.max()), STRIDE)
+        if self.args.imgsz % self.stride:
+            raise ValueError(f"train.yolo.imgsz={self.args.imgsz}: {name} needs a multiple of {self.stride}")
         self._freeze()
 
     def preprocess_batch(self, batch: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:

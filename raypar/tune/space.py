@@ -29,7 +29,6 @@ FIXED = {
     "val": "a trial that is not validated cannot be compared",
     "single_cls": "its metrics are those of another task",
 }
-IGNORED_BY_AUTO = ("lr0", "momentum", "warmup_bias_lr")  # Ultralytics' optimizer=auto chooses them itself
 NUM_PROBES = 8
 
 
@@ -44,7 +43,7 @@ def check(config: RunConfig) -> None:
         raise ValueError("tune.space is empty: write settings and what to draw them from, e.g. train.yolo.lr0: {loguniform: [1e-4, 1e-1]}")
     mistakes = [f"tune.space.{key}: {why}" for key in space if (why := _refusal(key))]
     mistakes += [f"tune.space.train.yolo.{name}: train.yolo.optimizer=auto chooses it itself: name one, e.g. train.yolo.optimizer=SGD"
-                 for name in IGNORED_BY_AUTO if f"train.yolo.{name}" in space and "auto" in _optimizers(config)]  # fmt: skip
+                 for name in train.IGNORED_BY_AUTO if f"train.yolo.{name}" in space and "auto" in _optimizers(config)]  # fmt: skip
     if not mistakes:
         mistakes = [text for key, domain in space.items() if (text := _try(config, key, domain))]
     if mistakes:

@@ -327,6 +327,7 @@ def test_coco_single_file_is_all_train(tmp_path: Path, place: str) -> None:
     listing = coco.scan(str(coco_json(tmp_path / place)))
     assert set(listing.splits) == {"train"}
     assert listing.splits["train"][0].image_path == str(tmp_path / "images" / "a.jpg")
+    assert "training needs a val split too" in listing.notes[-1]
 
 
 def test_coco_roboflow_layout(tmp_path: Path) -> None:

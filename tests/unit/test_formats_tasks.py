@@ -350,6 +350,7 @@ def test_folders_without_train_are_split(tmp_path: Path) -> None:
         (lambda root: class_tree(root, {".": {"dog": 1}}), "too few images"),
         (lambda root: str(root), "is an empty folder"),
         (lambda root: class_tree(root, {"train/a": {"dog": 1}}) + "/train/a/dog", "has no folders"),
+        (lambda root: class_tree(root, {".": {"images": 5, "labels": 5}}), "images and labels, .*prepare.format=yolo"),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], str], message: str) -> None:

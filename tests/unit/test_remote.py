@@ -23,6 +23,7 @@ from raypar.dataset.formats import Listing, Record, coco, folders, voc, wanted, 
 from raypar.dataset.ingest import ShardJob, ShardReport, write_shard
 from raypar.dataset.records import Records
 from raypar.dataset.remote import Place, RemotePath, Tree, place_of
+from raypar.sources import list_source
 from raypar.storage import Folder
 
 XML = "<annotation><object><name>{}</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>20</xmax><ymax>20</ymax></bndbox></object></annotation>"
@@ -53,7 +54,7 @@ def listed(scan: Callable[..., Listing], place: Place, root: Path, *args: Any) -
 
     def plain(value: Any) -> Any:
         if isinstance(value, str):
-            return value.replace(f"store://{root.name}", "ROOT").replace(str(root), "ROOT")
+            return value.replace(f"{root.parent}/", "store://").replace(f"store://{root.name}", "ROOT")  # the bucket lies in the store
         if isinstance(value, list | tuple):
             return tuple(plain(item) for item in value)
         return tuple((key, plain(item)) for key, item in value.items()) if isinstance(value, dict) else value
@@ -320,6 +321,12 @@ def test_a_path_in_the_store_is_followed(tmp_path: Path, path: str) -> None:
 
 def test_keys_in_a_uri_are_not_shown() -> None:
     assert remote.shown("s3://me:secret@bucket/a?scheme=http&x=secret") == "s3://bucket/a"
+
+
+def test_a_uri_of_no_store_is_said_in_one_line_without_its_keys(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"https://host/a\.jpg cannot be opened: .*there are paths, and the stores of pyarrow") as caught:
+        list_source("https://me:secret@host/a.jpg", Folder.at(tmp_path))
+    assert "secret" not in str(caught.value)
 
 
 def test_file_uris_are_local(tmp_path: Path) -> None:

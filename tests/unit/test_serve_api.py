@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -288,7 +289,24 @@ def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp
     with pytest.raises(ValueError, match="export SOME_KEYS=KEY"):
         raypar.serve.check(config)
     monkeypatch.setenv("SOME_KEYS", "one, two")
+    monkeypatch.setattr(raypar.serve, "_check_port", lambda *_: None)
     raypar.serve.check(config)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "no.such.host.invalid"])
+def test_a_port_that_is_taken_is_said_before_ray_starts(host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        serve = {"host": host, "port": taken.getsockname()[1]}
+        config = RunConfig.model_validate({"name": "run", "storage": str(tmp_path), "serve": serve})
+        (config.folder / "train").write("best.pt", b"weights")
+        with pytest.raises(ValueError, match=f"serve.port={serve['port']}: nothing can listen there"):
+            raypar.serve.check(config)
+        monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+        raypar.serve.check(config)  # another machine's port
+    if host == "127.0.0.1":
+        monkeypatch.delenv("RAY_ADDRESS")
+        raypar.serve.check(config)
 
 
 # --- batches -----------------------------------------------------------------------------------------------------------------------------

@@ -51,6 +51,8 @@ def scan(source: str | Place, task: str = "auto") -> Listing:
         splits[split] = _records(data, file, path if path.is_dir() else file.parent, classes, notes, task)
     if task == "pose" and not flip_idx:
         notes.append("no keypoint is called left or right: images are not mirrored in training")
+    if path.is_file():
+        notes.append(f"{path} is a single JSON, all of it train: training needs a val split too, so name the folder that has both")
     return Listing(tuple(classes[i] for i in sorted(classes)), splits, tuple(notes), task, keypoint_shape, flip_idx)
 
 

@@ -72,6 +72,8 @@ def _class_names(folder: Place) -> tuple[str, ...]:
     names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
     if not names:
         raise ValueError(f"{folder} has no folders: it should hold one for each class")
+    if {"images", "labels"} <= set(names):
+        raise ValueError(f"{folder} holds images and labels, not a folder for each class: write prepare.format=yolo and name its data.yaml")
     return names
 
 
