@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from raypar.config import RunConfig
 
 VERBS = {
-    "prepare": "images and labels (YOLO, COCO, VOC, built-in shapes) -> checked Parquet shards",
+    "prepare": "images and labels (YOLO, COCO, VOC, folders of classes, built-in shapes) -> checked Parquet shards",
     "inspect": "shards -> statistics, pictures of raw and augmented samples, the pipeline's speed",
     "train": "shards and a model -> trained weights, on any number of workers",
     "evaluate": "weights and a split -> mAP, curves, pictures",
@@ -100,17 +100,17 @@ def _parser() -> argparse.ArgumentParser:
 def _run(options: argparse.Namespace) -> int:
     from raypar import runfile
 
-    config = _at_home(runfile.load(options.run_file, options.overrides))
+    config = _at_home(runfile.load(options.run_file, options.overrides, options.verb))
     verb = importlib.import_module(f"raypar.{options.verb}")
     if options.dry_run:
         return _dry_run(options.verb, verb, config)
     _check_storage(config)
-    verb.check(config)
+    _check_inputs(verb, config)
     config.folder.check_writable()
 
     from raypar import cluster
 
-    cluster.check_without_starting(options.verb, config)
+    _check_cluster(options.verb, config)
     cluster.connect(with_dashboard=options.verb == "tune")  # Ray Train asks it about trials
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
     config.folder.write("run.yaml", runfile.dump(config) + runfile.written_by())
@@ -120,21 +120,25 @@ def _run(options: argparse.Namespace) -> int:
 
 def _dry_run(name: str, verb: Any, config: RunConfig) -> int:
     """Prints the resolved run file, makes every check that starts nothing, and prints what came of each."""
-    from raypar import cluster, runfile
+    from raypar import runfile
 
     print(runfile.dump(config))
+    inputs = f"{name}'s settings and inputs"
     checks: dict[str, Callable[[], object]] = {
         "storage": lambda: _check_storage(config),
-        f"{name}'s settings and inputs": lambda: verb.check(config),
-        "CPUs and GPUs": lambda: cluster.check_without_starting(name, config),
+        inputs: lambda: _check_inputs(verb, config),
+        "CPUs and GPUs": lambda: _check_cluster(name, config),
     }
-    failed = 0
+    failed: list[str] = []
     for what, check in checks.items():
+        if what == inputs and "storage" in failed:
+            print(f"skipped {what}: they need the storage")
+            continue
         try:
             note = check()
             print(f"ok      {what}" + (f": {note}" if note else ""))
         except ValueError as error:
-            failed += 1
+            failed.append(what)
             print(f"failed  {what}")
             sys.stdout.flush()
             _say_error(error)
@@ -168,6 +172,27 @@ def _check_storage(config: RunConfig) -> str:
     except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
         raise ValueError(f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}") from error
     return folder.uri
+
+
+def _check_inputs(verb: Any, config: RunConfig) -> None:
+    """The verb's own checks; a store that holds its inputs may be another than the run's, and not answer."""
+    try:
+        verb.check(config)
+    except OSError as error:
+        raise ValueError(f"the inputs cannot be read: {' '.join(str(error).split())}") from error
+
+
+def _check_cluster(verb: str, config: RunConfig) -> str:
+    """Whether there will be enough CPUs and GPUs; joins the cluster that RAY_ADDRESS names, if it does."""
+    from raypar import cluster
+
+    try:
+        return cluster.check_without_starting(verb, config)
+    except ConnectionError as error:
+        address = os.environ.get("RAY_ADDRESS")
+        raise ValueError(
+            f"RAY_ADDRESS={address}: no Ray cluster answers there: correct it, or unset it to start Ray on this machine"
+        ) from error
 
 
 def _user_error(error: BaseException) -> BaseException | None:

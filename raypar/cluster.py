@@ -25,7 +25,7 @@ def connect(*, with_dashboard: bool = False) -> None:
         return
     _set_variables()
     quiet_ray()
-    if belongs_to_one():
+    if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
         ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
         return
     # Its processes get this one's variables. A runtime environment would give each the same, and take half a second of each one's start.
@@ -33,11 +33,6 @@ def connect(*, with_dashboard: bool = False) -> None:
     os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away and says so before
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the training is noticed
     ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning", include_dashboard=with_dashboard)
-
-
-def belongs_to_one() -> bool:
-    """Whether :func:`connect` joins a cluster that is there, instead of starting Ray."""
-    return bool(os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"))
 
 
 def require(num_cpus: float, num_gpus: float) -> None:

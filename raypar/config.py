@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, StrictBool, field_validator, model_validator
 
 from raypar.domain import Domain, dotted
 from raypar.storage import Folder
@@ -15,8 +15,8 @@ from raypar.storage import Folder
 VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
 # Settings of Ultralytics that raypar decides itself, each with the place to write instead.
 OWNED_BY_RAYPAR = {
-    "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu", "seed": "seed",
-    "project": "storage", "name": "name", "exist_ok": "overwrite=true", "resume": "nothing: runs resume by themselves",
+    "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu=true or false", "seed": "seed",
+    "project": "storage", "name": "name", "exist_ok": "train.overwrite=true", "resume": "nothing: runs resume by themselves",
     "pretrained": "train.init_from", "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
     "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "nothing: every epoch ends with a checkpoint",
     "split": "evaluate.split", "source": "predict.source", "format": "export.format",
@@ -117,7 +117,7 @@ class TrainConfig(Section):
     num_workers: PositiveInt | NumWorkers = Field(
         1, description="training workers, or {min, max} to go on with what is there; each takes one GPU or a share of the CPUs"
     )
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto takes GPUs when the cluster has enough of them")
+    use_gpu: StrictBool | Literal["auto"] = Field("auto", description="auto takes GPUs when the cluster has enough of them")
     cpus_per_worker: PositiveFloat | None = Field(None, description="CPUs Ray reserves for each worker; nothing: 1")
     threads_per_worker: PositiveInt | None = Field(None, description="torch threads a worker; nothing: its share of the node's cores")
     batch: PositiveInt = Field(16, description="images a step over all workers together, as in Ultralytics")
@@ -200,7 +200,7 @@ class InferenceConfig(Section):
     weights: str | None = Field(None, description=".pt or exported model; nothing: this run's train/best.pt")
     imgsz: PositiveInt | None = Field(None, description="px of the longer side; nothing: as trained")
     precision: Literal["auto", "fp32", "bf16", "fp16"] = Field("fp32", description="of the forward pass")
-    use_gpu: bool | Literal["auto"] = Field("auto", description="auto takes a GPU when the cluster has one")
+    use_gpu: StrictBool | Literal["auto"] = Field("auto", description="auto takes a GPU when the cluster has one")
     iou: float = Field(0.7, ge=0, le=1, description="overlap above which NMS drops the weaker box")
     max_det: PositiveInt = Field(300, description="boxes kept an image")
 

@@ -11,18 +11,32 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
-from raypar.config import RunConfig
+from raypar.config import OWNED_BY_RAYPAR, RunConfig
 from raypar.storage import Folder
 from raypar.versions import versions
 
 Location = tuple[str, ...]  # ("train", "num_workers")
+Stage = tuple[dict[Location, str], dict[str, Any]]  # where settings were written and what they are, once one more file or override is read
+# What users of Ultralytics may call a setting, and what it is called in the sections that have it.
+ALSO_CALLED = {"device": "use_gpu", "weights": "model", "model": "weights", "half": "precision", "exist_ok": "overwrite"}
+KINDS = {
+    "model": "a section of settings", "dict": "a section of settings", "list": "a list", "string": "text",
+    "int": "an integer", "float": "a number", "bool": "true or false",
+}  # fmt: skip
+PATTERNS = {
+    "name": "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
+    "serve.route_prefix": "should begin with '/' and hold no '{' and no '}'",
+}
 
 
 class Loader(yaml.SafeLoader):
@@ -69,42 +83,47 @@ Dumper.yaml_implicit_resolvers = {
 }
 
 
-def load(path: str | Path, overrides: Iterable[str] = ()) -> RunConfig:
+def load(path: str | Path, overrides: Iterable[str] = (), verb: str = "train") -> RunConfig:
     """Reads a run file, applies the overrides and checks the whole.
 
     Args:
         path: the YAML file.
         overrides: ``section.key=value``, the value as YAML, or ``@FILE``, the settings in a YAML file (a path or a URI), laid out as in a
             run file; the later of two wins.
+        verb: whose section an unknown setting at the top level was probably meant for.
 
     Raises:
-        ValueError: one line a mistake, each with file, line and key.
+        ValueError: one line a mistake, each with the key, and the file and line or the override that it comes from.
     """
-    data, lines = _read(str(path))
-    places = {key: f"{path}:{line}" for key, line in lines.items()}
-    for override in overrides:
-        if override.startswith("@"):
-            more, lines = _read(override[1:])
-            _merge(data, more)
-            places |= {key: f"{override[1:]}:{line}" for key, line in lines.items()}
-            continue
-        key, value = parse_override(override)
-        put(data, key, value)
-        places = {k: v for k, v in places.items() if k[: len(key)] != key} | {key: override}
-    try:
-        config = RunConfig.model_validate(data)
-    except ValidationError as error:
-        raise ValueError("\n".join(_explain(error, data, places, str(path)))) from None
-    if unknown := _unknown_yolo(config.train.yolo, places, str(path)):
+    stages = list(_stages(str(path), overrides))
+    if mistakes := _mistakes(stages[-1][1]):
+        raise ValueError("\n".join(_explain(mistakes, stages, str(path), verb)))
+    config = RunConfig.model_validate(stages[-1][1])
+    if unknown := _unknown_yolo(config.train.yolo, stages[-1][0], str(path)):
         raise ValueError("\n".join(unknown))
     return config
 
 
+def _stages(path: str, overrides: Iterable[str]) -> Iterator[Stage]:
+    data, places = _read(path)
+    yield places, deepcopy(data)
+    for override in overrides:
+        if override.startswith("@"):
+            more, its_places = _read(override[1:])
+            _merge(data, more)
+        else:
+            key, value = parse_override(override)
+            put(data, key, value)
+            places = {k: v for k, v in places.items() if k[: len(key)] != key}
+            its_places = {key[:n]: override for n in range(1, len(key) + 1)}
+        places = places | its_places
+        yield places, deepcopy(data)
+
+
 def dump(config: RunConfig) -> str:
     """The resolved run file, every setting spelt out, as YAML that ``load`` reads back to the same."""
-    settings = {
-        k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None
-    }  # `prepare:` is not none
+    # `prepare:` with nothing below it would be a section
+    settings = {k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None}
     return str(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -130,23 +149,36 @@ def parse_override(text: str) -> tuple[Location, Any]:
         raise ValueError(f"{text}: the value is not YAML: {_problem(error)}") from None
 
 
-def _read(path: str) -> tuple[dict[str, Any], dict[Location, int]]:
-    """A run file's content, and the line (from 1) of every key in it."""
+def _read(path: str) -> tuple[dict[str, Any], dict[Location, str]]:
+    """A run file's content, and the file and line (from 1) of every key in it."""
     try:
         text = _read_remote(path) if "://" in path else Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: cannot read the run file: {getattr(error, 'strerror', None) or error}") from None
-    try:
         loader = Loader(text)  # reads the first characters: they may already be wrong
         node = loader.get_single_node()
         data = loader.construct_document(node) if node is not None else {}
+    except OSError as error:
+        raise ValueError(f"{path}: cannot read the run file: {error.strerror or error}") from None
+    except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
+        at = error.start if isinstance(error, UnicodeDecodeError) else error.position
+        raise ValueError(f"{path}: no run file: byte {at} is no text in UTF-8 (a run file names weights, as train.model)") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"{path}{f':{mark.line + 1}' if mark else ''}: {_problem(error)}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path}: a run file holds settings (name: ..., train: ...), this one holds {type(data).__name__}")
+    if "name" not in data:
+        _refuse_ultralytics(path, data)
     empty = {k for k, v in data.items() if v is None and _section_at((str(k),))}  # `train:` and nothing below it
-    return {str(k): {} if k in empty else v for k, v in data.items()}, dict(_lines(node, ()))
+    places = {key: f"{path}:{line}" for key, line in _lines(node, ())}
+    return {str(k): {} if k in empty else v for k, v in data.items()}, places
+
+
+def _refuse_ultralytics(path: str, data: dict[Any, Any]) -> None:
+    """Says where a file of Ultralytics belongs that was given as a run file."""
+    if "backbone" in data:
+        raise ValueError(f"{path}: this is a model's YAML, no run file: name it in one, as train: {{model: {path}}}")
+    if "names" in data or isinstance(data.get("train"), (str, list)):
+        raise ValueError(f"{path}: this is a data.yaml, no run file: name it in one, as prepare: {{source: {path}}}")
 
 
 def _read_remote(uri: str) -> str:
@@ -184,53 +216,70 @@ def put(data: dict[str, Any], key: Location, value: Any) -> None:
     data[key[-1]] = value
 
 
-def _explain(error: ValidationError, data: dict[str, Any], places: dict[Location, str], path: str) -> list[str]:
+def _explain(mistakes: Sequence[ErrorDetails], stages: Sequence[Stage], path: str, verb: str) -> list[str]:
     """One line a setting that is wrong."""
     messages: dict[Location, list[str]] = {}
     inputs: dict[Location, Any] = {}
-    for detail in error.errors(include_url=False):
-        key = _written(detail["loc"], data)
-        if detail["type"] == "extra_forbidden":
-            message = "no such setting" + _did_you_mean(key)
-        elif detail["type"] == "missing":
-            key, message = (*key, str(detail["loc"][-1])), "is missing"
-        else:
-            message = detail["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
-            if not isinstance(detail["input"], dict):
-                inputs[key] = detail["input"]
+    places: dict[Location, str] = {}
+    for mistake in mistakes:
+        key = _written(mistake["loc"], stages[-1][1])
+        if mistake["type"] == "missing":
+            key = (*key, str(mistake["loc"][-1]))
+        message = f"no such setting{_did_you_mean(key, verb)}" if mistake["type"] == "extra_forbidden" else _in_words(key, mistake)
         messages.setdefault(key, []).append(message)
+        of_section = isinstance(mistake["input"], dict)
+        places[key] = _place(key, (_origin(mistake, stages) if of_section or key not in stages[-1][0] else stages[-1])[0], path)
+        if not of_section and mistake["type"] != "extra_forbidden":
+            inputs[key] = mistake["input"]
     deepest = [key for key in messages if not any(other[: len(key)] == key and other != key for other in messages)]
     return [
-        f"{_place(key, places, path)}: {'.'.join(key) or 'the run file'}: {' or '.join(dict.fromkeys(messages[key]))}"
+        f"{places[key]}: {'.'.join(key)}: {' or '.join(dict.fromkeys(messages[key])).replace(' or should be ', ' or ')}"
         + (f", not {inputs[key]!r}" if key in inputs else "")
         for key in deepest
     ]
 
 
+def _origin(mistake: ErrorDetails, stages: Sequence[Stage]) -> Stage:
+    """What a mistake in a section as a whole came in with: an override may be right by itself, and at odds with the file."""
+    last = len(stages) - 1
+    while last and any((m["loc"], m["msg"]) == (mistake["loc"], mistake["msg"]) for m in _mistakes(stages[last - 1][1])):
+        last -= 1
+    return stages[last]
+
+
+def _mistakes(settings: dict[str, Any]) -> list[ErrorDetails]:
+    try:
+        RunConfig.model_validate(settings)
+    except ValidationError as error:
+        return error.errors(include_url=False)
+    return []
+
+
+def _in_words(key: Location, mistake: ErrorDetails) -> str:
+    """Pydantic's message without its jargon."""
+    of, _, what = mistake["type"].rpartition("_")
+    if what in ("type", "parsing") and of in KINDS:
+        return f"should be {KINDS[of]}"
+    if mistake["type"] == "string_pattern_mismatch":
+        return PATTERNS[".".join(key)]
+    message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    return message.replace("Field required", "is missing")
+
+
 def _unknown_yolo(settings: dict[str, Any], places: dict[Location, str], path: str) -> list[str]:
     """One line for every name under ``train.yolo`` that Ultralytics does not have; it checks the values itself, seconds later."""
-    known = yolo_settings() if settings else {}
-    lines = []
-    for name in settings:
-        if name not in known:
-            close = difflib.get_close_matches(name, known, n=1)
-            key = ("train", "yolo", name)
-            where = f"{_place(key, places, path)}: {'.'.join(key)}"
-            lines.append(f"{where}: no such setting of Ultralytics" + (f"; did you mean '{close[0]}'?" if close else ""))
-    return lines
+    keys = [("train", "yolo", name) for name in settings if name not in yolo_settings()]
+    return [f"{_place(key, places, path)}: {'.'.join(key)}: no such setting of Ultralytics{_did_you_mean(key, 'train')}" for key in keys]
 
 
 def _written(location: Sequence[str | int], data: Any) -> Location:
     """The part of pydantic's location that a user wrote: pydantic mixes in the names of a union's members."""
     key: list[str] = []
     for part in location:
-        if isinstance(data, dict) and part in data:
-            data = data[str(part)]
-        elif isinstance(data, list) and isinstance(part, int) and part < len(data):
+        is_there = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        if is_there:
             data = data[part]
-        else:
-            continue
-        key.append(str(part))
+            key.append(str(part))
     return tuple(key)
 
 
@@ -256,18 +305,36 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
     return next((found for argument in arguments if (found := _section_in(argument))), None)
 
 
-def _did_you_mean(key: Location) -> str:
+def _did_you_mean(key: Location, verb: str) -> str:
+    """What to write for a setting that is not there: one of the same name elsewhere, or else one of nearly that name."""
     section = _section_at(key[:-1])
-    known = list(section.model_fields) if section else []
+    known = list(section.model_fields) if section else [name for name in yolo_settings() if name not in OWNED_BY_RAYPAR]
+    elsewhere = _elsewhere(key[0] if len(key) > 1 else verb) if len(key) < 3 or not section else {}
+    if key[-1] in elsewhere:
+        return elsewhere[key[-1]]
     if close := difflib.get_close_matches(key[-1], known, n=1):
         return f"; did you mean '{close[0]}'?"
-    if key[0] == "train" and key[-1] in yolo_settings():
-        return f"; did you mean 'train.yolo.{key[-1]}'?"
-    sections = {name: _section_in(field.annotation) for name, field in RunConfig.model_fields.items()}
-    elsewhere = [f"{name}.{key[-1]}" for name, s in sections.items() if s and key[-1] in s.model_fields]
-    return f"; did you mean '{elsewhere[0]}'?" if elsewhere else f"; there are {', '.join(known)}" if known else ""
+    if close := difflib.get_close_matches(key[-1], elsewhere, n=1, cutoff=0.75):
+        return elsewhere[close[0]]
+    return f"; there are {', '.join(known)}" if section else ""
 
 
+def _elsewhere(verb: str) -> dict[str, str]:
+    """The words for settings, each with what to write: in that verb's section where it has it, else in ``train``, else in another."""
+    found = {name: f"; did you mean '{name}', at the top level?" for name in RunConfig.model_fields}
+    sections = {name: section for name, field in RunConfig.model_fields.items() if (section := _section_in(field.annotation))}
+    for name in dict.fromkeys(name for name in (verb, "train", *sections) if name in sections):
+        fields = sections[name].model_fields
+        words = {field: f"; did you mean '{name}.{field}'?" for field in fields}
+        also = {word: words[field] for word, field in ALSO_CALLED.items() if field in fields}
+        if name == "train":
+            owned = {word: f"; '{word}' is raypar's: write {instead}" for word, instead in OWNED_BY_RAYPAR.items()}
+            also = {word: f"; did you mean 'train.yolo.{word}'?" for word in yolo_settings()} | also | owned
+        found = also | words | found
+    return found
+
+
+@cache
 def yolo_settings() -> dict[str, Any]:
     """Names and defaults of Ultralytics' settings, read without importing Ultralytics (seconds)."""
     from importlib.util import find_spec

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from raypar.augment.paint import GREY
-from raypar.images import decode, encode_jpeg, resized_hw, shrink
+from raypar.images import decode_shrunk, encode_jpeg, resized_hw
 
 MAX_DECODE_THREADS = 16
 
@@ -109,7 +109,7 @@ def _pool() -> ThreadPoolExecutor:
 
 def _decode_on_cpu(data: Any, imgsz: int) -> Tensor | None:
     try:
-        return torch.from_numpy(shrink(decode(data), imgsz))
+        return torch.from_numpy(decode_shrunk(data, imgsz))
     except ValueError:
         return None
 

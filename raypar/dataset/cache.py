@@ -79,8 +79,10 @@ class Cache:
         head = np.array([len(images), *(n for image in images for n in ((0, 0) if image is None else image.shape[:2]))], np.int64)
         if self.used_bytes() + head.nbytes + sum(sizes) > self.limit_bytes:
             return False
-        self.folder.mkdir(exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        try:
+            handle, part = tempfile.mkstemp(dir=self.folder, suffix=".part")
+        except FileNotFoundError:  # dropped meanwhile: training has ended
+            return False
         try:
             with os.fdopen(handle, "wb") as file:
                 file.write(head.data)
@@ -130,6 +132,8 @@ def sweep(parent: Path, mine: Path | None = None) -> None:
             with (folder / LOCK).open("rb") as lock:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 shutil.rmtree(folder, ignore_errors=True)
+        except FileNotFoundError:  # nobody can hold it
+            shutil.rmtree(folder, ignore_errors=True)
         except OSError:  # in use, or gone meanwhile
             continue
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any
+from typing import Any, BinaryIO
 
 import cv2
 import numpy as np
@@ -31,7 +31,7 @@ from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
 from raypar.dataset.rows import cells, row_labels
 from raypar.dataset.stream import ALBUMENTATIONS, MAX_STEPS_PER_BLOCK, StreamSpec, _start, dealt, fetched, settle, transform_of
-from raypar.images import decode, resized_hw, shrink
+from raypar.images import decode_shrunk, resized_hw
 
 MIN_DEPTH, MAX_DEPTH = 8, 32  # steps
 RING_IMAGES, RING_BYTES = 512, 2 << 30  # of all ranks' rings together, about, between those two
@@ -196,8 +196,8 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
     kept = spec.labels_kept
     if (found := kept.pop(group, None)) is None:
         path, index = spec.groups[group]
-        with spec.dataset.open(path) as file:
-            table = pq.ParquetFile(file).read_row_group(index, columns=["height", "width", *spec.label_columns])
+        columns = ["height", "width", *spec.label_columns]
+        table = spec.dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=columns))
         table = table.slice(0, spec.plan.row_groups[group])
         hws = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
         found = [_row(spec, table, i, hw) for i, hw in enumerate(hws)]
@@ -214,13 +214,16 @@ def _row(spec: StreamSpec, table: pa.Table, i: int, hw: tuple[int, int]) -> Labe
     return Labelled(class_ids, boxes, in_ring, polygons, keypoints)
 
 
+def _image_column(index: int, file: BinaryIO) -> pa.ChunkedArray:
+    return pq.ParquetFile(file).read_row_group(index, columns=["image"])["image"]
+
+
 def _images(spec: StreamSpec, window: Window) -> tuple[NDArray[np.int64], list[pa.Buffer]]:
     """For a window's rows their numbers within the split, and their encoded images."""
     numbers, images = [], []
     for group in window.row_groups:
         path, index = spec.groups[group]
-        with spec.dataset.open(path) as file:
-            column = pq.ParquetFile(file).read_row_group(index, columns=["image"])["image"]
+        column = spec.dataset.reading(path, partial(_image_column, index))
         num_rows = spec.plan.row_groups[group]
         images += cells(column)[:num_rows]
         numbers.append(spec.first_rows[group] + np.arange(num_rows))
@@ -234,7 +237,7 @@ def _changed(spec: StreamSpec, epoch: int, number: int, image: pa.Buffer, hw: tu
     if not transform.apply_to(generator(*key)):
         return image
     try:
-        decoded = shrink(decode(image), spec.recipe.imgsz)
+        decoded = decode_shrunk(image, spec.recipe.imgsz)
     except ValueError:  # the worker will say so
         return image
     made, _, _ = transform(decoded, np.zeros(0, np.int32), np.zeros((0, 4), np.float32), generator(*key))

@@ -33,7 +33,7 @@ from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
 from raypar.dataset.rows import cells, row_labels
 from raypar.dataset.schema import row_schema
-from raypar.images import Image, decode, shrink
+from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
 
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
@@ -168,8 +168,7 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
 
 def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
     try:
-        decoded = decode(image)
-        return decoded if spec.recipe.task == "classify" else shrink(decoded, spec.recipe.imgsz)  # classify takes crops of it
+        return decode(image) if spec.recipe.task == "classify" else decode_shrunk(image, spec.recipe.imgsz)  # classify takes crops of it
     except ValueError:
         return None
 

@@ -13,7 +13,6 @@ import threading
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from raypar import cluster
 from raypar.config import Autoscaling, RunConfig, ServeConfig
 from raypar.storage import Folder
 
@@ -43,7 +42,7 @@ def check(config: RunConfig) -> None:
         if is_empty:
             raise ValueError(f"weights {weights} are empty: train again, or name others with serve.weights=PATH")
     _key_digests(config.serve)
-    if not cluster.belongs_to_one():  # else the port is another machine's, or Serve has it already
+    if not {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys():  # else it is another machine's port, or Serve has it already
         _check_port(config.serve.host, config.serve.port)
 
 

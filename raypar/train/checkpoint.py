@@ -68,9 +68,9 @@ def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
 
 
 def is_finite(state: dict[str, Any]) -> bool:
-    """Whether weights, EMA and optimizer hold numbers only: nothing else may be saved."""
+    """Whether weights, EMA and optimizer hold numbers only: nothing else may be saved. Scaled gradients (fp16) may overflow: that update is left out."""
     found: list[Tensor] = []
-    _tensors([state["model"], state["ema"], state["optimizer"]["state"], state["gradients"]], found)
+    _tensors([state["model"], state["ema"], state["optimizer"]["state"], {} if state["scaler"] else state["gradients"]], found)
     return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
 
 

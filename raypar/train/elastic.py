@@ -62,7 +62,7 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]  # Ray is untyped her
         if not isinstance(decision, ResizeDecision):
             return decision
         if decision.num_workers > worker_group_state.num_workers:
-            pulse.post(self.run_id, "wish", "grow")
+            pulse.post(self.run_id, "grow", "asked")
             return NoopDecision()
         print(f"train: the cluster has room for {decision.num_workers} workers now and not for {worker_group_state.num_workers}: "
               "they start again from the newest checkpoint", flush=True)  # fmt: skip

@@ -13,6 +13,7 @@ from typing import Any
 
 import ray
 import ray.train
+from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.train.v2._internal.execution.failure_handling import FailureDecision, FailurePolicy
 
 from raypar.storage import OutOfDiskError, StorageError
@@ -23,6 +24,7 @@ ELASTIC_START_S = 15.0  # an elastic run has counted that there is room: when th
 MAX_PREEMPTIONS = 100
 # The same again would come of the same settings and the same data: these are not tried again.
 MISTAKES = (ValueError, TypeError, AttributeError, ImportError, NotImplementedError, AssertionError)
+DEAD = (ray.exceptions.RayActorError, ray.exceptions.OutOfMemoryError)  # a worker's process has ended
 
 
 class RankError(RuntimeError):
@@ -68,9 +70,10 @@ TOLD = (OutOfMemoryError, NotFiniteError, Restart, OutOfDiskError, StorageError)
 
 def explained(error: Exception, life: pulse.Pulse) -> Exception:
     """A worker's error as the controller and the user are told of it."""
-    text = _first_line(error)
     if (failed := _storage_error(error)) is not None:
         return StorageError(f"{life}: {failed}; raise train.storage_timeout_s to wait longer")
+    is_task, error = isinstance(error, ray.exceptions.RayTaskError), unwrapped(error)
+    text = _first_line(error)
     if isinstance(error, (*TOLD, RankError, *MISTAKES)):
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -78,7 +81,9 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
     if isinstance(error, ray.exceptions.OutOfMemoryError):  # of a data task, tried again by Ray as often as is allowed
         return RankError(f"{life}: a task that reads data was killed: {memory_of_node(error)}")
     if is_out_of_memory(error):
-        return OutOfMemoryError(f"{life}: {text}")
+        return OutOfMemoryError(f"{life}: {text}; {LESS_MEMORY}")
+    if is_task and isinstance(error, OSError):  # a file's, and no other rank's, whatever it says
+        return RankError(f"{life}: a task that reads data failed: {type(error).__name__}: {text}")
     if any(word in text.lower() for word in ("timed out", "timeout", "wait time")):
         return StuckError(f"{life}: waited too long for the others: {text}{_who_is_silent(life)}")
     if any(word in text.lower() for word in ("connection closed by peer", "connection reset", "broken pipe")):
@@ -86,10 +91,17 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
     return RankError(f"{life}: {type(error).__name__}: {text}")
 
 
+def unwrapped(error: Exception) -> Exception:
+    """What was raised in a task or an actor. Ray's own error around it has neither its attributes nor its message, but a traceback."""
+    while isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        error = error.cause
+    return error
+
+
 def _storage_error(error: Exception) -> StorageError | None:
     """A store's failure, of this process or, by the text of its traceback, of a task that reads data; nothing when it is something else."""
-    if type(error) is StorageError:
-        return error
+    if type(found := unwrapped(error)) is StorageError:
+        return found
     told = re.search(r"^raypar\.storage\.StorageError: (.+)$", str(error), re.MULTILINE)
     return StorageError(told[1]) if told else None
 
@@ -104,8 +116,8 @@ def start_attempts(placement_timeout_s: float, *, is_elastic: bool) -> tuple[int
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch could not get memory, on whatever device."""
-    text = str(error)
-    return type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in text or "CUDA out of memory" in text
+    words = r"DefaultCPUAllocator|\b(?:cuda|hip)\b.{0,20}\bout of memory"  # also the driver's own: "CUDA error: out of memory"
+    return type(error).__name__ == "OutOfMemoryError" or re.search(words, str(error), re.IGNORECASE) is not None
 
 
 def _who_is_silent(life: pulse.Pulse) -> str:
@@ -144,19 +156,47 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
                   "grow": -1, "not finite": -1}  # fmt: skip  # the workers count the last one
         limit = limits.get(kind, 0)
         is_retry = limit < 0 or count <= limit
-        then = _what_next(kind, count, limit) if is_retry else "training ends"
+        is_stop = is_retry and _is_asked_to_stop(self.run_id)
+        then = "training ends, as it was asked to" if is_stop else _what_next(kind, count, limit) if is_retry else "training ends"
         event = {"time": time.time(), "what": f"{cause}; {then}", "kind": kind, "count": count, "limit": limit}
         pulse.post(self.run_id, f"failure:{time.time():020.6f}", json.dumps(event))  # the next rank 0, or the driver, keeps it
         if is_retry:
             print(f"train: {cause}; {then}", flush=True)
             pulse.clear(self.run_id, "beat:")
-            pulse.clear(self.run_id, "wish")
+            pulse.clear(self.run_id, "grow")  # "stop" stays: asked for a moment later, the next workers hear it
+            if is_stop:
+                pulse.post(self.run_id, pulse.ENDED, cause)
         elif kind == "start":
             post_cause(self.run_id, missing(self.placement_timeout_s, cause))
         else:
             again = "" if limit <= 0 else f" (failure {count}, and train.max_failures={limit})"
             post_cause(self.run_id, cause + again)
-        return FailureDecision.RETRY if is_retry else FailureDecision.RAISE
+        return FailureDecision.RETRY if is_retry and not is_stop else FailureDecision.RAISE
+
+
+class Unstarted(WorkerGroupCallback, ControllerCallback):  # type: ignore[misc]
+    """Takes down the workers of a start that failed late. Ray Train forgets them: they would go on, and keep the room that the next ones
+    need (Ray 2.60.0, ``WorkerGroup._start``). It must be the first callback."""
+
+    def __init__(self) -> None:
+        self.group: Any = None
+
+    def after_worker_group_start(self, worker_group: Any) -> None:
+        self.group = worker_group
+
+    def after_worker_group_training_start(self, worker_group: Any) -> None:
+        self.group = None  # from here on it is the controller's
+
+    def before_controller_execute_failure_decision(self, failure_decision: FailureDecision) -> None:
+        group, self.group = self.group, None
+        if group is None or not group.has_started():
+            return
+        try:
+            group.shutdown()
+        except Exception as error:  # of another callback that was not ready for it
+            print(f"train: workers that did not start are killed: {_first_line(error)}", flush=True)
+            if group.has_started():
+                group.get_worker_group_state().shutdown()
 
 
 def _what_next(kind: str, count: int, limit: int) -> str:
@@ -181,6 +221,13 @@ def _beats(run_id: str) -> dict[int, pulse.Beat]:
         return {}
 
 
+def _is_asked_to_stop(run_id: str) -> bool:
+    try:
+        return pulse.read(run_id, "stop") is not None
+    except Exception:
+        return False
+
+
 def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]:
     """The kind of a failure, and its cause in one line.
 
@@ -188,9 +235,12 @@ def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]
         kind: ``failure``, ``preemption``, ``grow``, ``not finite`` and ``start`` are tried again; ``final`` is not.
     """
     if isinstance(error, ray.train.ControllerError):
-        inner = error.controller_failure
+        inner = unwrapped(error.controller_failure)
         if type(inner).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"):
             return "start", _first_line(inner)
+        if isinstance(inner, DEAD):  # when all are there and are told to train, which is no part of their start to Ray Train (2.60.0)
+            kind, cause = _of_dead("a worker that was starting", inner)
+            return "failure" if kind == "lost" else kind, cause
         if isinstance(inner, OSError) and inner.errno not in (errno.ENOSPC, errno.EDQUOT):
             return "failure", f"the controller: {_first_line(inner)}"
         return "final", _first_line(inner)
@@ -209,6 +259,7 @@ def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]
 
 
 def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[str, str]:
+    failure = unwrapped(failure)
     dead = getattr(failure, "health_check_failure", failure)
     if isinstance(failure, Restart):
         return ("preemption", "a node is about to be taken away and everything is saved") if failure.reason == "preempted" else (
@@ -219,13 +270,17 @@ def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[
         return "final", f"worker {rank}: {_first_line(failure)}"
     who = f"worker {rank}" + (f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else "")
     held = f"it held {beat.memory_gb:.1f} GB" if beat else ""
+    if isinstance(dead, DEAD):
+        return _of_dead(who, dead, held)
+    return "cut off" if isinstance(failure, CutOffError) else "failure", _first_line(failure)
+
+
+def _of_dead(who: str, dead: Exception, held: str = "") -> tuple[str, str]:
     if isinstance(dead, ray.exceptions.OutOfMemoryError):
         return "lost", f"{who} was killed: {memory_of_node(dead, held)}"
-    if isinstance(dead, ray.exceptions.RayActorError):
-        if dead.preempted:
-            return "preemption", f"{who} went with its node, which was taken away"
-        return "lost", f"{who} is lost: {_death(dead, held)}"
-    return "cut off" if isinstance(failure, CutOffError) else "failure", _first_line(failure)
+    if isinstance(dead, ray.exceptions.RayActorError) and dead.preempted:
+        return "preemption", f"{who} went with its node, which was taken away"
+    return "lost", f"{who} is lost: {_death(dead, held)}"
 
 
 def memory_of_node(error: Exception, held: str = "") -> str:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import tempfile
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +66,7 @@ def _read_weights(name: str, key: str) -> tuple[str, str]:
     path = Path(name)
     try:
         if "://" in name:
-            folder, base = Folder.holding(name)
-            path = folder.download(base, Path("/tmp") / f"raypar-{hashlib.sha256(name.encode()).hexdigest()[:12]}.pt")
+            path = _fetched(name)
         elif not path.exists():
             path = _downloaded(name, key)
         return str(path.absolute()), load_checkpoint(str(path.absolute()))[0].task
@@ -72,6 +74,18 @@ def _read_weights(name: str, key: str) -> tuple[str, str]:
         raise error if str(error).startswith(key) else _unreadable(name, key, error) from error
     except Exception as error:  # whatever unpickling foreign bytes raises
         raise _unreadable(name, key, error) from error
+
+
+def _fetched(uri: str) -> Path:
+    """A local copy of weights in a store; it appears whole, for trials of a study fetch it at the same time."""
+    folder, base = Folder.holding(uri)
+    path = Path(tempfile.gettempdir()) / f"raypar-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.pt"
+    part = path.with_suffix(f".{uuid.uuid4().hex}")
+    try:
+        folder.download(base, part)
+        return part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)
 
 
 def _downloaded(name: str, key: str) -> Path:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
+from types import SimpleNamespace
 from typing import Any
 
 import ray
@@ -15,10 +16,11 @@ from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import get_env_vars_to_propagate
 
+from raypar.storage import Folder, patiently
 from raypar.train import pulse
 from raypar.train.controller import Controller
 from raypar.train.elastic import Elastic
-from raypar.train.failure import Policy, diagnosis, start_attempts
+from raypar.train.failure import Policy, Unstarted, diagnosis, start_attempts
 
 CLUSTER = "RAY_API_SERVER_ADDRESS"  # what Ray's state API asks first
 
@@ -49,7 +51,26 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         """
         is_the_job = ray.get_runtime_context().get_actor_id() is None
         needless = (DatasetsCallback, PlacementGroupCleanerCallback) if is_the_job else (DatasetsCallback,)
-        return [callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless)]
+        return [Unstarted(), *(callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless))]
+
+    def fit(self) -> Any:
+        """Ray Train's own; a run that was asked to stop has stopped, too, when its workers were lost or placed anew at that moment."""
+        try:
+            return super().fit()
+        except ray.train.TrainingFailedError:
+            if pulse.read(self.run_id, pulse.ENDED) is None:
+                raise
+            pulse.clear(self.run_id, pulse.ENDED)
+            return SimpleNamespace(return_value={"stopped": self._saved()})
+
+    def _saved(self) -> int:
+        """Images that the newest checkpoint has seen."""
+        from raypar.train import checkpoint
+
+        patience_s = self.train_loop_config["train"]["storage_timeout_s"]
+        out = Folder(self.train_loop_config["folder"], patience_s) / "train"
+        found = patiently(lambda: checkpoint.names(out), f"list the checkpoints in {out.shown()}", patience_s)
+        return int(found[0].removeprefix(checkpoint.PREFIX)) if found else 0
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
         attempts, seconds = start_attempts(self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled)
@@ -70,7 +91,8 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
             if is_main:
                 signal.signal(signal.SIGINT, before)
             pulse.clear(self.run_id, "beat:")
-            pulse.clear(self.run_id, "wish")
+            for word in pulse.WORDS:
+                pulse.clear(self.run_id, word)
 
     def _register_sigint_handler(self, controller: Any) -> None:
         """The first interrupt asks the workers to save and end; the second one ends everything at once."""
@@ -112,7 +134,7 @@ def ask_to_stop(run_id: str) -> bool:
     """Asks the workers of a run to save and end; whether there are any to hear it."""
     if not pulse.beats(run_id):
         return False
-    pulse.post(run_id, "wish", "stop")
+    pulse.post(run_id, "stop", "asked")
     return True
 
 

@@ -180,7 +180,7 @@ class Loop:
             return
         self.accumulate = max(1, int(np.interp(global_step, [0, warmup], [1, self.nominal_accumulate]).round()))
         for group in self.optimizer.param_groups:  # bias lr falls from warmup_bias_lr, all others rise from 0
-            start = self.args.warmup_bias_lr if group.get("param_group") == "bias" else 0.0
+            start = self.args.warmup_bias_lr * self.lr_scale if group.get("param_group") == "bias" else 0.0
             group["lr"] = float(np.interp(global_step, [0, warmup], [start, group["initial_lr"] * factor]))
             if "momentum" in group:
                 group["momentum"] = float(np.interp(global_step, [0, warmup], [self.args.warmup_momentum, self.args.momentum]))

@@ -43,7 +43,15 @@ def spread_ddp(model: Any, device: torch.device) -> nn.Module:
 
 
 def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
-    """Every rank holds a share of each layer's weights, gradients and optimizer state. In place: the modules stay the same objects."""
+    """Every rank holds a share of each layer's weights, gradients and optimizer state. In place: the modules stay the same objects.
+
+    Raises:
+        ValueError: the model's loss uses weights of its own, outside of the forward pass that would gather them.
+    """
+    if hasattr(model.model[-1], "flow_model"):
+        raise ValueError(
+            "train.parallel=fsdp: the loss of YOLO26 for pose has weights of its own, which cannot be shared out: write train.parallel=ddp"
+        )
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
+WORDS = ("stop", "grow")  # that rank 0 listens for; each has a key of its own, so that none takes another's place
+ENDED = "ended"  # asked to stop, a run ended without its workers, which were to be placed anew
 BEAT_S = 1.0
 COMPLAIN_EVERY_S = 60.0
 NAMESPACE = b"raypar"
@@ -175,8 +177,8 @@ class Pulse:
     def _listen(self) -> None:
         if _preemption() is not None:
             self._wishes = {*self._wishes, "preempted"}
-        if self.rank == 0 and (wish := read(self.run_id, "wish")) is not None:
-            self._wishes = {*self._wishes, wish}
+        if self.rank == 0:
+            self._wishes = {*self._wishes, *(word for word in WORDS if read(self.run_id, word) is not None)}
 
 
 def _preemption() -> Any:

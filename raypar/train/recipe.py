@@ -11,8 +11,11 @@ import io
 import math
 import os
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from copy import copy, deepcopy
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -140,7 +143,7 @@ class Lender:
     ):
         self.manifest = manifest
         name = model if isinstance(model, str) else model.get("yaml_file", "yolov8n.yaml")
-        save_dir = tempfile.mkdtemp(prefix="raypar-")
+        save_dir = Path(tempfile.gettempdir(), f"raypar-{os.getuid()}")  # always the same: Ultralytics leaves an args.yaml there
         args = settings(
             yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task
         )
@@ -241,9 +244,11 @@ def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, met
     return buffer.getvalue()
 
 
-def staged(model: str | dict[str, Any], out: Folder) -> str | dict[str, Any]:
-    """Weights that the driver put into storage come to this node; a yaml's content is used as it is."""
+@contextmanager
+def staged(model: str | dict[str, Any], out: Folder) -> Iterator[str | dict[str, Any]]:
+    """Weights that the driver put into storage, on this node for as long as they are read; a yaml's content is used as it is."""
     if isinstance(model, dict):
-        return model
-    local = f"/tmp/raypar-{os.getpid()}-{model}"  # one a process: no two writers
-    return str(patiently(lambda: out.download(model, local), f"read {out.shown(model)}", out.patience_s))
+        yield model
+        return
+    with tempfile.TemporaryDirectory(prefix="raypar-") as folder:
+        yield str(patiently(lambda: out.download(model, f"{folder}/{model}"), f"read {out.shown(model)}", out.patience_s))

@@ -79,17 +79,18 @@ class Worker:
         state = self._find_state()
         self.stream = iter(()) if self.is_finished else self._stream(self.spec)  # first: its processes start while the model is built
 
-        lender = Lender(train["yolo"], model=staged(config["model"], self.out), manifest=manifest, batch=train["batch"],
-                        seed=config["seed"], device=self.device)  # fmt: skip
+        with staged(config["model"], self.out) as model:
+            lender = Lender(train["yolo"], model=model, manifest=manifest, batch=train["batch"], seed=config["seed"], device=self.device)
         if config["init_from"]:
-            lender.model.load(load_checkpoint(staged(config["init_from"], self.out))[0], verbose=False)
+            with staged(config["init_from"], self.out) as weights:
+                lender.model.load(load_checkpoint(weights)[0], verbose=False)
         cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
-        lender.args.epochs = self.args.epochs
-        self.args, self.class_names = lender.args, list(lender.data["names"].values())
+        epochs, self.args, self.class_names = self.args.epochs, lender.args, list(lender.data["names"].values())
         self.precision = pick_precision(train["precision"], self.device, is_sharded=train["parallel"] == "fsdp")
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
+        self.args.epochs = epochs  # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
                                         batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
         self.saver = Saver(patience_s) if self.rank == 0 else None
@@ -165,7 +166,8 @@ class Worker:
             if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
                 parallel.assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
-            self.asked |= self.agreement.step(self._wishes(parts))
+            learnt = self.agreement.step(self._wishes(parts))  # what was wished a step ago
+            self.asked |= learnt - {"save"} if self.saved_cursor == self.cursor - self.plan.global_batch else learnt
             if "nan" in self.asked:
                 self._go_back()
             if batch.step == self.plan.steps_per_epoch - 1:
@@ -190,6 +192,7 @@ class Worker:
                     break
             else:
                 return
+            self.stream = iter(())  # first: a ring on a GPU is given back
             self.stream = self._stream(self.spec)
 
     def _stream(self, spec: StreamSpec) -> Iterator[Rendered]:
@@ -201,7 +204,8 @@ class Worker:
 
     def _step(self, batch: Batch, tensors: dict[str, Tensor], step: int) -> dict[str, Tensor]:
         if self.args.single_cls:
-            tensors["cls"].zero_()
+            for name in {"cls", "sem_masks"} & tensors.keys():
+                tensors[name].zero_()
         if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
             shown = batch if batch.images.size else replace(batch, images=tensors["img"].cpu().numpy())
             sheet = pictures.training_batch(shown, self.class_names)
@@ -330,11 +334,8 @@ class Worker:
         self.broken.append({"epoch": epoch, "images_seen": self.cursor})
         if self.saver is not None:
             self.saver.flush()
-            patiently(
-                lambda: self.out.write_json(NAN_RESTARTS, self.broken),
-                f"write {self.out.shown(NAN_RESTARTS)}",
-                self.train["storage_timeout_s"],
-            )
+            written = f"write {self.out.shown(NAN_RESTARTS)}"
+            patiently(lambda: self.out.write_json(NAN_RESTARTS, self.broken), written, self.out.patience_s)
         self.agreement.any(False)
         what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
         if len(self.broken) > limit:

@@ -131,13 +131,17 @@ def test_a_cache_changes_nothing_and_is_gone_afterwards(ray_4_cpus: None, traine
 
 
 def test_fraction_and_time_are_kept(ray_4_cpus: None, trained_run: RunConfig) -> None:
-    yolo = trained_run.train.yolo | {"epochs": 50, "fraction": 0.4, "time": 1e-9, "val": False}
+    yolo = trained_run.train.yolo | {"epochs": 50_000, "fraction": 0.4, "time": 1e-9, "val": False}
     config = with_train(trained_run, "short", yolo=yolo)
     summary = raypar.train.run(config)
     (line,) = lines(config)  # one epoch is the least
     assert (summary["num_epochs"], line["images_missed"], line["images_repeated"]) == (1, 0, line["images_seen"] - round(0.4 * 48))
     assert "map50_95" in line, "any epoch may be the last, so each is validated"
-    assert final_state(config)["is_finished"]
+    state = final_state(config)
+    assert state["is_finished"]
+    (train_folder(config) / raypar.train.SUMMARY).unlink()
+    assert raypar.train.run(config)["num_epochs"] == 1  # with the optimizer of the 50,000 epochs that were asked for, whose state it is
+    assert len(state["optimizer"]["param_groups"]) > 3, "MuSGD, as for any long run"
 
 
 def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:

@@ -23,7 +23,7 @@ from raypar.augment.geometry import Recipe, draw, generator
 from raypar.augment.gpu import GpuRenderer
 from raypar.augment.labels import move_labels
 from raypar.augment.ring import Ring, decode_batch, has_nvjpeg, is_baseline_jpeg
-from raypar.images import decode, encode_jpeg, encode_png, shrink
+from raypar.images import decode, decode_shrunk, encode_jpeg, encode_png
 
 SIZE = 96
 MAX_MEAN_DIFFERENCE = 0.5  # grey levels: OpenCV interpolates in fixed point
@@ -187,7 +187,7 @@ def test_decoding_shrinks_and_replaces_what_is_damaged_by_grey_of_the_same_size(
     images, grey = decode_batch(encoded, [(200, 150), (40, 60), (300, 100), (41, 60), (40, 60)], SIZE, "cpu")
     assert grey == [2, 3]
     assert [tuple(image.shape) for image in images] == [(96, 72, 3), (40, 60, 3), (96, 32, 3), (41, 60, 3), (40, 60, 3)]
-    np.testing.assert_array_equal(images[0].numpy(), shrink(decode(encoded[0]), SIZE))
+    np.testing.assert_array_equal(images[0].numpy(), decode_shrunk(encoded[0], SIZE))
     np.testing.assert_array_equal(images[1].numpy(), small)
     assert set(images[2].unique().tolist()) == set(images[3].unique().tolist()) == {114}
 

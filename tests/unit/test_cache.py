@@ -73,7 +73,8 @@ def test_readers_outlive_a_drop(spec: CacheSpec) -> None:
     assert found is not None
     assert (found[0] == 7).all()
     assert cache.get("a") is None
-    assert cache.put("b", [np.zeros((1, 1, 3), np.uint8)])  # and one that was still running may go on
+    assert not cache.put("b", [np.zeros((1, 1, 3), np.uint8)]), "one that was still running leaves nothing behind"
+    assert not spec.folder.exists()
 
 
 def test_caches_of_dead_processes_are_swept_and_those_of_live_ones_stay(spec: CacheSpec) -> None:
@@ -92,6 +93,9 @@ os.kill(os.getpid(), signal.SIGKILL)
     assert not dead.folder.exists()
     assert cache.get("a") is not None
     assert dead.folder.name.startswith(PREFIX)
+    dead.folder.mkdir()  # without a lock: half made, or half dropped
+    sweep(spec.folder.parent)
+    assert not dead.folder.exists()
 
 
 @pytest.fixture(scope="module")
@@ -120,14 +124,14 @@ def whole(stream: StreamSpec) -> list[dict[str, bytes]]:
 def test_the_stream_is_the_same_with_a_cache_and_the_second_epoch_decodes_nothing(
     spec: CacheSpec, stream: StreamSpec, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    num_decoded, real = 0, raypar.dataset.stream.decode
+    num_decoded, real = 0, raypar.dataset.stream.decode_shrunk
 
-    def counted(data: object) -> np.ndarray:
+    def counted(data: object, side: int) -> np.ndarray:
         nonlocal num_decoded
         num_decoded += 1
-        return real(data)
+        return real(data, side)
 
-    monkeypatch.setattr(raypar.dataset.stream, "decode", counted)
+    monkeypatch.setattr(raypar.dataset.stream, "decode_shrunk", counted)
     plain = whole(stream)
     without, num_decoded = num_decoded, 0
     cached = dataclasses.replace(stream, cache=spec)

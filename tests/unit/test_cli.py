@@ -60,6 +60,7 @@ assert seconds < 0.3, seconds
     assert done.returncode == 0, done.stderr
     for name in config.VERBS:
         assert name in done.stdout
+    assert "folders of classes" in done.stdout
 
 
 def test_config_and_runfile_import_no_ray_and_no_torch() -> None:
@@ -126,12 +127,59 @@ def test_dry_run_goes_through_all_checks(run_file: str, verb: types.SimpleNamesp
         raise ValueError("no images there: name another source")
 
     verb.check = fail
-    assert main(["prepare", run_file, "--dry-run", "storage=foo://x"]) == 2
+    assert main(["prepare", run_file, "--dry-run"]) == 2
     printed = capsys.readouterr()
-    assert "failed  storage" in printed.out
+    assert "ok      storage" in printed.out
     assert "failed  prepare's settings" in printed.out
     assert "ok      CPUs and GPUs: enough" in printed.out
     assert "error: no images there: name another source" in printed.err
+
+
+def test_dry_run_asks_an_unreachable_store_once(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["prepare", run_file, "--dry-run", "storage=foo://x"]) == 2
+    printed = capsys.readouterr()
+    assert verb.calls == [], "what lies in the storage cannot be checked"
+    assert "failed  storage\n" in printed.out
+    assert "skipped prepare's settings and inputs" in printed.out
+    assert "ok      CPUs and GPUs: enough" in printed.out
+    assert printed.err.startswith("error: storage foo://x cannot be reached")
+    assert printed.err.count("\n") == 1
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_inputs_that_cannot_be_read_are_one_line(
+    run_file: str, verb: types.SimpleNamespace, options: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """They may lie in another store than the run does: ``dataset=s3://...``."""
+
+    def fail(config: object) -> None:
+        raise OSError("When resolving region for bucket 'nope':\nAWS Error NETWORK_CONNECTION")
+
+    verb.check = fail
+    assert main(["prepare", run_file, *options]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: the inputs cannot be read: When resolving region for bucket 'nope': AWS Error NETWORK_CONNECTION\n"
+    assert "connect" not in verb.calls
+
+
+@pytest.mark.parametrize("options", [[], ["--dry-run"]])
+def test_no_cluster_at_ray_address_is_one_line(
+    run_file: str, verb: types.SimpleNamespace, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(verb: str, config: object) -> str:
+        raise ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:6379") from RuntimeError("404")
+
+    monkeypatch.setenv("RAY_ADDRESS", "1.2.3.4:6379")
+    monkeypatch.setattr(sys.modules["raypar.cluster"], "check_without_starting", fail)
+    assert main(["prepare", run_file, *options]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: RAY_ADDRESS=1.2.3.4:6379: no Ray cluster answers there: correct it, or unset it")
+    assert said.count("\n") == 1
+
+
+def test_unknown_settings_were_meant_for_the_verb(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["evaluate", run_file, "imgsz=640"]) == 2
+    assert capsys.readouterr().err == "error: imgsz=640: imgsz: no such setting; did you mean 'evaluate.imgsz'?\n"
 
 
 def test_user_errors_are_one_line_without_traceback(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,6 +6,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 import pyarrow as pa
@@ -75,6 +76,22 @@ def shown(spec: StreamSpec, first_step: int = 0, dealt: list[EncodedBatch] | Non
 def content(batch: EncodedBatch) -> tuple[object, ...]:
     table = pack([batch])
     return tuple((name, zlib.crc32(table.column(name)[0].as_buffer())) for name in table.column_names)
+
+
+def test_a_store_that_fails_is_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = spec_of(folder, num_images=12, rows_per_group=4, world_size=1, seed=0, global_batch=4, epochs=1, window_images=8)
+    expected, opened, fails = [content(batch) for batch in encoded(spec)], Folder.open, iter([True, False] * 100)
+
+    def failing(self: Folder, name: str) -> BinaryIO:
+        if next(fails):
+            raise OSError("reset by peer")
+        return opened(self, name)
+
+    monkeypatch.setattr(Folder, "open", failing)
+    monkeypatch.setattr(Folder, "is_local", False)
+    monkeypatch.setattr("raypar.storage.FIRST_PAUSE_S", 0.0)
+    spec.labels_kept.clear()
+    assert [content(batch) for batch in encoded(spec)] == expected
 
 
 @settings(max_examples=20)

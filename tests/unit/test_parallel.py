@@ -13,6 +13,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from ultralytics.nn.tasks import PoseModel
 
 import raypar.train
 from raypar.config import RunConfig, TrainConfig
@@ -106,6 +107,11 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
         results = manager.dict()
         mp.spawn(_ranks, (str(tmp_path_factory.mktemp("store")), results), nprocs=2)
         return [results[rank] for rank in (0, 1)]
+
+
+def test_weights_that_only_the_loss_uses_cannot_be_shared_out() -> None:
+    with pytest.raises(ValueError, match=r"train\.parallel=ddp"):
+        parallel.spread_fsdp(PoseModel("yolo26n-pose.yaml", data_kpt_shape=(3, 3), verbose=False), torch.device("cpu"))
 
 
 def assert_close(mine: dict[str, Tensor], other: dict[str, Tensor], atol: float) -> None:

@@ -62,10 +62,15 @@ def test_plain_pyyaml_would_have_been_wrong() -> None:
         ("name: a\nserve: {num_replicas: {mn: 2}}\n", "run.yaml:2: serve.num_replicas.mn: no such setting; did you mean 'min'?"),
         ("name: a\nserve: {num_replicas: 0}\n", "run.yaml:2: serve.num_replicas: should be greater than 0"),
         ("name: a\ntrain:\n  batch: -1\n", "run.yaml:3: train.batch: should be greater than 0, not -1"),
-        ("name: a\ntrain: {use_gpu: maybe}\n", "train.use_gpu: should be a valid boolean"),
-        ("name: 3\n", "run.yaml:1: name: should be a valid string, not 3"),
-        ("name: a b\n", "run.yaml:1: name: should match pattern"),
-        ("name: a\ntrain: 3\n", "run.yaml:2: train: should be a valid dictionary"),
+        ("name: a\ntrain: {use_gpu: maybe}\n", "train.use_gpu: should be true or false or 'auto', not 'maybe'"),
+        ("name: 3\n", "run.yaml:1: name: should be text, not 3"),
+        ("name: a b\n", "run.yaml:1: name: should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front), not 'a b'"),
+        ("name: a\nserve: {route_prefix: a}\n", "serve.route_prefix: should begin with '/' and hold no '{' and no '}', not 'a'"),
+        ("name: a\ntrain: 3\n", "run.yaml:2: train: should be a section of settings, not 3"),
+        ("name: a\ntrain: {yolo: 3}\n", "run.yaml:2: train.yolo: should be a section of settings, not 3"),
+        ("name: a\ntrain: {num_workers: x}\n", "train.num_workers: should be an integer or a section of settings, not 'x'"),
+        ("name: a\ntrain: {lr0: x}\n", "run.yaml:2: train.lr0: no such setting; did you mean 'train.yolo.lr0'?"),
+        ("name: a\ntrain:\n  3: x\n", "run.yaml:3: train.3: Keys should be strings"),
         ("name: a\ntrain: {yolo: {device: 0}}\n", "'device' is raypar's: write train.use_gpu"),
         ("name: a\ntrain:\n  yolo:\n    epoch: 3\n", "run.yaml:4: train.yolo.epoch: no such setting of Ultralytics; did you mean 'epochs'?"),
         ("name: a\nprepare: {format: voc}\n", "run.yaml:2: prepare: source is missing"),
@@ -80,6 +85,104 @@ def test_one_clear_line(write, text: str, message: str) -> None:
     assert message in said
     assert "\n" not in said, "one mistake, one line"
     assert "pydantic" not in said
+
+
+@pytest.mark.parametrize(
+    ("override", "verb", "hint"),
+    [
+        ("train.device=0", "train", "'device' is raypar's: write train.use_gpu"),
+        ("device=0", "train", "'device' is raypar's: write train.use_gpu"),
+        ("device=0", "evaluate", "did you mean 'evaluate.use_gpu'?"),
+        ("serve.device=0", "train", "did you mean 'serve.use_gpu'?"),
+        ("workers=4", "train", "'workers' is raypar's: write nothing: Ray Data decides"),
+        ("train.workers=4", "train", "'workers' is raypar's: write nothing: Ray Data decides"),
+        ("train.resume=true", "train", "'resume' is raypar's: write nothing: runs resume by themselves"),
+        ("data=x.yaml", "train", "'data' is raypar's: write prepare.source"),
+        ("train.data=x.yaml", "train", "'data' is raypar's: write prepare.source"),
+        ("imgsz=640", "train", "did you mean 'train.yolo.imgsz'?"),
+        ("imgsz=640", "predict", "did you mean 'predict.imgsz'?"),
+        ("train.imgsz=640", "predict", "did you mean 'train.yolo.imgsz'?"),
+        ("epochs=10", "train", "did you mean 'train.yolo.epochs'?"),
+        ("epochs=10", "prepare", "did you mean 'train.yolo.epochs'?"),
+        ("tune.epochs=10", "tune", "did you mean 'train.yolo.epochs'?"),
+        ("epoch=10", "train", "did you mean 'train.yolo.epochs'?"),
+        ("train.epoch=10", "train", "did you mean 'train.yolo.epochs'?"),
+        ("lr0=0.01", "train", "did you mean 'train.yolo.lr0'?"),
+        ("batch=4", "evaluate", "did you mean 'evaluate.batch'?"),
+        ("batch=4", "serve", "did you mean 'train.batch'?"),
+        ("train.weights=a.pt", "train", "did you mean 'train.model'?"),
+        ("weights=a.pt", "train", "did you mean 'train.model'?"),
+        ("model=a.pt", "predict", "did you mean 'predict.weights'?"),
+        ("source=x", "prepare", "did you mean 'prepare.source'?"),
+        ("port=80", "train", "did you mean 'serve.port'?"),
+        ("train.seed=3", "train", "did you mean 'seed', at the top level?"),
+        ("xyzzy=3", "train", "there are name, storage, "),
+        ("train.yolo.num_workers=2", "train", "did you mean 'train.num_workers'?"),
+        ("train.yolo.devic=2", "train", "'device' is raypar's: write train.use_gpu"),
+    ],
+)  # fmt: skip
+def test_words_of_ultralytics_lead_to_where_they_belong(write, override: str, verb: str, hint: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(write("name: a\n"), [override], verb)
+    said = str(caught.value)
+    assert said.startswith(f"{override}: {override.partition('=')[0]}: no such setting")
+    assert f"; {hint}" in said
+    assert "\n" not in said
+
+
+def test_no_suggestion_is_refused(write) -> None:
+    """What is said to be meant is there, and not itself an error that sends the reader on."""
+    fields = runfile.RunConfig.model_fields
+    for verb in ("train", "evaluate", "predict", "export", "serve", "tune", "prepare", "inspect"):
+        for word, hint in runfile._elsewhere(verb).items():
+            if "did you mean" not in hint:
+                assert word in runfile.OWNED_BY_RAYPAR
+                continue
+            key = tuple(hint.split("'")[1].split("."))
+            if key[:2] == ("train", "yolo") and len(key) == 3:
+                assert key[2] in runfile.yolo_settings()
+                assert key[2] not in runfile.OWNED_BY_RAYPAR
+            elif len(key) == 1:
+                assert key[0] in fields
+            else:
+                section = runfile._section_at(key[:-1])
+                assert section is not None
+                assert key[-1] in section.model_fields
+
+
+def test_every_pattern_is_said_in_words() -> None:
+    sections = {
+        name: section for name, field in runfile.RunConfig.model_fields.items() if (section := runfile._section_in(field.annotation))
+    }
+    fields = dict(runfile.RunConfig.model_fields)
+    fields |= {f"{name}.{key}": field for name, section in sections.items() for key, field in section.model_fields.items()}
+    assert {key for key, field in fields.items() if any(getattr(m, "pattern", None) for m in field.metadata)} == set(runfile.PATTERNS)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("path: ../coco\ntrain: images/train\nval: images/val\nnc: 1\nnames: [a]\n", "this is a data.yaml, no run file: name it in one, as prepare: {source: "),
+        ("train: [a, b]\nval: c\n", "this is a data.yaml, no run file"),
+        ("nc: 80\nbackbone: []\nhead: []\n", "this is a model's YAML, no run file: name it in one, as train: {model: "),
+    ],
+)  # fmt: skip
+def test_a_file_of_ultralytics_is_no_run_file(write, text: str, message: str) -> None:
+    path = write(text)
+    with pytest.raises(ValueError) as caught:
+        load(path)
+    assert str(caught.value).startswith(f"{path}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04\x80\xff", b"abcd\x00", "nam\xe9: a\n".encode("latin-1") * 2])
+def test_a_binary_file_is_no_run_file(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "x.pt"
+    path.write_bytes(content)
+    with pytest.raises(
+        ValueError, match=r"x\.pt: no run file: byte [0-9] is no text in UTF-8 \(a run file names weights, as train\.model\)$"
+    ):
+        load(path)
 
 
 def test_every_mistake_has_its_line(write) -> None:
@@ -135,8 +238,41 @@ def test_override_errors_name_the_override(write) -> None:
         load(path, ["train.num_worker=2"])
     with pytest.raises(ValueError, match=r"^train\.batch=\[1: the value is not YAML"):
         load(path, ["train.batch=[1"])
-    with pytest.raises(ValueError, match=r"^train\.batch=x: train\.batch: should be a valid integer"):
+    with pytest.raises(ValueError, match=r"^train\.batch=x: train\.batch: should be an integer"):
         load(path, ["train.batch=x"])
+
+
+@pytest.mark.parametrize(
+    ("text", "overrides", "message"),
+    [
+        ("{batch: 6}", ["train.yolo.device=0"], "train.yolo.device=0: train.yolo: 'device' is raypar's"),
+        ("{batch: 8}", ["seed=2", "train.num_workers=3", "train.yolo.lr0=1"], "train.num_workers=3: train: batch 8 cannot be shared equally by 3"),
+        ("{batch: 8}", ["train.num_workers=3", "train.batch=10"], "train.batch=10: train: batch 10 cannot be shared equally by 3"),
+        ("{batch: 8}", ["prepare.format=voc", "seed=3"], "prepare.format=voc: prepare: source is missing"),
+        ("{batch: 8}", ["train.num_workers.max=3"], "train.num_workers.max=3: train.num_workers.min: is missing"),
+        ("{batch: 8}", ["device.x=3"], "device.x=3: device: no such setting"),
+        ("{batch: 8}", ["train.batch.x=3"], "train.batch.x=3: train.batch: should be an integer"),
+        ("{batch: 8, num_workers: 3}", ["train.yolo.lr0=1", "seed=2"], "run.yaml:2: train: batch 8 cannot be shared equally by 3"),
+        ("{batch: 8, yolo: {device: 0}}", ["train.yolo.lr0=1"], "run.yaml:2: train.yolo: 'device' is raypar's"),
+        ("{batch: x}", ["train.yolo.lr0=1"], "run.yaml:2: train.batch: should be an integer, not 'x'"),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_where_it_came_in(write, text: str, overrides: list[str], message: str) -> None:
+    """Settings that are right one by one may be wrong together: then whoever came last is named, the run file or an override."""
+    path = write(f"name: a\ntrain: {text}\n")
+    with pytest.raises(ValueError) as caught:
+        load(path, overrides)
+    assert str(caught.value).removeprefix(f"{path.parent}/").startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_mistake_that_came_in_with_a_file_of_overrides(write, tmp_path: Path) -> None:
+    (tmp_path / "three.yaml").write_text("seed: 2\ntrain:\n  num_workers: 3\n")
+    (tmp_path / "best.yaml").write_text("train: {yolo: {lr0: 0.1}}\n")
+    with pytest.raises(ValueError, match=r"three\.yaml:2: train: batch 8 cannot be shared"):
+        load(write("name: a\ntrain: {batch: 8}\n"), [f"@{tmp_path}/three.yaml", f"@{tmp_path}/best.yaml"])
+    with pytest.raises(ValueError, match=r"run\.yaml:2: train: batch 8 cannot be shared"):
+        load(write("name: a\ntrain: {batch: 8, num_workers: 3}\n"), [f"@{tmp_path}/best.yaml"])
 
 
 SCALARS = (

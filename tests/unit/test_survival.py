@@ -140,6 +140,14 @@ def test_only_numbers_are_saved() -> None:
     assert not checkpoint.is_finite(state)
 
 
+def test_gradients_that_wait_may_overflow_only_where_the_scaler_leaves_such_an_update_out() -> None:
+    state = checkpoint.capture(make_loop(), has_gradients=False)
+    state["gradients"] = {"model.0.conv.weight": torch.tensor([float("inf")])}
+    assert not checkpoint.is_finite(state)
+    state["scaler"] = torch.amp.GradScaler("cpu").state_dict()
+    assert checkpoint.is_finite(state)
+
+
 def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = Folder.at(tmp_path)
     for cursor in (8, 16, 24):
@@ -227,6 +235,20 @@ def test_three_ranks_resume_to_the_last_bit(tmp_path: Path) -> None:
     results = mp.Manager().dict()
     mp.spawn(_three, (str(tmp_path / "store"), results), nprocs=3)
     assert dict(results) == {0: True, 1: True, 2: True}
+
+
+def _with_weights_of_the_loss(rank: int, path: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=3)
+    manifest = Manifest(task="pose", class_names=CLASSES, keypoint_shape=(3, 3), splits={"train": Split(num_images=BATCH)}, source="")
+    lender = Lender({"imgsz": IMGSZ}, model="yolo26n-pose.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    torch.set_num_threads(1)
+    settle_buckets(Loop(lender, num_images=BATCH, steps_per_epoch=1, world_size=3))
+    dist.destroy_process_group()
+
+
+def test_weights_that_only_the_loss_uses_are_settled_too(tmp_path: Path) -> None:
+    """Else DDP waits for their gradients: "expected to have finished reduction"."""
+    mp.spawn(_with_weights_of_the_loss, (str(tmp_path / "store"),), nprocs=3)
 
 
 def test_one_rank_needs_no_group() -> None:

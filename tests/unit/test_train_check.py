@@ -11,6 +11,7 @@ import torch
 import raypar.train
 from raypar.config import RunConfig
 from raypar.dataset.manifest import Manifest, Shard, Split
+from raypar.storage import Folder
 from raypar.train import initial
 from raypar.train.recipe import Lender, settings
 
@@ -121,3 +122,19 @@ def test_a_file_that_holds_no_weights_is_named(tmp_path: Path) -> None:
     path.write_bytes(b"no weights")
     with pytest.raises(ValueError, match=r"train\.init_from: .*broken\.pt cannot be read"):
         initial.find(str(path), "detect", "train.init_from")
+
+
+def test_weights_of_a_store_appear_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Trials of a study fetch them at the same time, and read them while others do."""
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+
+    def download(folder: Folder, name: str, path: Path) -> Path:
+        path.write_bytes(b"half")
+        assert not list(tmp_path.glob("*.pt"))
+        path.write_bytes(b"half and half")
+        return path
+
+    monkeypatch.setattr(Folder, "download", download)
+    path = initial._fetched("s3://bucket/weights.pt")
+    assert path.read_bytes() == b"half and half"
+    assert list(tmp_path.iterdir()) == [path]
