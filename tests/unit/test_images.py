@@ -31,7 +31,7 @@ def test_pixels_are_those_of_the_whole_image_shrunk(height: int, width: int, sid
     assert found.shape == expected.shape
     assert found.dtype == np.uint8
     difference = np.abs(found.astype(int) - expected)
-    if not is_jpeg or max(height, width) < 2 * side or height % 2 or width % 2:
+    if not is_jpeg or max(height, width) < 4 * side or height % 2 or width % 2:
         assert not difference.any()
     elif min(expected.shape[:2]) > 16:
         assert difference.mean() <= 2
@@ -41,7 +41,7 @@ def test_pixels_are_those_of_the_whole_image_shrunk(height: int, width: int, sid
 def test_an_image_is_upright(orientation: int) -> None:
     exif, out = PIL.Image.Exif(), io.BytesIO()
     exif[0x0112] = orientation
-    PIL.Image.fromarray(picture(96, 160)).save(out, "JPEG", exif=exif)
+    PIL.Image.fromarray(picture(96, 208)).save(out, "JPEG", exif=exif)
     expected = shrink(decode(out.getvalue()), 50)
     found = decode_shrunk(out.getvalue(), 50)
     assert found.shape == expected.shape
@@ -57,9 +57,9 @@ def test_fewer_pixels_are_decoded(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(images, "decode", heard)
     encoded = encode_jpeg(picture(480, 640))
-    for side in (640, 321, 320, 100, 70):
+    for side in (640, 320, 161, 160, 80, 50, 35):
         decode_shrunk(encoded, side)
-    assert shapes == [(480, 640, 3), (480, 640, 3), (240, 320, 3), (120, 160, 3), (60, 80, 3)]
+    assert [width for _, width, _ in shapes] == [640, 640, 640, 320, 160, 160, 80]
 
 
 @pytest.mark.parametrize("data", [b"", b"\xff", b"\xff\xd8", b"\xff\xd8" + bytes(100)])
