@@ -1,6 +1,6 @@
 """Peak memory of the stream at 20,000 images over that at 2,000, or of `raypar prepare`: it must not grow with the dataset.
 
-    python benchmarks/memory.py [--small 2000] [--large 20000] [--limit 1.15]
+    python benchmarks/memory.py [--small 2000] [--large 20000]
     python benchmarks/memory.py --of prepare [--small 100000] [--large 1000000]
 
 Each size runs in a process of its own. stream: a dataset of a few hundred encoded JPEGs, repeated; Ray with one training worker that takes every
@@ -32,7 +32,9 @@ def main() -> None:
     parser.add_argument("--of", choices=list(MEASURES), default="stream")
     parser.add_argument("--small", type=int, help="images; 2,000 of the stream, 100,000 of prepare")
     parser.add_argument("--large", type=int, help="images; ten times as many")
-    parser.add_argument("--limit", type=float, default=1.15, help="exit 1 above this ratio")
+    parser.add_argument(
+        "--limit", type=float, help="exit 1 above this ratio; 1.15 of the stream, 1.3 of prepare, which keeps each image's name"
+    )
     parser.add_argument("--run", type=int, help="images: one measurement, in this process")
     options = parser.parse_args()
     if options.run:
@@ -40,9 +42,9 @@ def main() -> None:
         return
     small = options.small or {"stream": 2000, "prepare": 100_000}[options.of]
     results = [_in_a_process(options.of, count) for count in (small, options.large or 10 * small)]
-    ratio = results[1]["peak_mb"] / results[0]["peak_mb"]
-    is_held = ratio <= options.limit
-    print(f"{'held' if is_held else 'NOT HELD'}: peak PSS {ratio:.3f} times, at most {options.limit}")
+    ratio, limit = results[1]["peak_mb"] / results[0]["peak_mb"], options.limit or {"stream": 1.15, "prepare": 1.3}[options.of]
+    is_held = ratio <= limit
+    print(f"{'held' if is_held else 'NOT HELD'}: peak PSS {ratio:.3f} times, at most {limit}")
     print(
         json.dumps(
             {
@@ -50,7 +52,7 @@ def main() -> None:
                 "small": results[0],
                 "large": results[1],
                 "ratio": ratio,
-                "limit": options.limit,
+                "limit": limit,
                 "held": is_held,
             }
         )
