@@ -140,6 +140,17 @@ def test_only_numbers_are_saved() -> None:
     assert not checkpoint.is_finite(state)
 
 
+def test_a_halved_learning_rate_is_halved_in_the_warm_up_too() -> None:
+    """Else what made the loss no number comes back in the first steps after each restart."""
+    rates: list[list[float]] = []
+    for scale in (1.0, 0.5):
+        loop = make_loop()
+        loop.args.warmup_bias_lr, loop.lr_scale = 0.1, scale  # optimizer=auto sets it to nothing
+        loop._schedule(1)
+        rates.append([group["lr"] for group in loop.optimizer.param_groups])
+    assert rates[1] == pytest.approx([rate / 2 for rate in rates[0]])
+
+
 def test_gradients_that_wait_may_overflow_only_where_the_scaler_leaves_such_an_update_out() -> None:
     state = checkpoint.capture(make_loop(), has_gradients=False)
     state["gradients"] = {"model.0.conv.weight": torch.tensor([float("inf")])}

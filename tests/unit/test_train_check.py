@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from raypar.config import RunConfig
 from raypar.dataset.manifest import Manifest, Shard, Split
 from raypar.storage import Folder
 from raypar.train import initial
-from raypar.train.recipe import Lender, settings
+from raypar.train.recipe import Lender, settings, staged
 
 MANIFEST = Manifest(
     task="detect",
@@ -60,6 +61,19 @@ def test_what_acts_otherwise_than_written_is_said_once(
 def test_an_image_size_that_is_no_size_is_refused(imgsz: Any) -> None:
     with pytest.raises(ValueError, match=r"train\.yolo(\.imgsz=|: .*imgsz)"):
         settings({"imgsz": imgsz})
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    for _ in range(2):
+        Lender({"imgsz": 64}, model="yolov8n.yaml", manifest=MANIFEST, batch=2, seed=0, device=torch.device("cpu"))
+    assert [path.name for path in tmp_path.glob("raypar*")] == [f"raypar-{os.getuid()}"], "one folder, however many workers there were"
+    out = Folder.at(tmp_path / "run")
+    out.write("init.pt", b"weights")
+    with staged("init.pt", out) as path:
+        assert Path(str(path)).read_bytes() == b"weights"
+    assert not Path(str(path)).parent.exists()
 
 
 def test_a_model_with_a_longer_stride_says_so() -> None:
