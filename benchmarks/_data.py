@@ -35,7 +35,7 @@ def generated(folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: 
 
     with ThreadPoolExecutor() as pool:  # OpenCV and NumPy let others run
         list(pool.map(make, range(count + val)))
-    return _yaml(folder, [f"c{i}" for i in range(NUM_CLASSES)], "val" if val else "train")
+    return yaml_of(folder, "val" if val else "train")
 
 
 def from_voc(folder: Path, source: Path) -> Path:
@@ -90,6 +90,11 @@ def _write(folder: Path, name: str, image: bytes, class_ids: np.ndarray, boxes_x
     (folder / f"images/{split}/{name}.jpg").write_bytes(image)
     lines = [f"{c} {' '.join(f'{x:.6f}' for x in box)}" for c, box in zip(class_ids, boxes_xywhn, strict=True)]
     (folder / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
+
+
+def yaml_of(folder: Path, val: str) -> Path:
+    """The data.yaml of a folder of generated images."""
+    return _yaml(folder, [f"c{i}" for i in range(NUM_CLASSES)], val)
 
 
 def _yaml(folder: Path, names: list[str], val: str = "train") -> Path:

@@ -37,12 +37,13 @@ def main() -> None:
     )
     parser.add_argument("--run", type=int, help="images: one measurement, in this process")
     options = parser.parse_args()
+    work, small, limit = MEASURES[options.of]
     if options.run:
-        print(json.dumps(measure(MEASURES[options.of], options.run)), flush=True)
+        print(json.dumps(measure(work, options.run)), flush=True)
         return
-    small = options.small or {"stream": 2000, "prepare": 100_000}[options.of]
+    small, limit = options.small or small, options.limit or limit
     results = [_in_a_process(options.of, count) for count in (small, options.large or 10 * small)]
-    ratio, limit = results[1]["peak_mb"] / results[0]["peak_mb"], options.limit or {"stream": 1.15, "prepare": 1.3}[options.of]
+    ratio = results[1]["peak_mb"] / results[0]["peak_mb"]
     is_held = ratio <= limit
     print(f"{'held' if is_held else 'NOT HELD'}: peak PSS {ratio:.3f} times, at most {limit}")
     print(
@@ -83,29 +84,21 @@ def measure(work: Callable[[Path, int], Callable[[], tuple[int, float]]], count:
 
 def of_prepare(folder: Path, count: int) -> Callable[[], tuple[int, float]]:
     """`raypar prepare` of a folder in Ultralytics' layout, a thousand images in each of its folders."""
-    from raypar.config import RunConfig
-    from raypar.dataset.formats import shapes
-    from raypar.images import encode_jpeg
+    import _data
 
-    for i in range(NUM_JPEGS):
-        image, class_ids, boxes = shapes.render(0, "train", i, 48, 64)
-        labels = shapes.labels(class_ids, boxes, (48, 64))
-        (folder / f"{i}.jpg").write_bytes(encode_jpeg(image))
-        lines = [f"{c} " + " ".join(map(str, box)) for c, box in zip(labels.class_ids, labels.boxes_xywhn.tolist(), strict=True)]
-        (folder / f"{i}.txt").write_text("\n".join(lines))
-    source = folder / "source"
+    from raypar.config import RunConfig
+
+    originals, source = folder / "originals", folder / "source"
+    _data.generated(originals, NUM_JPEGS, (48, 64))
     for kind in ("images", "labels"):
         for part in ("val/00000", *(f"train/{i:05d}" for i in range(-(-count // 1000)))):
             (source / kind / part).mkdir(parents=True)
     for i in range(count):
         split, part = ("val", 0) if i % 100 == 0 else ("train", i // 1000)
         for kind, suffix in (("images", "jpg"), ("labels", "txt")):
-            os.link(folder / f"{i % NUM_JPEGS}.{suffix}", source / kind / split / f"{part:05d}" / f"{i:08d}.{suffix}")
-    names = "".join(f"  {i}: {name}\n" for i, name in enumerate(shapes.CLASS_NAMES))
-    (source / "data.yaml").write_text(f"path: .\ntrain: images/train\nval: images/val\nnames:\n{names}")
-    config = RunConfig.model_validate(
-        {"name": "memory", "storage": str(folder), "prepare": {"source": str(source / "data.yaml"), "format": "yolo"}}
-    )
+            os.link(originals / kind / f"train/{i % NUM_JPEGS:05d}.{suffix}", source / kind / split / f"{part:05d}/{i:08d}.{suffix}")
+    data_yaml = _data.yaml_of(source, "val")
+    config = RunConfig.model_validate({"name": "memory", "storage": str(folder), "prepare": {"source": str(data_yaml)}})
 
     def prepare() -> tuple[int, float]:
         import raypar.prepare
@@ -214,7 +207,7 @@ def _pss_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
 
 
-MEASURES = {"stream": of_stream, "prepare": of_prepare}
+MEASURES = {"stream": (of_stream, 2000, 1.15), "prepare": (of_prepare, 100_000, 1.3)}  # the work, images of the smaller size, limit
 
 if __name__ == "__main__":
     main()

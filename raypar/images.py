@@ -35,7 +35,7 @@ def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> I
     """
     encoded = np.frombuffer(data, np.uint8)
     if max_pixels is not None:
-        height, width = header_hw(encoded.tobytes())
+        height, width = header_hw(encoded)
         if height * width > max_pixels:
             raise ValueError(f"an image of {width} x {height} has more than {max_pixels} pixels")
     try:
@@ -47,8 +47,8 @@ def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> I
     return np.asarray(image, np.uint8)
 
 
-def header_hw(data: bytes) -> tuple[int, int]:
-    """Height and width, px, as the header says; not turned by EXIF, and nothing is decoded.
+def header_hw(data: Any) -> tuple[int, int]:
+    """Height and width, px, as the header of encoded bytes (or any buffer of them) says; not turned by EXIF, and nothing is decoded.
 
     Raises:
         ValueError: not an image.
@@ -96,13 +96,13 @@ def decode_shrunk(data: Any, side: int) -> Image:
     Raises:
         ValueError: the bytes are not an image.
     """
-    reduction = _reduction(np.frombuffer(data, np.uint8).tobytes(), side)
+    reduction = _reduction(data, side)
     return shrink(decode(data, reduction=reduction), side, reduction=reduction)
 
 
-def _reduction(data: bytes, side: int) -> int:
+def _reduction(data: Any, side: int) -> int:
     """How many times smaller a JPEG can be decoded without being stretched, or smaller than twice ``side`` px."""
-    if not data.startswith(JPEG):
+    if bytes(memoryview(data)[:2]) != JPEG:
         return 1
     try:
         hw = header_hw(data)

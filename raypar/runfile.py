@@ -96,9 +96,10 @@ def load(path: str | Path, overrides: Iterable[str] = (), verb: str = "train") -
         ValueError: one line a mistake, each with the key, and the file and line or the override that it comes from.
     """
     stages = list(_stages(str(path), overrides))
-    if mistakes := _mistakes(stages[-1][1]):
-        raise ValueError("\n".join(_explain(mistakes, stages, str(path), verb)))
-    config = RunConfig.model_validate(stages[-1][1])
+    try:
+        config = RunConfig.model_validate(stages[-1][1])
+    except ValidationError as error:
+        raise ValueError("\n".join(_explain(error.errors(include_url=False), stages, str(path), verb))) from None
     if unknown := _unknown_yolo(config.train.yolo, stages[-1][0], str(path)):
         raise ValueError("\n".join(unknown))
     return config

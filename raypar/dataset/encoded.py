@@ -13,12 +13,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, BinaryIO
+from typing import Any
 
 import cv2
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator
@@ -29,7 +28,7 @@ from raypar.dataset.batch import Batch, one_binary
 from raypar.dataset.batch import pack as pack_labels
 from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
-from raypar.dataset.rows import cells, row_labels
+from raypar.dataset.rows import cells, row_group, row_labels
 from raypar.dataset.stream import ALBUMENTATIONS, MAX_STEPS_PER_BLOCK, StreamSpec, _start, dealt, fetched, settle, transform_of
 from raypar.images import decode_shrunk, resized_hw
 
@@ -196,9 +195,7 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
     kept = spec.labels_kept
     if (found := kept.pop(group, None)) is None:
         path, index = spec.groups[group]
-        columns = ["height", "width", *spec.label_columns]
-        table = spec.dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=columns))
-        table = table.slice(0, spec.plan.row_groups[group])
+        table = row_group(spec.dataset, path, index, ["height", "width", *spec.label_columns]).slice(0, spec.plan.row_groups[group])
         hws = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
         found = [_row(spec, table, i, hw) for i, hw in enumerate(hws)]
         while len(kept) >= LABELLED_GROUPS:
@@ -214,16 +211,12 @@ def _row(spec: StreamSpec, table: pa.Table, i: int, hw: tuple[int, int]) -> Labe
     return Labelled(class_ids, boxes, in_ring, polygons, keypoints)
 
 
-def _image_column(index: int, file: BinaryIO) -> pa.ChunkedArray:
-    return pq.ParquetFile(file).read_row_group(index, columns=["image"])["image"]
-
-
 def _images(spec: StreamSpec, window: Window) -> tuple[NDArray[np.int64], list[pa.Buffer]]:
     """For a window's rows their numbers within the split, and their encoded images."""
     numbers, images = [], []
     for group in window.row_groups:
         path, index = spec.groups[group]
-        column = spec.dataset.reading(path, partial(_image_column, index))
+        column = row_group(spec.dataset, path, index, ["image"])["image"]
         num_rows = spec.plan.row_groups[group]
         images += cells(column)[:num_rows]
         numbers.append(spec.first_rows[group] + np.arange(num_rows))

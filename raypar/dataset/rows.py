@@ -1,4 +1,4 @@
-"""Columns of rows -> what the renderer wants. Runs in: Ray Data tasks, and training workers. Pure."""
+"""Rows of shards, and their columns -> what the renderer wants. Runs in: Ray Data tasks, and training workers."""
 
 from __future__ import annotations
 
@@ -7,12 +7,19 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment.outlines import densify
+from raypar.storage import Folder
 
 Floats = NDArray[np.float32]
 WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
+
+
+def row_group(dataset: Folder, path: str, number: int, columns: list[str] | None = None) -> pa.Table:
+    """A row group of a shard, all its columns or some; a store that fails is asked again for a while."""
+    return dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(number, columns=columns))
 
 
 def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:

@@ -18,7 +18,6 @@ from typing import Any, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment import albu
@@ -31,7 +30,7 @@ from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import cells, row_labels
+from raypar.dataset.rows import cells, row_group, row_labels
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
@@ -155,7 +154,7 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
     cache = None if spec.cache is None else node_cache(spec.cache)
     images = None if cache is None else cache.get(str(group))
     columns = ["image"] * (images is None) + spec.label_columns
-    table = spec.dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(index, columns=columns))
+    table = row_group(spec.dataset, path, index, columns)
     if images is not None:
         return table, images
     encoded = cells(table["image"])

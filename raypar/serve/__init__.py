@@ -42,7 +42,8 @@ def check(config: RunConfig) -> None:
         if is_empty:
             raise ValueError(f"weights {weights} are empty: train again, or name others with serve.weights=PATH")
     _key_digests(config.serve)
-    if not {"RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"} & os.environ.keys():  # else it is another machine's port, or Serve has it already
+    is_joining = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")  # as cluster.connect
+    if not is_joining:  # else it is another machine's port, or Serve has it already
         _check_port(config.serve.host, config.serve.port)
 
 

@@ -55,7 +55,7 @@ def check(config: RunConfig) -> None:
     if config.train.init_from is not None:
         initial.find(config.train.init_from, manifest.task, "train.init_from")
     if not config.train.overwrite and (config.folder / "train").exists(SETTINGS):
-        _check_begun(_placed(config, manifest))
+        _check_begun(config, fingerprint(_placed(config, manifest)))
     _note_what_is_otherwise(config.train.yolo, args)
 
 
@@ -94,9 +94,9 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         out.delete()
     manifest = Manifest.load(config.dataset_folder)
     config = _placed(config, manifest)
-    train, is_begun = config.train, out.exists(SETTINGS)
+    train, settings, is_begun = config.train, fingerprint(config), out.exists(SETTINGS)
     if is_begun:
-        _check_begun(config)
+        _check_begun(config, settings)
     if out.exists(SUMMARY):
         print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
         summary: dict[str, Any] = out.read_json(SUMMARY)
@@ -106,7 +106,7 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
     if train.init_from is not None:
         initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
-    out.write_json(SETTINGS, fingerprint(config))
+    out.write_json(SETTINGS, settings)
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
     try:
@@ -136,14 +136,14 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     return summary
 
 
-def _check_begun(config: RunConfig) -> None:
-    """Whether a run goes on as it was begun.
+def _check_begun(config: RunConfig, settings: dict[str, Any]) -> None:
+    """Whether a run goes on as it was begun, with settings of :func:`fingerprint`.
 
     Raises:
         ValueError: with what is otherwise.
     """
     out = config.folder / "train"
-    if others := differing(out.read_json(SETTINGS), fingerprint(config)):
+    if others := differing(out.read_json(SETTINGS), settings):
         raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, add train.overwrite=true, "
                          f"or choose another name, with dataset={config.dataset_folder.uri}")  # fmt: skip
 

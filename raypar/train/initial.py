@@ -63,15 +63,11 @@ def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:
 def _read_weights(name: str, key: str) -> tuple[str, str]:
     from ultralytics.nn.tasks import load_checkpoint
 
-    path = Path(name)
+    is_remote = "://" in name
+    path = Path(name) if is_remote or Path(name).exists() else _downloaded(name, key)
     try:
-        if "://" in name:
-            path = _fetched(name)
-        elif not path.exists():
-            path = _downloaded(name, key)
-        return str(path.absolute()), load_checkpoint(str(path.absolute()))[0].task
-    except ValueError as error:
-        raise error if str(error).startswith(key) else _unreadable(name, key, error) from error
+        local = str((_fetched(name) if is_remote else path).absolute())
+        return local, load_checkpoint(local)[0].task
     except Exception as error:  # whatever unpickling foreign bytes raises
         raise _unreadable(name, key, error) from error
 

@@ -7,13 +7,11 @@ seconds (see ``docs/decisions/0003-validation.md``). Images pass through the one
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 import torch.distributed as dist
 from numpy.typing import NDArray
@@ -21,7 +19,7 @@ from numpy.typing import NDArray
 from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import contiguous_share
-from raypar.dataset.rows import cells
+from raypar.dataset.rows import cells, row_group
 from raypar.detector import Detector, Letterboxed
 from raypar.images import decode
 from raypar.judge import Judge
@@ -136,10 +134,6 @@ def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator |
     return (Validator if lender.manifest.task == "detect" else JudgedValidator)(lender, dataset, **share)
 
 
-def _row_group(number: int, file: BinaryIO) -> pa.Table:
-    return pq.ParquetFile(file).read_row_group(number)
-
-
 def tables(dataset: Folder, split: Split, rows: range, batch: int) -> Iterator[pa.Table]:
     """Some rows of a split, at most ``batch`` at a time."""
     first, waiting = 0, list[pa.Table]()
@@ -149,7 +143,7 @@ def tables(dataset: Folder, split: Split, rows: range, batch: int) -> Iterator[p
             first += num_rows
             if not mine:
                 continue
-            waiting.append(dataset.reading(shard.path, partial(_row_group, group)).slice(mine.start, len(mine)))
+            waiting.append(row_group(dataset, shard.path, group).slice(mine.start, len(mine)))
             table = pa.concat_tables(waiting)
             whole = table.num_rows // batch * batch
             yield from (table.slice(i, batch) for i in range(0, whole, batch))
