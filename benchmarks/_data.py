@@ -19,7 +19,9 @@ QUALITY = 90
 NUM_CLASSES = 4
 
 
-def generated(folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: int = 0, *, val: int = 0) -> Path:
+def generated(
+    folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: int = 0, *, val: int = 0
+) -> Path:
     """Textured images (JPEG, about 130 KB at 480 x 640) with 7 boxes on average; returns the data.yaml. Without a val split it names train twice."""
     height, width = hw
 
@@ -31,7 +33,14 @@ def generated(folder: Path, count: int, hw: tuple[int, int] = (480, 640), seed: 
         sides = rng.uniform(0.03, 0.4, (rng.poisson(7), 2))
         boxes = np.concatenate([rng.uniform(sides / 2, 1 - sides / 2), sides], 1)
         split = "train" if i < count else "val"
-        _write(folder, f"{i:05d}", encode_jpeg(image, QUALITY), rng.integers(NUM_CLASSES, size=len(boxes)), boxes, split)
+        _write(
+            folder,
+            f"{i:05d}",
+            encode_jpeg(image, QUALITY),
+            rng.integers(NUM_CLASSES, size=len(boxes)),
+            boxes,
+            split,
+        )
 
     with ThreadPoolExecutor() as pool:  # OpenCV and NumPy let others run
         list(pool.map(make, range(count + val)))
@@ -78,17 +87,30 @@ def as_yolo(dataset: Path, folder: Path) -> tuple[Path, int]:
         for shard in manifest.split(name).shards:
             for i, row in enumerate(pq.read_table(dataset / shard.path).to_pylist()):
                 boxes = np.reshape(row["boxes_xywhn"], (-1, 4))
-                _write(folder, f"{Path(shard.path).stem}_{i:05d}", row["image"], row["class_ids"], boxes, name)
+                _write(
+                    folder, f"{Path(shard.path).stem}_{i:05d}", row["image"], row["class_ids"], boxes, name
+                )
     path = folder / "data.yaml"
-    path.write_text(f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {list(manifest.class_names)}\n")
+    path.write_text(
+        f"path: {folder}\ntrain: images/train\nval: images/val\nnames: {list(manifest.class_names)}\n"
+    )
     return path, manifest.split("train").num_images
 
 
-def _write(folder: Path, name: str, image: bytes, class_ids: np.ndarray, boxes_xywhn: np.ndarray, split: str = "train") -> None:
+def _write(
+    folder: Path,
+    name: str,
+    image: bytes,
+    class_ids: np.ndarray,
+    boxes_xywhn: np.ndarray,
+    split: str = "train",
+) -> None:
     for kind in ("images", "labels"):
         (folder / kind / split).mkdir(parents=True, exist_ok=True)
     (folder / f"images/{split}/{name}.jpg").write_bytes(image)
-    lines = [f"{c} {' '.join(f'{x:.6f}' for x in box)}" for c, box in zip(class_ids, boxes_xywhn, strict=True)]
+    lines = [
+        f"{c} {' '.join(f'{x:.6f}' for x in box)}" for c, box in zip(class_ids, boxes_xywhn, strict=True)
+    ]
     (folder / f"labels/{split}/{name}.txt").write_text("\n".join(lines))
 
 

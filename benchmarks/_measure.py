@@ -86,7 +86,9 @@ def paired(first: Callable[[], Run], second: Callable[[], Run], pairs: int) -> l
     return found
 
 
-def report(claim: str, pairs: list[tuple[Run, Run]], names: tuple[str, str], **facts: object) -> dict[str, object]:
+def report(
+    claim: str, pairs: list[tuple[Run, Run]], names: tuple[str, str], **facts: object
+) -> dict[str, object]:
     """Prints a table of one claim and returns its row: how many images the first side makes for one of the second."""
     ratios = [(a.images / a.cpu_s) / (b.images / b.cpu_s) for a, b in pairs]
     walls = [(a.images / a.wall_s) / (b.images / b.wall_s) for a, b in pairs]
@@ -96,8 +98,13 @@ def report(claim: str, pairs: list[tuple[Run, Run]], names: tuple[str, str], **f
         cpu_ms = [1000 * pair[side].cpu_s / pair[side].images for pair in pairs]
         per_s = [pair[side].images / pair[side].wall_s for pair in pairs]
         row[name] = {"cpu_ms_per_image": round(median(cpu_ms), 3), "images_per_s": round(median(per_s), 1)}
-        print(f"  {name:<14} {median(cpu_ms):7.2f} ms CPU an image ({min(cpu_ms):.2f} to {max(cpu_ms):.2f}), {median(per_s):7.1f} images/s")
-    print(f"  ratio {row['ratio']} ({row['min']} to {row['max']}) by CPU time, {row['wall_ratio']} by the clock\n", flush=True)
+        print(
+            f"  {name:<14} {median(cpu_ms):7.2f} ms CPU an image ({min(cpu_ms):.2f} to {max(cpu_ms):.2f}), {median(per_s):7.1f} images/s"
+        )
+    print(
+        f"  ratio {row['ratio']} ({row['min']} to {row['max']}) by CPU time, {row['wall_ratio']} by the clock\n",
+        flush=True,
+    )
     return {**row, **facts}
 
 

@@ -23,7 +23,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.update(RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1", RAY_DEDUP_LOGS="0")
+os.environ.update(
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
+    RAY_DEDUP_LOGS="0",
+)
 
 import contextlib
 
@@ -39,7 +44,8 @@ from raypar.train import pulse
 
 KINDS = ("worker", "data task", "driver", "host")
 PATIENCE_S = 300.0
-MADE_AHEAD = LOOK_AHEAD_IMAGES + 4 * WINDOW_IMAGES  # the last images of a run are rendered that early: no data task is left to kill
+# the last images of a run are rendered that early: no data task is left to kill
+MADE_AHEAD = LOOK_AHEAD_IMAGES + 4 * WINDOW_IMAGES
 
 
 class Hosts:
@@ -57,7 +63,10 @@ class Hosts:
     def replace(self, number: int) -> None:
         """SIGKILLs a host with everything on it; another one comes."""
         node = self.nodes.pop(number)
-        for process in [psutil.Process(_raylet(node)), *psutil.Process(_raylet(node)).children(recursive=True)]:
+        for process in [
+            psutil.Process(_raylet(node)),
+            *psutil.Process(_raylet(node)).children(recursive=True),
+        ]:
             _kill(process)
         self.cluster.remove_node(node, allow_graceful=False)
         self.nodes.append(self._another())
@@ -125,13 +134,24 @@ class Chaos:
         is_restart = self._strike(kind)
         began = time.monotonic()
         if is_restart:  # workers may live a moment longer than their driver
-            self.wait_until(lambda: len(self.resumes()) > before, f"it does not resume after the {kind} was killed")
+            self.wait_until(
+                lambda: len(self.resumes()) > before, f"it does not resume after the {kind} was killed"
+            )
         self.wait_until(lambda: progress() > seen, f"it does not go on after the {kind} was killed")
         seconds = time.monotonic() - began
         resumes = self.resumes()[before:]
         lost = max(0, seen - resumes[0]) if resumes else 0
-        found = {"kind": kind, "images_seen": seen, "images_lost": lost, "restarts": len(resumes), "seconds": round(seconds, 1)}
-        print(f"  after {seen:5d} images {kind:<9} killed: {lost:3d} images again, {len(resumes)} restart(s), {seconds:5.1f} s", flush=True)
+        found = {
+            "kind": kind,
+            "images_seen": seen,
+            "images_lost": lost,
+            "restarts": len(resumes),
+            "seconds": round(seconds, 1),
+        }
+        print(
+            f"  after {seen:5d} images {kind:<9} killed: {lost:3d} images again, {len(resumes)} restart(s), {seconds:5.1f} s",
+            flush=True,
+        )
         return found
 
     def _strike(self, kind: str) -> bool:
@@ -153,7 +173,9 @@ class Chaos:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=14)
@@ -174,7 +196,12 @@ def main() -> None:
         alone.wait()
         alone_s = time.monotonic() - began
         total = (
-            -(-json.loads((storage / "data/dataset/manifest.json").read_text())["splits"]["train"]["num_images"] // 16)
+            -(
+                -json.loads((storage / "data/dataset/manifest.json").read_text())["splits"]["train"][
+                    "num_images"
+                ]
+                // 16
+            )
             * 16
             * options.epochs
         )
@@ -182,7 +209,8 @@ def main() -> None:
         rng.shuffle(kinds)
         places = sorted(rng.randrange(total // 20, total - MADE_AHEAD) for _ in kinds)
         print(
-            f"{total} images in {options.epochs} epochs take {alone_s:.0f} s alone; {options.kills} kills, seed {options.seed}", flush=True
+            f"{total} images in {options.epochs} epochs take {alone_s:.0f} s alone; {options.kills} kills, seed {options.seed}",
+            flush=True,
         )
         began = time.monotonic()
         chaos = Chaos(Job("train", run_file(options, storage, "chaos", **train)), hosts, rng)
@@ -190,8 +218,13 @@ def main() -> None:
         chaos.job.wait()
         seconds = time.monotonic() - began
         found = differing(alone.train, chaos.job.train)
-        print(f"it ends after {seconds:.0f} s; {sum(k['images_lost'] for k in kills)} of {total} images were trained with twice; {found}")
-        lines = [[json.loads(line) for line in (job.train / "metrics.jsonl").read_text().splitlines()] for job in (alone, chaos.job)]
+        print(
+            f"it ends after {seconds:.0f} s; {sum(k['images_lost'] for k in kills)} of {total} images were trained with twice; {found}"
+        )
+        lines = [
+            [json.loads(line) for line in (job.train / "metrics.jsonl").read_text().splitlines()]
+            for job in (alone, chaos.job)
+        ]
         metrics = [[(line["epoch"], line["map50"], line["map50_95"]) for line in each] for each in lines]
         missed = sum(line["images_missed"] for line in lines[1])
         ray.shutdown()

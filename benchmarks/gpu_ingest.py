@@ -57,7 +57,9 @@ def theirs(folder: Path, batch: int, imgsz: int, device: str) -> Iterator[int]:
             yield len(made["img"].to(device, non_blocking=True))
 
 
-def ours(folder: Path, split: Split, batch: int, imgsz: int, device: str, num_batches: int) -> Iterator[dict[str, Any]]:
+def ours(
+    folder: Path, split: Split, batch: int, imgsz: int, device: str, num_batches: int
+) -> Iterator[dict[str, Any]]:
     """So many of raypar's batches on the device, as a training worker gets them."""
     from raypar.augment.geometry import Recipe
     from raypar.dataset.encoded import LOOK_AHEAD_BYTES, _task, unpack
@@ -67,17 +69,28 @@ def ours(folder: Path, split: Split, batch: int, imgsz: int, device: str, num_ba
     from raypar.train.loop import to_tensors
 
     dataset = Folder.at(str(folder / "shards"))
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=batch, epochs=100_000)
+    plan = Plan(
+        tuple(n for shard in split.shards for n in shard.row_groups),
+        seed=0,
+        global_batch=batch,
+        epochs=100_000,
+    )
     recipe = Recipe.from_yolo(vars(settings(imgsz)))
-    spec = StreamSpec.of(dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1)
+    spec = StreamSpec.of(
+        dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1
+    )
     items = list(islice(plan.items(), -(-num_batches // plan.steps_per_window)))
     (shard,) = _start(spec, items, _task, LOOK_AHEAD_BYTES)
     tables = shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
-    for _, tensors in rendered((one for table in tables for one in unpack(table)), Feed(spec, device, to_tensors), 0):
+    for _, tensors in rendered(
+        (one for table in tables for one in unpack(table)), Feed(spec, device, to_tensors), 0
+    ):
         yield tensors
 
 
-def steps_per_s(folder: Path, split: Split, batch: int, imgsz: int, device: str, warm_up: int, measured: int) -> tuple[float, float]:
+def steps_per_s(
+    folder: Path, split: Split, batch: int, imgsz: int, device: str, warm_up: int, measured: int
+) -> tuple[float, float]:
     """Of YOLOv8n, trained on the stream and on one batch of it."""
     import torch
 
@@ -87,11 +100,23 @@ def steps_per_s(folder: Path, split: Split, batch: int, imgsz: int, device: str,
     from raypar.train.recipe import Lender
 
     names = tuple(f"c{i}" for i in range(_data.NUM_CLASSES))
-    manifest = Manifest(task="detect", class_names=names, splits={"train": split, "val": split}, source="generated")
+    manifest = Manifest(
+        task="detect", class_names=names, splits={"train": split, "val": split}, source="generated"
+    )
     on = torch.device(device)
-    lender = Lender({"epochs": 100, "imgsz": imgsz}, model="yolov8n.yaml", manifest=manifest, batch=batch, seed=0, device=on)
+    lender = Lender(
+        {"epochs": 100, "imgsz": imgsz},
+        model="yolov8n.yaml",
+        manifest=manifest,
+        batch=batch,
+        seed=0,
+        device=on,
+    )
     loop = Loop(
-        lender, num_images=split.num_images, steps_per_epoch=max(1, split.num_images // batch), precision=pick_precision("auto", on)
+        lender,
+        num_images=split.num_images,
+        steps_per_epoch=max(1, split.num_images // batch),
+        precision=pick_precision("auto", on),
     )
     loop.start_epoch()
     wait = torch.cuda.synchronize if device == "cuda" else (lambda: None)
@@ -113,7 +138,9 @@ def steps_per_s(folder: Path, split: Split, batch: int, imgsz: int, device: str,
     return rates[0], rates[1]
 
 
-def images_per_s(side: Callable[[], Iterator[int]], warm_up: int, measured: int, device: str, *, batches_end: bool) -> float:
+def images_per_s(
+    side: Callable[[], Iterator[int]], warm_up: int, measured: int, device: str, *, batches_end: bool
+) -> float:
     """Of a side that is started afresh, after so many batches as it may have ready by then."""
     import torch
 
@@ -135,14 +162,20 @@ def images_per_s(side: Callable[[], Iterator[int]], warm_up: int, measured: int,
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--measured", type=int, default=64, help="batches a turn")
-    parser.add_argument("--warm-up", type=int, help="batches before; nothing: as many as a side may have ready")
-    parser.add_argument("--device", default="cuda", help="cpu only shows that the script works: its numbers mean nothing")
+    parser.add_argument(
+        "--warm-up", type=int, help="batches before; nothing: as many as a side may have ready"
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cpu only shows that the script works: its numbers mean nothing"
+    )
     args = parser.parse_args()
     row: dict[str, Any] = {"benchmark": "gpu_ingest", "claim": ">= 4", "ratio": None, "cores": CORES}
     import torch
@@ -157,23 +190,35 @@ def main() -> None:
     quiet_ray()
     import ray
 
-    ray.init(address="local", num_cpus=CORES + 1, include_dashboard=False, logging_level="warning", object_store_memory=2 << 30)
+    ray.init(
+        address="local",
+        num_cpus=CORES + 1,
+        include_dashboard=False,
+        logging_level="warning",
+        object_store_memory=2 << 30,
+    )
     with tempfile.TemporaryDirectory(prefix="raypar-gpu-ingest-") as made:
         folder = Path(made)
         split = _data.shards(_data.generated(folder, args.images), Folder.at(str(folder / "shards")))
         how = (args.batch, args.imgsz, args.device)
-        ready = {"ultralytics": CORES * 4 + 4, "raypar": 8 + LOOK_AHEAD_BYTES // (args.batch * JPEG_BYTES)}  # prefetch_factor; the stream's
+        # prefetch_factor; the stream's
+        ready = {"ultralytics": CORES * 4 + 4, "raypar": 8 + LOOK_AHEAD_BYTES // (args.batch * JPEG_BYTES)}
         if args.warm_up is not None:
             ready = dict.fromkeys(ready, args.warm_up)
         turns = {
-            "raypar": lambda: (len(made["img"]) for made in ours(folder, split, *how, ready["raypar"] + args.measured)),
+            "raypar": lambda: (
+                len(made["img"]) for made in ours(folder, split, *how, ready["raypar"] + args.measured)
+            ),
             "ultralytics": partial(theirs, folder, *how),
         }
         pairs = []
         for i in range(args.pairs):
             order = list(turns) if i % 2 == 0 else list(turns)[::-1]
             rates = {
-                side: images_per_s(turns[side], ready[side], args.measured, args.device, batches_end=side == "raypar") for side in order
+                side: images_per_s(
+                    turns[side], ready[side], args.measured, args.device, batches_end=side == "raypar"
+                )
+                for side in order
             }
             pairs.append((rates["raypar"], rates["ultralytics"]))
             print(
@@ -186,7 +231,9 @@ def main() -> None:
     print(f"YOLOv8n's steps on the stream / on one batch: {', '.join(f'{share:.2f}' for share in shares)}")
     ratios = [mine / other for mine, other in pairs]
     medians = [round(statistics.median(side), 1) for side in zip(*pairs, strict=True)]
-    print(f"{name}: median ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})")
+    print(
+        f"{name}: median ratio {statistics.median(ratios):.2f} (from {min(ratios):.2f} to {max(ratios):.2f})"
+    )
     row |= {"ratio": round(statistics.median(ratios), 3), "min": round(min(ratios), 3), "max": round(max(ratios), 3), "device": name,
             "raypar_images_per_s": medians[0], "ultralytics_images_per_s": medians[1], "batch": args.batch, "imgsz": args.imgsz}  # fmt: skip
     print(json.dumps(row))

@@ -52,7 +52,9 @@ def cached(base: Path, model: str, options: argparse.Namespace) -> float:
     return options.batch * rate
 
 
-def sides(base: Path, data_yaml: Path, model: str, options: argparse.Namespace) -> dict[str, Callable[[], Any]]:
+def sides(
+    base: Path, data_yaml: Path, model: str, options: argparse.Namespace
+) -> dict[str, Callable[[], Any]]:
     """What is measured of a model: two sides of it and raypar's loop on one batch."""
 
     def ours() -> benchmark.Trained:
@@ -78,7 +80,9 @@ def sides(base: Path, data_yaml: Path, model: str, options: argparse.Namespace) 
     }
 
 
-def compared(model: str, turns: dict[str, Callable[[], Any]], num_images: int, pairs: int) -> list[dict[str, Any]]:
+def compared(
+    model: str, turns: dict[str, Callable[[], Any]], num_images: int, pairs: int
+) -> list[dict[str, Any]]:
     """Runs a model's sides in turn; a row for each rival."""
     found: dict[str, list[Any]] = {side: [] for side in turns}
     for i in range(pairs):
@@ -88,20 +92,44 @@ def compared(model: str, turns: dict[str, Callable[[], Any]], num_images: int, p
                 print(f"{model}, {side}: {made:.0f} images/s", flush=True)
                 continue
             steps = f" ({made.images_per_s:.0f} without validation and saving)" if made.images_per_s else ""
-            print(f"{model}, {side}: {num_images / made.epoch_s:.0f} images/s{steps}, whole command {made.wall_s:.0f} s", flush=True)
+            print(
+                f"{model}, {side}: {num_images / made.epoch_s:.0f} images/s{steps}, whole command {made.wall_s:.0f} s",
+                flush=True,
+            )
     ours, rows = found.get("raypar", []), []
     for side in found if ours else ():
         if side in (AS_IT_COMES, AT_ITS_BEST):
-            rates = [(num_images / a.epoch_s, num_images / b.epoch_s) for a, b in zip(ours, found[side], strict=True)]
-            rows.append(benchmark.row(f"{model}, images/s of whole epochs, raypar / {side}", rates, 1.0, ("raypar", side), "images/s"))
+            rates = [
+                (num_images / a.epoch_s, num_images / b.epoch_s)
+                for a, b in zip(ours, found[side], strict=True)
+            ]
+            rows.append(
+                benchmark.row(
+                    f"{model}, images/s of whole epochs, raypar / {side}",
+                    rates,
+                    1.0,
+                    ("raypar", side),
+                    "images/s",
+                )
+            )
         elif side == CACHED:
             rates = [(a.images_per_s, b) for a, b in zip(ours, found[side], strict=True)]
-            rows.append(benchmark.row(f"{model}, images/s of data and steps, raypar / {side}", rates, 0.95, ("raypar", side), "images/s"))
+            rows.append(
+                benchmark.row(
+                    f"{model}, images/s of data and steps, raypar / {side}",
+                    rates,
+                    0.95,
+                    ("raypar", side),
+                    "images/s",
+                )
+            )
     return rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--models", nargs="+", default=["n", "s", "m"], help="of YOLOv8")
     parser.add_argument("--images", type=int, default=2048)
     parser.add_argument("--batch", type=int, default=128)
@@ -110,8 +138,16 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--sides", nargs="+", help="only those whose names begin so")
     parser.add_argument("--compile", action="store_true")
-    parser.add_argument("--train", nargs="*", default=[], metavar="KEY=VALUE", help="of raypar's section train, e.g. augment=gpu")
-    parser.add_argument("--device", default="cuda", help="cpu only shows that the script works: its numbers mean nothing")
+    parser.add_argument(
+        "--train",
+        nargs="*",
+        default=[],
+        metavar="KEY=VALUE",
+        help="of raypar's section train, e.g. augment=gpu",
+    )
+    parser.add_argument(
+        "--device", default="cuda", help="cpu only shows that the script works: its numbers mean nothing"
+    )
     options = parser.parse_args()
     name = device_name()
     if options.device == "cuda" and name is None:
@@ -125,7 +161,11 @@ def main() -> None:
         benchmark.prepare(base, {"format": "yolo", "source": str(data_yaml)})
         for letter in options.models:
             turns = sides(base, data_yaml, f"yolov8{letter}.yaml", options)
-            chosen = {side: turn for side, turn in turns.items() if not options.sides or side.startswith(tuple(options.sides))}
+            chosen = {
+                side: turn
+                for side, turn in turns.items()
+                if not options.sides or side.startswith(tuple(options.sides))
+            }
             rows += compared(f"YOLOv8{letter}", chosen, options.images, options.pairs)
     _measure.finish("gpu_train", rows, device=name or "cpu: not a measurement", cores=benchmark.CORES, batch=options.batch, imgsz=options.imgsz,
                     compile=options.compile)  # fmt: skip

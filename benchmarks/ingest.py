@@ -51,7 +51,9 @@ TINY, NUM_DRAWS = 64, 10_000
 CRITICAL = 1.95  # of the two-sample Kolmogorov-Smirnov statistic, p = 0.001
 
 
-def our_side(data_yaml: Path, folder: Path, imgsz: int, cache: str, num_images: int) -> Callable[[], _measure.Run]:
+def our_side(
+    data_yaml: Path, folder: Path, imgsz: int, cache: str, num_images: int
+) -> Callable[[], _measure.Run]:
     """What training reads: Parquet, Ray Data tasks, packed batches in this process. All of Ray's processes count."""
     dataset = Folder.at(str(folder))
     split = _data.shards(data_yaml, dataset)
@@ -63,7 +65,9 @@ def our_side(data_yaml: Path, folder: Path, imgsz: int, cache: str, num_images: 
     tables = iter(shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2))
     batches = (batch for table in tables for batch in unpack(table))
     next(batches)
-    return lambda: _measure.timed(lambda: sum(len(batch.images) for batch in islice(batches, num_images // BATCH)), _measure.tree)
+    return lambda: _measure.timed(
+        lambda: sum(len(batch.images) for batch in islice(batches, num_images // BATCH)), _measure.tree
+    )
 
 
 def their_side(data_yaml: Path, imgsz: int, cache: str, num_images: int) -> Callable[[], _measure.Run]:
@@ -81,7 +85,9 @@ def their_side(data_yaml: Path, imgsz: int, cache: str, num_images: int) -> Call
     next(batches)  # starts the workers
     pids = [p.pid for p in set(psutil.Process().children(recursive=True)) - before]
     assert len(pids) >= CORES, pids
-    return lambda: _measure.timed(lambda: sum(len(next(batches)["img"]) for _ in range(num_images // BATCH)), lambda: pids)
+    return lambda: _measure.timed(
+        lambda: sum(len(next(batches)["img"]) for _ in range(num_images // BATCH)), lambda: pids
+    )
 
 
 def check_equal() -> None:
@@ -91,7 +97,13 @@ def check_equal() -> None:
         SystemExit: they differ.
     """
     tests = ["tests/unit/test_augment.py", "-k", "equal_ultralytics or as_ultralytics or real_photographs"]
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", *tests], cwd=REPOSITORY, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", *tests],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     print(f"guard, forced parameters: {done.stdout.strip().splitlines()[-1]}", flush=True)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:])
@@ -109,7 +121,9 @@ def check_distributions(folder: Path) -> dict[str, float]:
     for name in ours:
         a, b = np.sort(ours[name]), np.sort(theirs[name])
         at = np.concatenate([a, b])
-        gap = np.abs(np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)).max()
+        gap = np.abs(
+            np.searchsorted(a, at, "right") / len(a) - np.searchsorted(b, at, "right") / len(b)
+        ).max()
         found[name] = round(float(gap / (CRITICAL * np.sqrt(1 / len(a) + 1 / len(b)))), 3)
     print(f"guard, distributions over {NUM_DRAWS} images (1 = differ at p = 0.001): {found}", flush=True)
     if max(found.values()) >= 1:
@@ -124,9 +138,19 @@ def _features(images: np.ndarray, boxes: np.ndarray, index: np.ndarray) -> dict[
         mine = boxes[index == i]
         if len(mine):
             x, y, w, h = mine[mine[:, 2:].prod(1).argmax()]
-            hsv = cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2HSV).reshape(-1, 3).mean(0)
+            hsv = (
+                cv2.cvtColor(np.ascontiguousarray(image.transpose(1, 2, 0)), cv2.COLOR_RGB2HSV)
+                .reshape(-1, 3)
+                .mean(0)
+            )
             rows.append([x, y, w, h, len(mine), *hsv, (image == 114).all(0).mean()])
-    return dict(zip(("x", "y", "width", "height", "boxes", "hue", "saturation", "value", "grey"), np.array(rows).T, strict=True))
+    return dict(
+        zip(
+            ("x", "y", "width", "height", "boxes", "hue", "saturation", "value", "grey"),
+            np.array(rows).T,
+            strict=True,
+        )
+    )
 
 
 def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -136,17 +160,32 @@ def _joined(parts: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def _features_of_ours(data_yaml: Path, folder: Path) -> dict[str, np.ndarray]:
     dataset = Folder.at(str(folder))
     split = _data.shards(data_yaml, dataset)
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=BATCH, epochs=-(-NUM_DRAWS // 64))
+    plan = Plan(
+        tuple(n for shard in split.shards for n in shard.row_groups),
+        seed=0,
+        global_batch=BATCH,
+        epochs=-(-NUM_DRAWS // 64),
+    )
     recipe = Recipe.from_yolo(vars(get_cfg(overrides={"imgsz": TINY})))
-    spec = StreamSpec.of(dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=[], world_size=1)
-    return _joined([_features(b.images, b.boxes_xywhn, b.image_index) for item in plan.items() for b in render(spec, item)])
+    spec = StreamSpec.of(
+        dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=[], world_size=1
+    )
+    return _joined(
+        [
+            _features(b.images, b.boxes_xywhn, b.image_index)
+            for item in plan.items()
+            for b in render(spec, item)
+        ]
+    )
 
 
 def _features_of_theirs(data_yaml: Path) -> dict[str, np.ndarray]:
     dataset = YOLODataset(img_path=str(data_yaml.parent / "images/train"), imgsz=TINY, augment=True, hyp=get_cfg(overrides={"imgsz": TINY}), cache="ram",
                           data={"names": dict(enumerate("abcd")), "nc": 4, "channels": 3}, task="detect", batch_size=BATCH)  # fmt: skip
     # raypar applies albumentations to each source and not to the whole mosaic: left out on both sides
-    dataset.transforms.transforms = [t for t in dataset.transforms.transforms if not isinstance(t, Albumentations)]
+    dataset.transforms.transforms = [
+        t for t in dataset.transforms.transforms if not isinstance(t, Albumentations)
+    ]
     parts = []
     for first in range(0, NUM_DRAWS, BATCH):
         batch = YOLODataset.collate_fn([dataset[i % 64] for i in range(first, first + BATCH)])
@@ -154,27 +193,40 @@ def _features_of_theirs(data_yaml: Path) -> dict[str, np.ndarray]:
     return _joined(parts)
 
 
-def measure(data: str, data_yaml: Path, folder: Path, cache: str, options: argparse.Namespace) -> dict[str, object]:
+def measure(
+    data: str, data_yaml: Path, folder: Path, cache: str, options: argparse.Namespace
+) -> dict[str, object]:
     """One claim; both sides' processes end with it."""
-    print(f"\n{data}, imgsz {options.imgsz}, cache {cache}, batch {BATCH}, {CORES} worker processes", flush=True)
+    print(
+        f"\n{data}, imgsz {options.imgsz}, cache {cache}, batch {BATCH}, {CORES} worker processes", flush=True
+    )
     out = folder / f"{data_yaml.parent.name}-{cache}-{os.getpid()}"
     ours = our_side(data_yaml, out, options.imgsz, cache, options.run)
     theirs = their_side(data_yaml, options.imgsz, cache, options.run)
     start_ms = _measure.warm(ours, options.warm_up)
     pairs = _measure.paired(ours, theirs, options.pairs)
     drop(CacheSpec("ram", out.name))
-    return _measure.report(f"{data}, cache {cache}", pairs, ("raypar", "Ultralytics"), imgsz=options.imgsz, start_cpu_ms=start_ms)
+    return _measure.report(
+        f"{data}, cache {cache}", pairs, ("raypar", "Ultralytics"), imgsz=options.imgsz, start_cpu_ms=start_ms
+    )
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=7)
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--run", type=int, default=2048, help="images a side renders in each run")
-    parser.add_argument("--warm-up", type=int, default=8192, help="images that raypar's side renders before the first pair")
+    parser.add_argument(
+        "--warm-up", type=int, default=8192, help="images that raypar's side renders before the first pair"
+    )
     parser.add_argument("--images", type=int, default=512, help="of the generated set")
     parser.add_argument(
-        "--voc", type=Path, default=REPOSITORY.parent / "shared/data/bccd", help="a Pascal VOC folder; left out when it is not there"
+        "--voc",
+        type=Path,
+        default=REPOSITORY.parent / "shared/data/bccd",
+        help="a Pascal VOC folder; left out when it is not there",
     )
     parser.add_argument("--cache", nargs="+", default=["none", "ram"], choices=["none", "ram"])
     options = parser.parse_args()
@@ -186,7 +238,13 @@ def main() -> None:
         check_equal()
         distributions = check_distributions(folder)
         quiet_ray()
-        ray.init(address="local", num_cpus=CORES + 1, include_dashboard=False, logging_level="warning", object_store_memory=2 << 30)
+        ray.init(
+            address="local",
+            num_cpus=CORES + 1,
+            include_dashboard=False,
+            logging_level="warning",
+            object_store_memory=2 << 30,
+        )
         sets = {"generated 640x480": _data.generated(folder / "generated", options.images)}
         if options.voc.is_dir():
             sets[options.voc.name] = _data.from_voc(folder / "voc", options.voc)

@@ -28,12 +28,16 @@ EVERY_S = 0.2
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--of", choices=list(MEASURES), default="stream")
     parser.add_argument("--small", type=int, help="images; 2,000 of the stream, 100,000 of prepare")
     parser.add_argument("--large", type=int, help="images; ten times as many")
     parser.add_argument(
-        "--limit", type=float, help="exit 1 above this ratio; 1.15 of the stream, 1.3 of prepare, which keeps each image's name"
+        "--limit",
+        type=float,
+        help="exit 1 above this ratio; 1.15 of the stream, 1.3 of prepare, which keeps each image's name",
     )
     parser.add_argument("--run", type=int, help="images: one measurement, in this process")
     options = parser.parse_args()
@@ -62,7 +66,12 @@ def main() -> None:
 
 
 def _in_a_process(of: str, count: int) -> dict[str, Any]:
-    done = subprocess.run([sys.executable, __file__, "--of", of, "--run", str(count)], check=True, stdout=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, __file__, "--of", of, "--run", str(count)],
+        check=True,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     found: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     print(f"{count} images: peak {found['peak_mb']:.0f} MB, {found['images_per_s']:.0f} images/s", flush=True)
     return found
@@ -79,7 +88,12 @@ def measure(work: Callable[[Path, int], Callable[[], tuple[int, float]]], count:
         with Watch() as watch:
             num_seen, seconds = do()
         assert num_seen >= count, num_seen
-        return {"images": count, "peak_mb": watch.peak_mb, "images_per_s": num_seen / seconds, "seconds": time.monotonic() - began}
+        return {
+            "images": count,
+            "peak_mb": watch.peak_mb,
+            "images_per_s": num_seen / seconds,
+            "seconds": time.monotonic() - began,
+        }
 
 
 def of_prepare(folder: Path, count: int) -> Callable[[], tuple[int, float]]:
@@ -96,9 +110,14 @@ def of_prepare(folder: Path, count: int) -> Callable[[], tuple[int, float]]:
     for i in range(count):
         split, part = ("val", 0) if i % 100 == 0 else ("train", i // 1000)
         for kind, suffix in (("images", "jpg"), ("labels", "txt")):
-            os.link(originals / kind / f"train/{i % NUM_JPEGS:05d}.{suffix}", source / kind / split / f"{part:05d}/{i:08d}.{suffix}")
+            os.link(
+                originals / kind / f"train/{i % NUM_JPEGS:05d}.{suffix}",
+                source / kind / split / f"{part:05d}/{i:08d}.{suffix}",
+            )
     data_yaml = _data.yaml_of(source, "val")
-    config = RunConfig.model_validate({"name": "memory", "storage": str(folder), "prepare": {"source": str(data_yaml)}})
+    config = RunConfig.model_validate(
+        {"name": "memory", "storage": str(folder), "prepare": {"source": str(data_yaml)}}
+    )
 
     def prepare() -> tuple[int, float]:
         import raypar.prepare
@@ -137,7 +156,12 @@ def write_dataset(folder: Path, count: int) -> Any:
     for number, start in enumerate(range(0, count, per_shard)):
         path = folder / f"{number:05d}.parquet"
         some = [rows[i % NUM_JPEGS] for i in range(start, min(start + per_shard, count))]
-        pq.write_table(pa.Table.from_pylist(some, row_schema("detect")), path, row_group_size=ROWS_PER_GROUP, use_dictionary=False)
+        pq.write_table(
+            pa.Table.from_pylist(some, row_schema("detect")),
+            path,
+            row_group_size=ROWS_PER_GROUP,
+            use_dictionary=False,
+        )
         groups = tuple(min(ROWS_PER_GROUP, len(some) - i) for i in range(0, len(some), ROWS_PER_GROUP))
         shards.append(Shard(path=path.name, row_groups=groups, num_bytes=path.stat().st_size, sha256=""))
     return Split(shards=tuple(shards), num_images=count)
@@ -165,9 +189,15 @@ def consume(folder: Path, split: Any) -> tuple[int, float]:
             num_seen += len(batch.images)
         return num_seen, time.monotonic() - began
 
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=BATCH, epochs=1)
-    recipe = Recipe(imgsz=IMGSZ, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
-    spec = StreamSpec.of(Folder.at(folder), split, plan, recipe, mosaic_epochs=1, albumentations=None, world_size=1)
+    plan = Plan(
+        tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=BATCH, epochs=1
+    )
+    recipe = Recipe(
+        imgsz=IMGSZ, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5
+    )
+    spec = StreamSpec.of(
+        Folder.at(folder), split, plan, recipe, mosaic_epochs=1, albumentations=None, world_size=1
+    )
     ray.init(address="local", num_cpus=max(4, os.cpu_count() or 1), include_dashboard=False, logging_level="warning",
              object_store_memory=1 << 30)  # fmt: skip
     result = ray.train.torch.TorchTrainer(
@@ -196,7 +226,10 @@ class Watch:
 
         me = psutil.Process()
         while not self._stop.wait(EVERY_S):
-            self.peak_mb = max(self.peak_mb, sum(_pss_mb(pid) for pid in [me.pid, *(p.pid for p in me.children(recursive=True))]))
+            self.peak_mb = max(
+                self.peak_mb,
+                sum(_pss_mb(pid) for pid in [me.pid, *(p.pid for p in me.children(recursive=True))]),
+            )
 
 
 def _pss_mb(pid: int) -> float:
@@ -207,7 +240,8 @@ def _pss_mb(pid: int) -> float:
     return next((int(line.split()[1]) / 1024 for line in text.splitlines() if line.startswith("Pss:")), 0.0)
 
 
-MEASURES = {"stream": (of_stream, 2000, 1.15), "prepare": (of_prepare, 100_000, 1.3)}  # the work, images of the smaller size, limit
+# the work, images of the smaller size, limit
+MEASURES = {"stream": (of_stream, 2000, 1.15), "prepare": (of_prepare, 100_000, 1.3)}
 
 if __name__ == "__main__":
     main()

@@ -39,16 +39,25 @@ from raypar.storage import Folder
 from raypar.train import checkpoint
 
 PREEMPTION = 2  # ray.core.generated.autoscaler_pb2.DRAIN_NODE_REASON_PREEMPTION
-QUIET = {"YOLO_OFFLINE": "1", "YOLO_AUTOINSTALL": "0", "NO_ALBUMENTATIONS_UPDATE": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+QUIET = {
+    "YOLO_OFFLINE": "1",
+    "YOLO_AUTOINSTALL": "0",
+    "NO_ALBUMENTATIONS_UPDATE": "1",
+    "PYTHONPATH": str(Path(__file__).parents[1]),
+}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("what", choices=("exact", "elastic", "preempted"))
     parser.add_argument("--source", help="a Pascal VOC folder; nothing: generated shapes")
     parser.add_argument("--imgsz", type=int, default=160)
     parser.add_argument("--epochs", type=int, default=12, help="of the elastic runs")
-    parser.add_argument("--notice", type=float, default=30.0, help="seconds between the drain and the node's end")
+    parser.add_argument(
+        "--notice", type=float, default=30.0, help="seconds between the drain and the node's end"
+    )
     options = parser.parse_args()
     os.environ.update(QUIET)
     with tempfile.TemporaryDirectory(prefix="raypar-resume-") as storage:
@@ -57,7 +66,10 @@ def main() -> None:
 
 def run_file(options: argparse.Namespace, storage: Path, name: str, seed: int = 0, **train: Any) -> RunConfig:
     """A run over the dataset of the run ``data``, which is linked."""
-    prepare: dict[str, Any] = {"format": "shapes", "shapes": {"train": 200, "val": 60, "height": 160, "width": 160}}
+    prepare: dict[str, Any] = {
+        "format": "shapes",
+        "shapes": {"train": 200, "val": 60, "height": 160, "width": 160},
+    }
     if options.source:
         prepare = {"format": "voc", "source": str(Path(options.source).absolute())}
     config = RunConfig.model_validate(
@@ -81,7 +93,10 @@ class Job:
         self.log = folder / f"{config.name}.log"
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "raypar", verb, str(path)], start_new_session=True, stdout=log, stderr=log
+                [sys.executable, "-m", "raypar", verb, str(path)],
+                start_new_session=True,
+                stdout=log,
+                stderr=log,
             )
 
     def wait(self) -> None:
@@ -95,7 +110,9 @@ class Job:
             time.sleep(0.02)
 
     def cursor(self) -> int:
-        return max((int(p.parent.name.split("_")[1]) for p in self.train.glob("checkpoint_*/state.pt")), default=0)
+        return max(
+            (int(p.parent.name.split("_")[1]) for p in self.train.glob("checkpoint_*/state.pt")), default=0
+        )
 
     def workers(self) -> list[psutil.Process]:
         family = psutil.Process(self.process.pid).children(recursive=True)
@@ -113,10 +130,17 @@ class Job:
 def exact(options: argparse.Namespace, storage: Path) -> None:
     """The killed runs against the one left alone."""
     Job("prepare", run_file(options, storage, "data")).wait()
-    images = json.loads((storage / "data" / "dataset" / "manifest.json").read_text())["splits"]["train"]["num_images"]
+    images = json.loads((storage / "data" / "dataset" / "manifest.json").read_text())["splits"]["train"][
+        "num_images"
+    ]
     per_epoch = -(-images // 16) * 16
     middle = 2 * per_epoch + per_epoch // 2  # of epoch 3
-    train: dict[str, Any] = {"num_workers": 2, "precision": "fp32", "checkpoint_every_s": 1, "yolo": {"epochs": 4, "imgsz": options.imgsz}}
+    train: dict[str, Any] = {
+        "num_workers": 2,
+        "precision": "fp32",
+        "checkpoint_every_s": 1,
+        "yolo": {"epochs": 4, "imgsz": options.imgsz},
+    }
     alone = Job("train", run_file(options, storage, "alone", **train))
     alone.wait()
     for name in ("worker", "job"):
@@ -131,7 +155,11 @@ def exact(options: argparse.Namespace, storage: Path) -> None:
             job.kill()
             job = Job("train", config)
             job.wait()
-        resumed = [line.split("train: ", 1)[1].split(";")[0] for line in job.log.read_text().splitlines() if "resuming after" in line]
+        resumed = [
+            line.split("train: ", 1)[1].split(";")[0]
+            for line in job.log.read_text().splitlines()
+            if "resuming after" in line
+        ]
         print(
             f"{name} killed with a checkpoint after {before} of {4 * per_epoch} images; {resumed[-1]}; {differing(alone.train, job.train)}",
             flush=True,
@@ -145,7 +173,9 @@ def differing(a: Path, b: Path) -> str:
     count = [0]
     for part in ("model", "ema", "ema_updates", "optimizer", "gradients", "scaler", "best_fitness", "cursor"):
         _compare(states[0][part], states[1][part], part, found, count)
-    return f"{count[0]} numbers of weights, EMA and optimizer: " + ("equal to the last bit" if not found else f"DIFFER in {found[:5]}")
+    return f"{count[0]} numbers of weights, EMA and optimizer: " + (
+        "equal to the last bit" if not found else f"DIFFER in {found[:5]}"
+    )
 
 
 def _compare(a: Any, b: Any, path: str, found: list[str], count: list[int]) -> None:
@@ -154,7 +184,11 @@ def _compare(a: Any, b: Any, path: str, found: list[str], count: list[int]) -> N
         if not torch.equal(a, b):
             found.append(path)
     elif isinstance(a, dict | list | tuple):
-        pairs = [(k, a[k], b[k]) for k in a] if isinstance(a, dict) else [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        pairs = (
+            [(k, a[k], b[k]) for k in a]
+            if isinstance(a, dict)
+            else [(i, x, y) for i, (x, y) in enumerate(zip(a, b, strict=True))]
+        )
         for key, x, y in pairs:
             _compare(x, y, f"{path}.{key}", found, count)
     elif a != b:
@@ -181,12 +215,16 @@ def elastic(options: argparse.Namespace, storage: Path) -> None:
         "yolo": {"epochs": options.epochs, "imgsz": options.imgsz},
     }
     config = run_file(options, storage, "elastic", **train)
-    thread = threading.Thread(target=raypar.train.run, args=(config,))  # a node can only be started in the main thread
+    # a node can only be started in the main thread
+    thread = threading.Thread(target=raypar.train.run, args=(config,))
     began = time.monotonic()
     thread.start()
     metrics = storage / "elastic" / "train" / "metrics.jsonl"
     shown = _until(metrics, thread, lambda sizes: len(sizes) >= 2)
-    print(f"{time.monotonic() - began:6.1f} s  epochs with {shown} workers; a node with two workers dies", flush=True)
+    print(
+        f"{time.monotonic() - began:6.1f} s  epochs with {shown} workers; a node with two workers dies",
+        flush=True,
+    )
     cluster.remove_node(nodes.pop(), allow_graceful=False)
     at = time.monotonic()
     shown = _until(metrics, thread, lambda sizes: sizes[-1] == 2)
@@ -197,7 +235,10 @@ def elastic(options: argparse.Namespace, storage: Path) -> None:
     nodes.append(add())
     at = time.monotonic()
     shown = _until(metrics, thread, lambda sizes: sizes[-1] == 4)
-    print(f"{time.monotonic() - began:6.1f} s  epochs with {shown} workers; {time.monotonic() - at:.1f} s after its return", flush=True)
+    print(
+        f"{time.monotonic() - began:6.1f} s  epochs with {shown} workers; {time.monotonic() - at:.1f} s after its return",
+        flush=True,
+    )
     thread.join()
     found = [("elastic", _lines(metrics))]
     for seed in (0, 1):
@@ -206,7 +247,11 @@ def elastic(options: argparse.Namespace, storage: Path) -> None:
         raypar.train.run(run_file(options, storage, name, seed, **train))
         found.append((name, _lines(storage / name / "train" / "metrics.jsonl")))
     for name, lines in found:
-        wrong = [line["epoch"] for line in lines if line["images_missed"] or line["images_repeated"] != -(-200 // 16) * 16 - 200]
+        wrong = [
+            line["epoch"]
+            for line in lines
+            if line["images_missed"] or line["images_repeated"] != -(-200 // 16) * 16 - 200
+        ]
         print(f"{name:10} workers {[x['world_size'] for x in lines]}, best mAP50 {max(x['map50'] for x in lines):.3f}, mAP50-95 "
               f"{max(x['map50_95'] for x in lines):.3f}; epochs that did not show every image exactly as planned: {wrong or 'none'}", flush=True)  # fmt: skip
     ray.shutdown()
@@ -226,7 +271,12 @@ def preempted(options: argparse.Namespace, storage: Path) -> None:
     nodes = [cluster.add_node(num_cpus=2, object_store_memory=100 << 20) for _ in range(2)]
     cluster.wait_for_nodes()
     raypar.prepare.run(run_file(options, storage, "data"))
-    train: dict[str, Any] = {"num_workers": 2, "precision": "fp32", "max_failures": 0, "yolo": {"epochs": 3, "imgsz": options.imgsz}}
+    train: dict[str, Any] = {
+        "num_workers": 2,
+        "precision": "fp32",
+        "max_failures": 0,
+        "yolo": {"epochs": 3, "imgsz": options.imgsz},
+    }
     config = run_file(options, storage, "preempted", **train)
     out = storage / "preempted" / "train"
     thread = threading.Thread(target=raypar.train.run, args=(config,), kwargs={"run_id": "preempted"})

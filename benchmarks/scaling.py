@@ -19,7 +19,13 @@ from pathlib import Path
 from statistics import median
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-os.environ.update(YOLO_OFFLINE="1", YOLO_AUTOINSTALL="0", YOLO_VERBOSE="false", NO_ALBUMENTATIONS_UPDATE="1", RAY_AUTH_MODE="disabled")
+os.environ.update(
+    YOLO_OFFLINE="1",
+    YOLO_AUTOINSTALL="0",
+    YOLO_VERBOSE="false",
+    NO_ALBUMENTATIONS_UPDATE="1",
+    RAY_AUTH_MODE="disabled",
+)
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
 sys.path.insert(0, str(REPOSITORY))
 
@@ -63,8 +69,18 @@ def measured_reduce(num_bytes: int) -> None:
 
 
 def _asked(arguments: list[str], *, ranks: int) -> float:
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"] if ranks == 2 else [sys.executable]
-    found = subprocess.run([*launcher, *arguments], capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    launcher = (
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+        if ranks == 2
+        else [sys.executable]
+    )
+    found = subprocess.run(
+        [*launcher, *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        check=False,
+    )
     if found.returncode:
         raise SystemExit(found.stderr[-2000:])
     return float(next(line for line in found.stdout.splitlines() if line.startswith("rate ")).split()[1])
@@ -83,11 +99,18 @@ def table(own_s: float, num_bytes: float) -> list[dict[str, object]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--step-ms", type=float, default=25.0, help="of the GPU that the table is for")
-    parser.add_argument("--params", type=float, default=3.2e6, help="of the model that the table is for; yolov8n has 3.2 million")
+    parser.add_argument(
+        "--params",
+        type=float,
+        default=3.2e6,
+        help="of the model that the table is for; yolov8n has 3.2 million",
+    )
     options = parser.parse_args()
     num_bytes = int(4 * options.params)
     with tempfile.TemporaryDirectory(prefix="raypar-scaling-") as name:
@@ -95,11 +118,15 @@ def main() -> None:
         benchmark.prepared(base, None)
         run, here = str(base / "prepared/run"), str(Path(benchmark.__file__))
         pairs = []
-        for _ in range(options.pairs):  # half of the batch alone, and the whole batch of two: a rank's work is the same
-            alone = 1 / _asked([here, "--rank", run, str(options.imgsz), "1", str(benchmark.BATCH // 2)], ranks=1)
+        # half of the batch alone, and the whole batch of two: a rank's work is the same
+        for _ in range(options.pairs):
+            alone = 1 / _asked(
+                [here, "--rank", run, str(options.imgsz), "1", str(benchmark.BATCH // 2)], ranks=1
+            )
             two = 1 / _asked([here, "--rank", run, str(options.imgsz), "1", str(benchmark.BATCH)], ranks=2)
             reduce = _asked([__file__, "--reduce", str(num_bytes)], ranks=2)
-            pairs.append((alone, reduce, step_s(alone, reduce, hidden=0.0), two))  # on a CPU the same cores compute and reduce
+            # on a CPU the same cores compute and reduce
+            pairs.append((alone, reduce, step_s(alone, reduce, hidden=0.0), two))
     alone, reduce, predicted, two = (median(column) for column in zip(*pairs, strict=True))
     errors = [p / t - 1 for _, _, p, t in pairs]
     print(f"one worker, {benchmark.BATCH // 2} images: {1000 * alone:.0f} ms a step; all-reduce of {num_bytes / 1e6:.1f} MB between two "

@@ -20,7 +20,11 @@ from statistics import median
 from typing import Any
 
 os.environ.update(
-    YOLO_OFFLINE="1", YOLO_VERBOSE="false", RAY_AUTH_MODE="disabled", RAY_USAGE_STATS_ENABLED="0", RAY_DATA_DISABLE_PROGRESS_BARS="1"
+    YOLO_OFFLINE="1",
+    YOLO_VERBOSE="false",
+    RAY_AUTH_MODE="disabled",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_DATA_DISABLE_PROGRESS_BARS="1",
 )
 REPOSITORY = Path(__file__).resolve().parent.parent
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
@@ -44,9 +48,16 @@ GLOBAL_BATCH = 16
 def make_spec(folder: Path, images: int, imgsz: int) -> StreamSpec:
     dataset = Folder.at(str(folder / "shards"))
     split = _data.shards(_data.generated(folder / "images", images), dataset)
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=GLOBAL_BATCH, epochs=100_000)
+    plan = Plan(
+        tuple(n for shard in split.shards for n in shard.row_groups),
+        seed=0,
+        global_batch=GLOBAL_BATCH,
+        epochs=100_000,
+    )
     recipe = Recipe.from_yolo(vars(get_cfg(overrides={"imgsz": imgsz})))
-    return StreamSpec.of(dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1)
+    return StreamSpec.of(
+        dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1
+    )
 
 
 def bare(spec: StreamSpec, items: list[Item]) -> int:
@@ -80,23 +91,38 @@ def waits(spec: StreamSpec, epochs: int, work_s: float) -> tuple[list[float], li
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--pairs", type=int, default=5)
     parser.add_argument("--images", type=int, default=512)
     parser.add_argument("--imgsz", type=int, default=640)
     parser.add_argument("--warm-up", type=int, default=8192, help="images through Ray before the first pair")
     options = parser.parse_args()
     quiet_ray()
-    ray.init(address="local", num_cpus=CORES + 1, include_dashboard=False, logging_level="warning", object_store_memory=2 << 30)
-    with tempfile.TemporaryDirectory(prefix="raypar-stream-") as name, multiprocessing.get_context("spawn").Pool(CORES) as pool:
+    ray.init(
+        address="local",
+        num_cpus=CORES + 1,
+        include_dashboard=False,
+        logging_level="warning",
+        object_store_memory=2 << 30,
+    )
+    with (
+        tempfile.TemporaryDirectory(prefix="raypar-stream-") as name,
+        multiprocessing.get_context("spawn").Pool(CORES) as pool,
+    ):
         spec = make_spec(Path(name) / "a", options.images, options.imgsz)
-        items = list(islice(spec.plan.items(), CORES * 2 * max(1, 512 // options.images) * spec.plan.windows_per_epoch))
+        items = list(
+            islice(spec.plan.items(), CORES * 2 * max(1, 512 // options.images) * spec.plan.windows_per_epoch)
+        )
 
         def ray_side() -> _measure.Run:
             return _measure.timed_tree(lambda: through_ray(spec, items))
 
         def bare_side() -> _measure.Run:
-            return _measure.timed_tree(lambda: sum(pool.starmap(bare, [(spec, items[i::CORES]) for i in range(CORES)])))
+            return _measure.timed_tree(
+                lambda: sum(pool.starmap(bare, [(spec, items[i::CORES]) for i in range(CORES)]))
+            )
 
         print(
             f"{options.images} images of 480x640, imgsz {options.imgsz}, {CORES} cores, {len(items)} windows a run",
@@ -111,7 +137,13 @@ def main() -> None:
         ratio = max(edges) / median(inside + edges)
         print(f"epoch edges on 200 images: median gap {1000 * median(inside + edges):.0f} ms, longest within {1000 * max(inside):.0f}, "
               f"longest at an edge {1000 * max(edges):.0f}: {ratio:.2f} of the median")  # fmt: skip
-        rows.append({"claim": "longest pause at an epoch's edge / median gap", "ratio": round(ratio, 3), "edges": len(edges)})
+        rows.append(
+            {
+                "claim": "longest pause at an epoch's edge / median gap",
+                "ratio": round(ratio, 3),
+                "edges": len(edges),
+            }
+        )
     _measure.finish("stream", rows, cores=CORES)
 
 

@@ -62,13 +62,24 @@ def as_ultralytics(dataset: Path, manifest: Manifest, root: Path) -> str:
             for kind in ("images", "labels"):
                 (root / kind).mkdir(parents=True, exist_ok=True)
             (root / "images" / f"{number:05d}.png").write_bytes(image)
-            lines = [" ".join([str(c), *(repr(float(x)) for x in row)]) for c, row in zip(class_ids, rows, strict=True)]
+            lines = [
+                " ".join([str(c), *(repr(float(x)) for x in row)])
+                for c, row in zip(class_ids, rows, strict=True)
+            ]
             (root / "labels" / f"{number:05d}.txt").write_text("\n".join(lines))
     if manifest.task == "classify":
         return str(root)
-    data: dict[str, Any] = {"path": str(root), "train": "images", "val": "images", "names": dict(enumerate(manifest.class_names))}
+    data: dict[str, Any] = {
+        "path": str(root),
+        "train": "images",
+        "val": "images",
+        "names": dict(enumerate(manifest.class_names)),
+    }
     if manifest.keypoint_shape:
-        data |= {"kpt_shape": list(manifest.keypoint_shape), "flip_idx": list(manifest.flip_idx or range(num_points))}
+        data |= {
+            "kpt_shape": list(manifest.keypoint_shape),
+            "flip_idx": list(manifest.flip_idx or range(num_points)),
+        }
     (root / "data.yaml").write_text(json.dumps(data))
     return str(root / "data.yaml")
 
@@ -100,7 +111,9 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
         data=as_ultralytics(run / "dataset", manifest, folder / f"{task}-yolo"), imgsz=args.imgsz, batch=1, plots=False, verbose=False,
         workers=0, device="cpu", project=str(folder), conf=0.01 if task == "obb" else 0.001).results_dict  # fmt: skip
     names = [name for name, key in FIGURES.items() if key in theirs]
-    figures = {name: (float(ours[name]), float(evaluated[name]), float(theirs[FIGURES[name]])) for name in names}
+    figures = {
+        name: (float(ours[name]), float(evaluated[name]), float(theirs[FIGURES[name]])) for name in names
+    }
     difference = max(abs(b - c) for _, b, c in figures.values())
     stable = [(a, c) for name, (a, _, c) in figures.items() if not name.endswith(("precision", "recall"))]
     name, least = GOALS[task]
@@ -109,7 +122,9 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--tasks", nargs="+", default=list(SUFFIXES), choices=list(SUFFIXES))
     parser.add_argument("--family", default="yolov8n")
     for name, value in {"epochs": 12, "imgsz": 160, "train": 240, "val": 60, "workers": 1}.items():
@@ -118,7 +133,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="raypar-tasks-") as folder:
         rows = [measure(task, args, Path(folder)) for task in args.tasks]
     for row in rows:
-        figures = ", ".join(f"{name} {a:.4f} / {b:.4f} / {c:.4f}" for name, (a, b, c) in row["figures"].items())
+        figures = ", ".join(
+            f"{name} {a:.4f} / {b:.4f} / {c:.4f}" for name, (a, b, c) in row["figures"].items()
+        )
         print(f"{args.family} {row['task']}: {row['seconds']:.0f} s; training / evaluate / YOLO.val: {figures}; "
               f"largest difference {row['difference']:.5f}, goal {row['goal']}")  # fmt: skip
     print(json.dumps({"benchmark": "tasks", "rows": rows}))

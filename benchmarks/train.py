@@ -68,7 +68,8 @@ def ours(base: Path, imgsz: int, epochs: int, seed: int = 0, **train: Any) -> Tr
     rest = lines[1:] or lines
     steps = [line["wait_s"] + line["step_s"] for line in rest]
     whole = [line["epoch_s"] for line in rest]
-    made_ahead = -(-LOOK_AHEAD_IMAGES * epochs // lines[-1]["images_seen"])  # the last epochs' images are ready long before
+    # the last epochs' images are ready long before
+    made_ahead = -(-LOOK_AHEAD_IMAGES * epochs // lines[-1]["images_seen"])
     busy = steps[:-made_ahead] or steps
     return Trained(wall_s, sum(whole) / len(whole), sum(busy) / len(busy), best["map50"], best["map50_95"],
                    median(line["images_per_s"] for line in rest))  # fmt: skip
@@ -96,7 +97,9 @@ def theirs(base: Path, data_yaml: Path, imgsz: int, epochs: int, seed: int = 0, 
 def _call(command: list[str], log: Path, **environment: str) -> float:
     began = time.perf_counter()
     with log.open("w") as file:
-        code = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False).returncode
+        code = subprocess.run(
+            command, stdout=file, stderr=subprocess.STDOUT, env={**os.environ, **environment}, check=False
+        ).returncode
     if code:
         raise SystemExit(f"{' '.join(command)[:200]} ended with {code}:\n{log.read_text()[-2000:]}")
     return time.perf_counter() - began
@@ -124,7 +127,12 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
     torch.set_num_threads(threads)
     wait = torch.cuda.synchronize if device.type == "cuda" else (lambda: None)
     split = manifest.split("train")
-    plan = Plan(tuple(n for shard in split.shards for n in shard.row_groups), seed=0, global_batch=global_batch, epochs=100)
+    plan = Plan(
+        tuple(n for shard in split.shards for n in shard.row_groups),
+        seed=0,
+        global_batch=global_batch,
+        epochs=100,
+    )
     spec = StreamSpec.of(dataset, split, plan, Recipe.from_yolo(vars(lender.args)), mosaic_epochs=90, albumentations=None,
                          world_size=world_size)  # fmt: skip
     batch = to_tensors(next(b for b in render(spec, next(plan.items())) if b.rank == rank))
@@ -143,12 +151,17 @@ def steps_per_s(prepared: str, imgsz: int, rank: int, world_size: int, threads: 
 
 def alone(base: Path, imgsz: int, threads: int, precision: str = "auto") -> float:
     """The cached loop in a process of its own: images a second."""
-    return BATCH * _asked([sys.executable, __file__, "--rank", str(base / "prepared/run"), str(imgsz), str(threads), precision], threads)
+    return BATCH * _asked(
+        [sys.executable, __file__, "--rank", str(base / "prepared/run"), str(imgsz), str(threads), precision],
+        threads,
+    )
 
 
 def under_torchrun(base: Path, imgsz: int) -> float:
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    return BATCH * _asked([*launcher, __file__, "--rank", str(base / "prepared/run"), str(imgsz), "1", "auto"], 1)
+    return BATCH * _asked(
+        [*launcher, __file__, "--rank", str(base / "prepared/run"), str(imgsz), "1", "auto"], 1
+    )
 
 
 def under_ray_train(base: Path, imgsz: int) -> float:
@@ -156,7 +169,13 @@ def under_ray_train(base: Path, imgsz: int) -> float:
 
 
 def _asked(command: list[str], threads: int) -> float:
-    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)}, check=False)
+    found = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": str(threads)},
+        check=False,
+    )
     if found.returncode:
         raise SystemExit(f"{' '.join(command)[:200]} ended with {found.returncode}:\n{found.stderr[-2000:]}")
     return float(next(line for line in found.stdout.splitlines() if line.startswith("rate ")).split()[1])
@@ -187,7 +206,13 @@ def as_ray_driver(prepared: str, imgsz: int, threads: int) -> None:
         import train  # this file
 
         context = ray.train.get_context()
-        return train.steps_per_s(config["prepared"], config["imgsz"], context.get_world_rank(), context.get_world_size(), config["threads"])
+        return train.steps_per_s(
+            config["prepared"],
+            config["imgsz"],
+            context.get_world_rank(),
+            context.get_world_size(),
+            config["threads"],
+        )
 
     os.environ["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parent), os.environ["PYTHONPATH"]])
     connect()
@@ -208,11 +233,18 @@ def prepare(base: Path, section: dict[str, Any]) -> None:
 
 def prepared(base: Path, voc: Path | None) -> tuple[Path, int]:
     """Shards, and the same images and labels as a folder for Ultralytics: its data.yaml, and how many are trained on."""
-    prepare(base, {"format": "voc", "source": str(voc)} if voc else {"format": "shapes", "shapes": {"train": 208, "val": 80}})
+    prepare(
+        base,
+        {"format": "voc", "source": str(voc)}
+        if voc
+        else {"format": "shapes", "shapes": {"train": 208, "val": 80}},
+    )
     return _data.as_yolo(base / "prepared/run/dataset", base / "yolo")
 
 
-def row(claim: str, pairs: list[tuple[float, float]], goal: float, names: tuple[str, str], unit: str) -> dict[str, Any]:
+def row(
+    claim: str, pairs: list[tuple[float, float]], goal: float, names: tuple[str, str], unit: str
+) -> dict[str, Any]:
     """Prints one claim: first over second, of pairs."""
     ratios = [a / b for a, b in pairs]
     sides = {name: round(median(pair[i] for pair in pairs), 2) for i, name in enumerate(names)}
@@ -222,7 +254,9 @@ def row(claim: str, pairs: list[tuple[float, float]], goal: float, names: tuple[
             "pairs": len(pairs), "goal": goal, "unit": unit, **sides}  # fmt: skip
 
 
-def against_yolo(base: Path, data_yaml: Path, num_images: int, options: argparse.Namespace) -> tuple[list[dict[str, Any]], list[Trained]]:
+def against_yolo(
+    base: Path, data_yaml: Path, num_images: int, options: argparse.Namespace
+) -> tuple[list[dict[str, Any]], list[Trained]]:
     """Whole trainings, in turn."""
     pairs: list[tuple[Trained, Trained]] = []
     epochs, num_pairs = (40, options.seeds) if options.full else (options.epochs, options.pairs)
@@ -243,7 +277,11 @@ def against_yolo(base: Path, data_yaml: Path, num_images: int, options: argparse
     rows = [
         row("images/s of whole epochs, raypar / yolo train", rates, 2.0, names, "images/s"),
         row(
-            f"seconds of the whole command, {epochs} epochs, raypar / yolo train", [(a.wall_s, b.wall_s) for a, b in pairs], 0.7, names, "s"
+            f"seconds of the whole command, {epochs} epochs, raypar / yolo train",
+            [(a.wall_s, b.wall_s) for a, b in pairs],
+            0.7,
+            names,
+            "s",
         ),
     ]
     if options.full:
@@ -255,13 +293,17 @@ def against_yolo(base: Path, data_yaml: Path, num_images: int, options: argparse
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--voc", type=Path, help="a Pascal VOC folder; without it generated shapes")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--imgsz", type=int, default=320)
     parser.add_argument("--full", action="store_true", help="40 epochs a training, mAP compared")
-    parser.add_argument("--as-it-comes", action="store_true", help="Ultralytics with the threads that it takes by itself")
+    parser.add_argument(
+        "--as-it-comes", action="store_true", help="Ultralytics with the threads that it takes by itself"
+    )
     parser.add_argument("--seeds", type=int, default=2, help="pairs with --full, each with a seed of its own")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raypar-train-") as name:
@@ -269,7 +311,12 @@ def main() -> None:
         data_yaml, num_images = prepared(base, options.voc.absolute() if options.voc else None)
         print(f"{num_images} images, imgsz {options.imgsz}, batch {BATCH}, {CORES} cores", flush=True)
         rows, mine = against_yolo(base, data_yaml, num_images, options)
-        beside: dict[str, list[tuple[float, float]]] = {"chip": [], "stream": [], "workers": [], "torchrun": []}
+        beside: dict[str, list[tuple[float, float]]] = {
+            "chip": [],
+            "stream": [],
+            "workers": [],
+            "torchrun": [],
+        }
         per_epoch = -(-num_images // BATCH) * BATCH  # an epoch: its last step is topped up
         for one in mine:
             if not options.full:  # a few epochs are all made ahead: the stream would cost nothing
@@ -277,18 +324,52 @@ def main() -> None:
             cached = alone(base, options.imgsz, CORES)
             beside["chip"].append((cached, alone(base, options.imgsz, CORES, "fp32")))
             beside["stream"].append((per_epoch / one.step_s, cached))
-            two, single = (ours(base, options.imgsz, BESIDE_EPOCHS, num_workers=n, threads_per_worker=1) for n in (2, 1))
+            two, single = (
+                ours(base, options.imgsz, BESIDE_EPOCHS, num_workers=n, threads_per_worker=1) for n in (2, 1)
+            )
             beside["workers"].append((per_epoch / two.step_s, per_epoch / single.step_s))
-            beside["torchrun"].append((under_ray_train(base, options.imgsz), under_torchrun(base, options.imgsz)))
-        rows.append(row("images/s on one cached batch, bf16 / fp32", beside["chip"], 2.3, ("bf16", "fp32"), "images/s"))
-        rows.append(row("images/s, with the stream / on one cached batch", beside["stream"], 0.95, ("stream", "cached"), "images/s"))
-        rows.append(row("images/s, 2 workers x 1 thread / 1 worker x 1 thread", beside["workers"], 1.8, ("two", "one"), "images/s"))
-        rows.append(row("images/s of 2 ranks, Ray Train / torchrun", beside["torchrun"], 0.97, ("Ray Train", "torchrun"), "images/s"))
+            beside["torchrun"].append(
+                (under_ray_train(base, options.imgsz), under_torchrun(base, options.imgsz))
+            )
+        rows.append(
+            row(
+                "images/s on one cached batch, bf16 / fp32", beside["chip"], 2.3, ("bf16", "fp32"), "images/s"
+            )
+        )
+        rows.append(
+            row(
+                "images/s, with the stream / on one cached batch",
+                beside["stream"],
+                0.95,
+                ("stream", "cached"),
+                "images/s",
+            )
+        )
+        rows.append(
+            row(
+                "images/s, 2 workers x 1 thread / 1 worker x 1 thread",
+                beside["workers"],
+                1.8,
+                ("two", "one"),
+                "images/s",
+            )
+        )
+        rows.append(
+            row(
+                "images/s of 2 ranks, Ray Train / torchrun",
+                beside["torchrun"],
+                0.97,
+                ("Ray Train", "torchrun"),
+                "images/s",
+            )
+        )
     _measure.finish("train", rows, cores=CORES, images=num_images, imgsz=options.imgsz)
 
 
 if __name__ == "__main__":
     if sys.argv[1:2] in (["--rank"], ["--ray"]):
-        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(sys.argv[2], *map(int, sys.argv[3:5]), *sys.argv[5:])
+        (as_rank if sys.argv[1] == "--rank" else as_ray_driver)(
+            sys.argv[2], *map(int, sys.argv[3:5]), *sys.argv[5:]
+        )
     else:
         main()

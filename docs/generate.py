@@ -49,7 +49,8 @@ def page() -> str:
         for section in _sections(field.annotation):
             parts.append(f"## `{name}`\n\n{section.__doc__ or ''}\n\n{_table(section, f'{name}.')}")
     owned = "".join(
-        f"| `{key}` | {where if where.startswith(('nothing', 'the ')) else f'`{where}`'} |\n" for key, where in OWNED_BY_RAYPAR.items()
+        f"| `{key}` | {where if where.startswith(('nothing', 'the ')) else f'`{where}`'} |\n"
+        for key, where in OWNED_BY_RAYPAR.items()
     )
     return "\n".join([*parts, YOLO + owned])
 
@@ -84,9 +85,15 @@ def _plain(annotation: Any) -> list[Any]:
 
 
 def _values(field: FieldInfo) -> str:
-    members = get_args(field.annotation) if get_origin(field.annotation) in (Union, UnionType) else [field.annotation]
+    members = (
+        get_args(field.annotation)
+        if get_origin(field.annotation) in (Union, UnionType)
+        else [field.annotation]
+    )
     words = [word for m in members if m is not NoneType for word in _words(m)]
-    limits = _limits(field.metadata) or next((found for m in members if (found := _limits(getattr(m, "__metadata__", ())))), "")
+    limits = _limits(field.metadata) or next(
+        (found for m in members if (found := _limits(getattr(m, "__metadata__", ())))), ""
+    )
     return ", ".join(words) + limits
 
 

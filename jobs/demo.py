@@ -37,10 +37,16 @@ def main() -> int:
     answer = _serve_once(run, overrides)
     metrics = json.loads((run / "evaluate/metrics.json").read_text())
 
-    print(f"\none request to the service: {answer['image']}, {len(answer['detections'])} detections, the surest of them:")
+    print(
+        f"\none request to the service: {answer['image']}, {len(answer['detections'])} detections, the surest of them:"
+    )
     for detection in answer["detections"][:3]:
-        print(f"  {detection['class_name']:<9} {detection['confidence']:.2f}  {[round(x, 1) for x in detection['box_xyxy']]}")
-    print(f"\nvalidation: mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} over {metrics['num_images']} images")
+        print(
+            f"  {detection['class_name']:<9} {detection['confidence']:.2f}  {[round(x, 1) for x in detection['box_xyxy']]}"
+        )
+    print(
+        f"\nvalidation: mAP50 {metrics['map50']:.3f}, mAP50-95 {metrics['map50_95']:.3f} over {metrics['num_images']} images"
+    )
     print("pictures:")
     for folder in ("train", "evaluate"):
         for picture in sorted((run / folder).glob("*.[jp][pn]g")):
@@ -69,7 +75,9 @@ def _serve_once(run: Path, overrides: list[str]) -> dict[str, Any]:
         _wait_until_ready(service, f"http://127.0.0.1:{port}/readyz")
         image = _validation_image(run)
         content_type = "image/png" if image.startswith(PNG_MAGIC) else "image/jpeg"
-        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/detect", data=image, headers={"Content-Type": content_type})
+        request = urllib.request.Request(
+            f"http://127.0.0.1:{port}/v1/detect", data=image, headers={"Content-Type": content_type}
+        )
         print(f"$ curl --data-binary @image -H 'Content-Type: {content_type}' {request.full_url}", flush=True)
         with urllib.request.urlopen(request, timeout=60) as response:
             answer: dict[str, Any] = json.load(response)

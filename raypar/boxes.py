@@ -32,7 +32,10 @@ def clip(boxes_xyxy: Boxes, image_hw: tuple[int, int]) -> Boxes:
 
 def iou(boxes_xyxy: Boxes, others_xyxy: Boxes) -> NDArray[np.float32]:
     """Intersection over union of each box (N, 4) with each other one (M, 4): float32 (N, M), 0 where both are empty."""
-    a, b = np.asarray(boxes_xyxy, np.float32).reshape(-1, 1, 4), np.asarray(others_xyxy, np.float32).reshape(1, -1, 4)
+    a, b = (
+        np.asarray(boxes_xyxy, np.float32).reshape(-1, 1, 4),
+        np.asarray(others_xyxy, np.float32).reshape(1, -1, 4),
+    )
     sides = np.clip(np.minimum(a[..., 2:], b[..., 2:]) - np.maximum(a[..., :2], b[..., :2]), 0, None)
     both = sides.prod(-1)
     either = (a[..., 2:] - a[..., :2]).prod(-1) + (b[..., 2:] - b[..., :2]).prod(-1) - both

@@ -38,7 +38,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit code: 0 done, 1 failed, 2 something to mend in the run file or its surroundings."""
     options = _parser().parse_intermixed_args(arguments)
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # what workers say appears at once, in files and pipes too
+        # what workers say appears at once, in files and pipes too
+        sys.stdout.reconfigure(line_buffering=True)
     try:
         return _run(options)
     except ValueError as error:
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if (cause := _user_error(error)) is not None:
             _say_error(cause)
             return USER_ERROR
-        if isinstance(error, RuntimeError) and str(error).startswith(("training failed", "no trial finished")):
+        if isinstance(error, RuntimeError) and str(error).startswith(
+            ("training failed", "no trial finished")
+        ):
             _say_error(error)
             return BUG
         traceback.print_exc()
@@ -71,7 +74,8 @@ def _verb(text: str) -> str:
     if text not in VERBS:
         close = difflib.get_close_matches(text, VERBS, n=1)
         raise argparse.ArgumentTypeError(
-            f"there is no '{text}'; " + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(VERBS)}")
+            f"there is no '{text}'; "
+            + (f"did you mean '{close[0]}'?" if close else f"there are {', '.join(VERBS)}")
         )
     return text
 
@@ -92,7 +96,11 @@ def _parser() -> argparse.ArgumentParser:
         default=[],  # without a default, it is named among what is missing
         help="settings that replace the run file's, as train.batch=32, or @FILE with such",
     )
-    parser.add_argument("--dry-run", action="store_true", help="print the resolved run file and make every check; start nothing")
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        help="print the resolved run file and make every check; start nothing",
+    )
     parser.add_argument("--version", action="version", version=f"raypar {__version__}")
     return parser
 
@@ -149,13 +157,18 @@ def _dry_run(name: str, verb: Any, config: RunConfig) -> int:
 def _at_home(config: RunConfig) -> RunConfig:
     """The run with an absolute storage. A Ray job's working folder goes with the job, so there a relative one starts at the home folder."""
     if config.dataset is not None:
-        config = type(config).model_validate({**config.model_dump(mode="json"), "dataset": config.dataset_folder.uri})
+        config = type(config).model_validate(
+            {**config.model_dump(mode="json"), "dataset": config.dataset_folder.uri}
+        )
     if "://" in config.storage or Path(config.storage).expanduser().is_absolute():
         return config
     is_job = "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
     storage = str((Path.home() if is_job else Path.cwd()) / config.storage)
     if is_job:
-        print(f"storage: '{config.storage}' is {storage} on this node; with more nodes, name a place that all of them reach", flush=True)
+        print(
+            f"storage: '{config.storage}' is {storage} on this node; with more nodes, name a place that all of them reach",
+            flush=True,
+        )
     return type(config).model_validate({**config.model_dump(mode="json"), "storage": storage})
 
 
@@ -170,7 +183,9 @@ def _check_storage(config: RunConfig) -> str:
         else:
             folder.check_reachable()
     except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
-        raise ValueError(f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"storage {config.storage} cannot be reached: {' '.join(str(error).split())}"
+        ) from error
     return folder.uri
 
 

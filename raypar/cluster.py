@@ -26,13 +26,21 @@ def connect(*, with_dashboard: bool = False) -> None:
     _set_variables()
     quiet_ray()
     if os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR"):
-        ray.init(logging_level="warning")  # a job brings its own runtime environment; a second one would clash
+        # a job brings its own runtime environment; a second one would clash
+        ray.init(logging_level="warning")
         return
     # Its processes get this one's variables. A runtime environment would give each the same, and take half a second of each one's start.
     os.environ["PYTHONPATH"] = _package_path()
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # nobody takes this machine away and says so before
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # how soon the end of the training is noticed
-    ray.init(address="local", num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS), logging_level="warning", include_dashboard=with_dashboard)
+    # nobody takes this machine away and says so before
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    # how soon the end of the training is noticed
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    ray.init(
+        address="local",
+        num_cpus=max(os.cpu_count() or 1, MIN_LOCAL_CPUS),
+        logging_level="warning",
+        include_dashboard=with_dashboard,
+    )
 
 
 def require(num_cpus: float, num_gpus: float) -> None:
@@ -68,8 +76,15 @@ def needs(verb: str, config: RunConfig, gpus: float) -> tuple[float, float]:
         section = config.evaluate if verb == "evaluate" else config.predict
         return float(section.num_workers), float(section.num_workers if section.use_gpu is True else 0)
     if verb == "serve":
-        replicas = config.serve.num_replicas if isinstance(config.serve.num_replicas, int) else config.serve.num_replicas.min
-        return replicas * config.serve.num_cpus, replicas * config.serve.num_gpus if config.serve.use_gpu is True else 0.0
+        replicas = (
+            config.serve.num_replicas
+            if isinstance(config.serve.num_replicas, int)
+            else config.serve.num_replicas.min
+        )
+        return (
+            replicas * config.serve.num_cpus,
+            replicas * config.serve.num_gpus if config.serve.use_gpu is True else 0.0,
+        )
     return 0.0, 1.0 if verb == "export" and config.export.format == "engine" else 0.0
 
 
@@ -106,7 +121,9 @@ def local_resources() -> tuple[float, float]:
     """CPUs and GPUs that a Ray started on this machine would have, without starting it."""
     from ray._private.accelerators.nvidia_gpu import NvidiaGPUAcceleratorManager
 
-    return float(max(os.cpu_count() or 1, MIN_LOCAL_CPUS)), float(NvidiaGPUAcceleratorManager.get_current_node_num_accelerators())
+    return float(max(os.cpu_count() or 1, MIN_LOCAL_CPUS)), float(
+        NvidiaGPUAcceleratorManager.get_current_node_num_accelerators()
+    )
 
 
 def _can_grow() -> bool:

@@ -125,16 +125,22 @@ class Detector:
         try:
             found = read(str(weights), device)
         except Exception as error:  # whatever unpickling foreign bytes, or a runtime, raises
-            raise ValueError(f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}") from error
+            raise ValueError(
+                f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
+            ) from error
         if found.task != task:
             raise ValueError(f"weights {weights} are for '{found.task}', not for '{task}'")
         if task != "detect" and (found.is_export or precision not in ("auto", "fp32")):
             raise ValueError(f"weights {weights} are for '{task}', which is computed from a .pt in fp32 only")
         if found.is_fixed and imgsz not in (None, found.imgsz):
-            raise ValueError(f"{weights} was exported for imgsz {found.imgsz}, not {imgsz}: leave imgsz out, or export it again")
+            raise ValueError(
+                f"{weights} was exported for imgsz {found.imgsz}, not {imgsz}: leave imgsz out, or export it again"
+            )
         if found.is_export:
             if precision not in ("auto", "fp32"):
-                raise ValueError(f"{weights} computes as it was exported: leave precision at auto, or export with half=true")
+                raise ValueError(
+                    f"{weights} computes as it was exported: leave precision at auto, or export with half=true"
+                )
             precision = "fp32"
         if found.head_limit is not None:
             found.head_limit.set_head_attr(max_det=max_det)
@@ -157,7 +163,9 @@ class Detector:
         found: list[Detections | None] = [None] * len(images)
         for group in self.letterbox(images):
             mine = [_picked(value, group.indices) for value in (conf, iou, max_det)]
-            for i, detections in zip(group.indices, self.postprocess(self.forward(group.images), group, *mine), strict=True):
+            for i, detections in zip(
+                group.indices, self.postprocess(self.forward(group.images), group, *mine), strict=True
+            ):
                 found[i] = detections
         return [detections for detections in found if detections is not None]
 
@@ -173,7 +181,9 @@ class Detector:
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
                 raise ValueError(f"image {i} is {image.dtype} {image.shape}: it must be uint8 (H, W, 3) RGB")
             shapes.setdefault(self._sizes(image.shape[0], image.shape[1])[1], []).append(i)
-        return [self._group([decoded[i] for i in indices], indices, shape) for shape, indices in shapes.items()]
+        return [
+            self._group([decoded[i] for i in indices], indices, shape) for shape, indices in shapes.items()
+        ]
 
     def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the scaled image, and of the letterbox around it.
@@ -199,7 +209,11 @@ class Detector:
         for i, image in enumerate(images):
             hw = image.shape[0], image.shape[1]
             (tall, wide), _ = self._sizes(*hw)
-            scaled = image if hw == (tall, wide) else cv2.resize(image, (wide, tall), interpolation=cv2.INTER_LINEAR)
+            scaled = (
+                image
+                if hw == (tall, wide)
+                else cv2.resize(image, (wide, tall), interpolation=cv2.INTER_LINEAR)
+            )
             top, left = round((height - tall) / 2 - 0.1), round((width - wide) / 2 - 0.1)
             slab[i, :, top : top + tall, left : left + wide] = scaled.transpose(2, 0, 1)
             gains.append(np.array([wide / hw[1], tall / hw[0]] * 2, np.float32))
@@ -229,14 +243,22 @@ class Detector:
         ious = _spread(self.iou if iou is None else iou, count)
         limits = _spread(self.max_det if max_det is None else max_det, count)
         found = []
-        for i in range(count):  # NMS has a time limit for a whole batch, after which the rest of it gets no boxes: none here
+        # NMS has a time limit for a whole batch, after which the rest of it gets no boxes: none here
+        for i in range(count):
             kept = non_max_suppression(output[i : i + 1].float(), confs[i], ious[i], multi_label=self.evaluating, max_det=int(limits[i]),
                                        max_time_img=math.inf, end2end=self.is_end2end)[0].cpu().numpy()  # fmt: skip
             height, width = group.image_hws[i]
             boxes = (kept[:, :4] - np.tile(group.pads[i], 2)) / group.gains[i]
             if not self.evaluating:
                 boxes = clip(boxes, (height, width))
-            found.append(Detections(boxes.astype(np.float32), kept[:, 5].astype(np.int32), kept[:, 4].astype(np.float32), (height, width)))
+            found.append(
+                Detections(
+                    boxes.astype(np.float32),
+                    kept[:, 5].astype(np.int32),
+                    kept[:, 4].astype(np.float32),
+                    (height, width),
+                )
+            )
         return found
 
     def warm_up(self, batch: int = 1) -> None:
@@ -279,8 +301,18 @@ def _read_export(weights: str, device: torch.device) -> _Read:
     imgsz = getattr(model, "imgsz", 640)
     sides = {int(side) for side in (imgsz if isinstance(imgsz, list | tuple) else [imgsz])}
     if is_fixed and len(sides) > 1:
-        raise ValueError(f"it takes images of {imgsz} px, and raypar pads to squares: export it with one imgsz")
-    return _Read(model, _names(model.names), max(sides), int(model.stride), str(model.task or "detect"), is_export=True, is_fixed=is_fixed)
+        raise ValueError(
+            f"it takes images of {imgsz} px, and raypar pads to squares: export it with one imgsz"
+        )
+    return _Read(
+        model,
+        _names(model.names),
+        max(sides),
+        int(model.stride),
+        str(model.task or "detect"),
+        is_export=True,
+        is_fixed=is_fixed,
+    )
 
 
 def sha256_of(weights: str | Path) -> str:
@@ -295,7 +327,9 @@ def sha256_of(weights: str | Path) -> str:
 
 
 def _names(names: Any) -> list[str]:
-    return [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+    return (
+        [str(names[i]) for i in sorted(names)] if isinstance(names, dict) else [str(name) for name in names]
+    )
 
 
 def _lowered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
@@ -307,7 +341,9 @@ def _lowered(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     decode_in = head._inference
 
     def in_fp32(outputs: dict[str, Any]) -> Tensor:
-        return decode_in({k: v.float() if isinstance(v, Tensor) else [x.float() for x in v] for k, v in outputs.items()})
+        return decode_in(
+            {k: v.float() if isinstance(v, Tensor) else [x.float() for x in v] for k, v in outputs.items()}
+        )
 
     head._inference = in_fp32
     return copy

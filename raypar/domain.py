@@ -19,7 +19,9 @@ class Domain(BaseModel):
 
     uniform: tuple[float, float] | None = Field(None, description="[lower, upper]")
     quniform: tuple[float, float, PositiveFloat] | None = Field(None, description="[lower, upper, step]")
-    loguniform: tuple[PositiveFloat, PositiveFloat] | None = Field(None, description="[lower, upper], the logarithm uniform")
+    loguniform: tuple[PositiveFloat, PositiveFloat] | None = Field(
+        None, description="[lower, upper], the logarithm uniform"
+    )
     randint: tuple[int, int] | None = Field(None, description="[lower, upper), whole numbers")
     choice: list[bool | int | float | str] | None = Field(None, min_length=1, description="one of these")
 
@@ -27,7 +29,9 @@ class Domain(BaseModel):
     @classmethod
     def _is_one(cls, value: Any) -> Any:
         if not isinstance(value, dict) or len(value) != 1 or not value.keys() <= cls.model_fields.keys():
-            raise ValueError(f"write one of {', '.join(cls.model_fields)}, e.g. {{uniform: [0, 1]}} or {{choice: [8, 16]}}")
+            raise ValueError(
+                f"write one of {', '.join(cls.model_fields)}, e.g. {{uniform: [0, 1]}} or {{choice: [8, 16]}}"
+            )
         return value
 
     @model_validator(mode="after")
@@ -81,6 +85,12 @@ def dotted(space: Any) -> Any:
         return space
     flat: dict[str, Any] = {}
     for name, value in space.items():
-        is_section = isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
-        flat |= {f"{name}.{key}": inner for key, inner in dotted(value).items()} if is_section else {str(name): value}
+        is_section = (
+            isinstance(value, dict) and value and all(isinstance(inner, dict) for inner in value.values())
+        )
+        flat |= (
+            {f"{name}.{key}": inner for key, inner in dotted(value).items()}
+            if is_section
+            else {str(name): value}
+        )
     return flat

@@ -67,7 +67,14 @@ def outlines_on(image: Image, outlines: Sequence[NDArray[Any]], class_ids: NDArr
     drawn = np.ascontiguousarray(image).copy()
     thick = max(1, round(max(drawn.shape[:2]) / 400))
     for outline, class_id in zip(outlines, class_ids, strict=True):
-        cv2.polylines(drawn, [np.round(outline).astype(np.int32).reshape(-1, 1, 2)], True, colour_of(int(class_id)), thick, cv2.LINE_AA)
+        cv2.polylines(
+            drawn,
+            [np.round(outline).astype(np.int32).reshape(-1, 1, 2)],
+            True,
+            colour_of(int(class_id)),
+            thick,
+            cv2.LINE_AA,
+        )
     return drawn
 
 
@@ -83,11 +90,15 @@ def points_on(image: Image, keypoints: NDArray[np.float32]) -> Image:
     for instance in keypoints:
         for k, (x, y, visibility) in enumerate(instance):
             if visibility > 0:
-                cv2.circle(drawn, (round(float(x)), round(float(y))), radius, colour_of(k), cv2.FILLED, cv2.LINE_AA)
+                cv2.circle(
+                    drawn, (round(float(x)), round(float(y))), radius, colour_of(k), cv2.FILLED, cv2.LINE_AA
+                )
     return drawn
 
 
-def contact_sheet(images: Sequence[Image], titles: Sequence[str] | None = None, columns: int = 4, max_side: int = 480) -> Image:
+def contact_sheet(
+    images: Sequence[Image], titles: Sequence[str] | None = None, columns: int = 4, max_side: int = 480
+) -> Image:
     """Images in a grid, row by row, each shrunk to fit a tile; titles above them.
 
     Args:
@@ -126,7 +137,9 @@ def _fit(image: Image, max_side: int) -> Image:
     return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def _write(image: Image, text: str, corner: tuple[int, int], scale: float, colour: tuple[int, int, int]) -> None:
+def _write(
+    image: Image, text: str, corner: tuple[int, int], scale: float, colour: tuple[int, int, int]
+) -> None:
     """Text on a filled ground, above a corner where there is room and below it elsewhere."""
     (width, height), base = cv2.getTextSize(text, FONT, scale, 1)
     tall = height + base + 2

@@ -73,7 +73,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     weights = find(section.weights, config.folder, "evaluate")
     is_single_class = bool(config.train.yolo.get("single_cls", False))
     class_names, imgsz, sha256 = _known(weights, section.imgsz, manifest, is_single_class)
-    conf = 0.01 if manifest.task == "obb" and section.conf == 0.001 else section.conf  # Ultralytics' default for rotated boxes
+    # Ultralytics' default for rotated boxes
+    conf = 0.01 if manifest.task == "obb" and section.conf == 0.001 else section.conf
     settings = {
         "weights_sha256": sha256, "split": section.split, "imgsz": imgsz, "conf": conf, "iou": section.iou,
         "max_det": section.max_det, "forward_precision": section.precision,
@@ -82,12 +83,17 @@ def run(config: RunConfig) -> dict[str, Any]:
     if not section.overwrite and out.exists(RESULT):
         before: dict[str, Any] = out.read_json(RESULT)
         if all(before.get(key) == value for key, value in settings.items()):
-            print(f"evaluate: {out.uri} is complete for these weights and settings; evaluate.overwrite=true evaluates anew", flush=True)
+            print(
+                f"evaluate: {out.uri} is complete for these weights and settings; evaluate.overwrite=true evaluates anew",
+                flush=True,
+            )
             return before
     verify.check_sums(dataset, manifest, (section.split,))
     out.delete(RESULT)
     weights = weights.staged(out)
-    items = [{"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))]
+    items = [
+        {"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))
+    ]
     pool = DetectorPool(weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
                         "max_det": section.max_det, "pad": 0.5, "task": manifest.task}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
     args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": section.max_det, "single_cls": is_single_class,
@@ -98,7 +104,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     return _evaluate(pool, job, items, split, settings, out)
 
 
-def _known(weights: Weights, imgsz: int | None, manifest: Manifest, is_single_class: bool) -> tuple[list[str], int, str]:
+def _known(
+    weights: Weights, imgsz: int | None, manifest: Manifest, is_single_class: bool
+) -> tuple[list[str], int, str]:
     """Class names of the model, its image size in px, and the checksum of its file: read once by the driver, which fails at once."""
     class_names = list(manifest.class_names)
     known, imgsz, sha256 = read_facts(weights, imgsz, manifest.task)
@@ -125,11 +133,15 @@ def _evaluate(pool: DetectorPool, job: Job, items: list[dict[str, Any]], split: 
         progress.update(parts[-1]["num_images"] + len(parts[-1]["unreadable"]))
     seconds = time.monotonic() - began
     progress.close()
-    unreadable = sorted((line for part in parts for line in part["unreadable"]), key=lambda line: line["image_id"])
+    unreadable = sorted(
+        (line for part in parts for line in part["unreadable"]), key=lambda line: line["image_id"]
+    )
     with tempfile.TemporaryDirectory(prefix="raypar-evaluate-") as folder:
         metrics = worker.joined(job, [part["scores"] for part in parts if part["num_images"]], Path(folder))
         if (num_seen := metrics["num_images"] + len(unreadable)) != split.num_images:
-            raise RuntimeError(f"{num_seen} images were seen, the dataset has {split.num_images}: prepare it again")
+            raise RuntimeError(
+                f"{num_seen} images were seen, the dataset has {split.num_images}: prepare it again"
+            )
         for part in parts:
             for name, data in part["pictures"].items():
                 (Path(folder) / name).write_bytes(data)
@@ -187,7 +199,9 @@ class Worker:
             labels = [_labels(row, self.job.is_single_class) for row in some]
             scorer.update(found, [row["image_id"] for row in some], *map(list, zip(*labels, strict=True)))
             if wants_tiles:
-                tiles += [self._tile(*x) for x in zip(some[: NUM_SAMPLES - len(tiles)], found, labels, strict=False)]
+                tiles += [
+                    self._tile(*x) for x in zip(some[: NUM_SAMPLES - len(tiles)], found, labels, strict=False)
+                ]
         return {"scores": scorer.state(), "num_images": len(rows) - len(unreadable), "pictures": _samples(tiles), "unreadable": unreadable,
                 "seconds": seconds}  # fmt: skip
 
@@ -209,8 +223,16 @@ class Worker:
         image = decode(row["image"])
         sure = found.confidences > SAMPLE_CONF
         truth = boxes_on(image, labels[1], labels[0], self.job.class_names)
-        drawn = boxes_on(image, found.boxes_xyxy[sure], found.class_ids[sure], self.job.class_names, found.confidences[sure])
-        return row["image_id"], encode_png(np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1))
+        drawn = boxes_on(
+            image,
+            found.boxes_xyxy[sure],
+            found.class_ids[sure],
+            self.job.class_names,
+            found.confidences[sure],
+        )
+        return row["image_id"], encode_png(
+            np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1)
+        )
 
 
 class JudgedWorker:
@@ -243,7 +265,13 @@ class JudgedWorker:
                 judge.update(raw, batch, sample=wants_sample)
                 wants_sample = False
         pictures = {path.name: path.read_bytes() for path in folder.glob("*.jpg")}
-        return {"scores": judge.state(), "num_images": judge.num_images, "pictures": pictures, "unreadable": unreadable, "seconds": seconds}
+        return {
+            "scores": judge.state(),
+            "num_images": judge.num_images,
+            "pictures": pictures,
+            "unreadable": unreadable,
+            "seconds": seconds,
+        }
 
     @staticmethod
     def _judge(job: Job, folder: Path) -> Any:
@@ -267,7 +295,9 @@ def _labels(row: dict[str, Any], is_single_class: bool) -> tuple[Any, Any]:
     from raypar.boxes import xywhn_to_xyxy
 
     class_ids = np.asarray(row["class_ids"], np.int32) * (0 if is_single_class else 1)
-    return class_ids, xywhn_to_xyxy(np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4), (row["height"], row["width"]))
+    return class_ids, xywhn_to_xyxy(
+        np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4), (row["height"], row["width"])
+    )
 
 
 def _samples(tiles: list[tuple[str, bytes]]) -> dict[str, bytes]:
@@ -277,7 +307,11 @@ def _samples(tiles: list[tuple[str, bytes]]) -> dict[str, bytes]:
     if not tiles:
         return {}
     titles = [f"{image_id}: labels | detections" for image_id, _ in tiles]
-    return {"detections.png": encode_png(contact_sheet([decode(tile) for _, tile in tiles], titles=titles, columns=2, max_side=960))}
+    return {
+        "detections.png": encode_png(
+            contact_sheet([decode(tile) for _, tile in tiles], titles=titles, columns=2, max_side=960)
+        )
+    }
 
 
 def _print(result: dict[str, Any], out: Folder) -> None:
@@ -293,5 +327,11 @@ def _print(result: dict[str, Any], out: Folder) -> None:
     if result["task"] != "detect":
         print(f"evaluate: {scores_of(result)}")
     if result["num_unreadable"]:
-        print(f"evaluate: {result['num_unreadable']} image(s) cannot be read and were left out; metrics.json lists them", flush=True)
-    print(f"evaluate: {result['images_per_s']:.1f} images/s; metrics, curves and pictures are in {out.uri}", flush=True)
+        print(
+            f"evaluate: {result['num_unreadable']} image(s) cannot be read and were left out; metrics.json lists them",
+            flush=True,
+        )
+    print(
+        f"evaluate: {result['images_per_s']:.1f} images/s; metrics, curves and pictures are in {out.uri}",
+        flush=True,
+    )

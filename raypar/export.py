@@ -25,13 +25,17 @@ from raypar.storage import Folder
 from raypar.weights import Weights, find
 
 RESULT = "export.json"
-NEEDS = {"onnx": "onnx", "torchscript": "torch", "openvino": "openvino", "engine": "tensorrt"}  # format -> module
+# format -> module
+NEEDS = {"onnx": "onnx", "torchscript": "torch", "openvino": "openvino", "engine": "tensorrt"}
 NUM_SAMPLES = 16  # images on which export and weights are compared
-SURE = 0.25  # boxes above this confidence must agree, at most MOST of an image; where no image has one, the TOP of each must
+# boxes above this confidence must agree, at most MOST of an image; where no image has one, the TOP of each
+# must
+SURE = 0.25
 MOST, TOP = 300, 10
 MIN_AGREEMENT = 0.99  # share of them
 SAME_PX = 0.5  # corners that are nearer than this are the same place
-TOLERANCES = {False: (0.95, 0.01), True: (0.90, 0.03)}  # is it fp16 -> least overlap, largest difference of confidence
+# is it fp16 -> least overlap, largest difference of confidence
+TOLERANCES = {False: (0.95, 0.01), True: (0.90, 0.03)}
 
 
 def check(config: RunConfig) -> None:
@@ -62,11 +66,17 @@ def run(config: RunConfig) -> dict[str, Any]:
     check(config)
     section, out = config.export, config.folder / "export"
     weights = find(section.weights, config.folder, "export")
-    settings = {"weights_sha256": _sha256(weights), **section.model_dump(mode="json", include={"format", "imgsz", "dynamic", "half"})}
+    settings = {
+        "weights_sha256": _sha256(weights),
+        **section.model_dump(mode="json", include={"format", "imgsz", "dynamic", "half"}),
+    }
     if not section.overwrite and out.exists(RESULT):
         before: dict[str, Any] = out.read_json(RESULT)
         if before.get("settings") == settings:
-            print(f"export: {out.uri}/{before['file']} is complete; export.overwrite=true exports anew", flush=True)
+            print(
+                f"export: {out.uri}/{before['file']} is complete; export.overwrite=true exports anew",
+                flush=True,
+            )
             return before
     dataset = config.dataset_folder
     has_images = dataset.exists(MANIFEST) and Manifest.load(dataset).splits.get("val") is not None
@@ -77,7 +87,9 @@ def run(config: RunConfig) -> dict[str, Any]:
         result: dict[str, Any] = ray.get(task.remote(staged, section, dataset if has_images else None, out))
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
-        raise ValueError(f"export to {section.format} failed: {' '.join(str(cause).split())[-500:]}") from error
+        raise ValueError(
+            f"export to {section.format} failed: {' '.join(str(cause).split())[-500:]}"
+        ) from error
     finally:
         if staged is not weights:
             out.delete("weights")
@@ -114,7 +126,8 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
         made = Path(YOLO(source).export(format=section.format, imgsz=original.imgsz, dynamic=section.dynamic, device=device.type,
                                         verbose=False, **options))  # fmt: skip
         exported = Detector.load(made, device=device)
-        original.square = exported.square  # a fixed shape is padded to a square: so are the weights, for the comparison
+        # a fixed shape is padded to a square: so are the weights, for the comparison
+        original.square = exported.square
         report = compare(original, exported, _samples(dataset, original.imgsz), is_half=section.half)
         if report["num_agreeing"] < MIN_AGREEMENT * report["num_compared"]:
             raise ValueError(f"only {report['num_agreeing']} of {report['num_compared']} boxes agree with the weights "
@@ -142,21 +155,32 @@ def compare(original: Any, exported: Any, images: list[Any], *, is_half: bool) -
     """
     min_iou, max_difference = TOLERANCES[is_half]
     # Without NMS, which lets two equally good boxes trade places for a difference in the last bit.
-    pairs = [tuple(detector([image], conf=1e-6, iou=1.0, max_det=10 * MOST)[0] for detector in (original, exported)) for image in images]
+    pairs = [
+        tuple(
+            detector([image], conf=1e-6, iou=1.0, max_det=10 * MOST)[0] for detector in (original, exported)
+        )
+        for image in images
+    ]
     has_sure = any((found.confidences > SURE).any() for pair in pairs for found in pair)
     num_agreeing = num_compared = 0
     for ours, theirs in pairs:
         for some, others in ((ours, theirs), (theirs, ours)):
-            picked = np.flatnonzero(some.confidences > SURE)[:MOST] if has_sure else np.arange(min(TOP, len(some)))
+            picked = (
+                np.flatnonzero(some.confidences > SURE)[:MOST] if has_sure else np.arange(min(TOP, len(some)))
+            )
             num_compared += len(picked)
             num_agreeing += int(_is_matched(some, picked, others, min_iou, max_difference).sum())
     if not num_compared:
-        raise ValueError("neither the weights nor the export find anything on the sample images: there is nothing to compare")
+        raise ValueError(
+            "neither the weights nor the export find anything on the sample images: there is nothing to compare"
+        )
     return {"num_images_compared": len(images), "num_compared": num_compared, "num_agreeing": num_agreeing, "min_iou": min_iou,
             "max_confidence_difference": max_difference, "compared_above_confidence": SURE if has_sure else None}  # fmt: skip
 
 
-def _is_matched(some: Any, picked: NDArray[np.intp], others: Any, min_iou: float, max_difference: float) -> NDArray[np.bool_]:
+def _is_matched(
+    some: Any, picked: NDArray[np.intp], others: Any, min_iou: float, max_difference: float
+) -> NDArray[np.bool_]:
     """For each picked box of ``some`` (N,): whether ``others`` has one of its class, place and confidence."""
     from raypar.boxes import iou
 
@@ -176,7 +200,10 @@ def _samples(dataset: Folder | None, imgsz: int) -> list[Any]:
     if dataset is not None:
         shard = Manifest.load(dataset).split("val").shards[0]
         with dataset.open(shard.path) as file:
-            return [image.as_py() for image in pq.ParquetFile(file).read_row_group(0, columns=["image"])["image"][:NUM_SAMPLES]]
+            return [
+                image.as_py()
+                for image in pq.ParquetFile(file).read_row_group(0, columns=["image"])["image"][:NUM_SAMPLES]
+            ]
     rng = np.random.default_rng(0)
     images = []
     for i in range(NUM_SAMPLES):
@@ -184,6 +211,8 @@ def _samples(dataset: Folder | None, imgsz: int) -> list[Any]:
         image = np.full((height, width, 3), rng.integers(0, 256, 3), np.uint8)
         for _ in range(12):
             top, left = int(rng.integers(0, height)), int(rng.integers(0, width))
-            image[top : top + int(rng.integers(8, height // 2)), left : left + int(rng.integers(8, width // 2))] = rng.integers(0, 256, 3)
+            image[
+                top : top + int(rng.integers(8, height // 2)), left : left + int(rng.integers(8, width // 2))
+            ] = rng.integers(0, 256, 3)
         images.append(image)
     return images

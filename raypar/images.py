@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 Image = NDArray[np.uint8]
 JPEG = b"\xff\xd8"
-REDUCED = {2: 16, 4: 32, 8: 64}  # cv2.IMREAD_REDUCED_GRAYSCALE_2 ..., which with IMREAD_COLOR_RGB stand for the size alone
+# cv2.IMREAD_REDUCED_GRAYSCALE_2 ..., which with IMREAD_COLOR_RGB stand for the size alone
+REDUCED = {2: 16, 4: 32, 8: 64}
 
 
 def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> Image:
@@ -39,11 +40,15 @@ def decode(data: Any, max_pixels: int | None = None, *, reduction: int = 1) -> I
         if height * width > max_pixels:
             raise ValueError(f"an image of {width} x {height} has more than {max_pixels} pixels")
     try:
-        image = cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | REDUCED.get(reduction, 0)) if len(encoded) else None
+        image = (
+            cv2.imdecode(encoded, cv2.IMREAD_COLOR_RGB | REDUCED.get(reduction, 0)) if len(encoded) else None
+        )
     except cv2.error as error:
         raise ValueError(f"not an image that can be decoded: {error}") from error
     if image is None:
-        raise ValueError(f"not an image that can be decoded: {len(encoded)} bytes that begin with {encoded[:8].tobytes()!r}")
+        raise ValueError(
+            f"not an image that can be decoded: {len(encoded)} bytes that begin with {encoded[:8].tobytes()!r}"
+        )
     return np.asarray(image, np.uint8)
 
 
@@ -84,7 +89,11 @@ def shrink(image: Image, side: int, *, reduction: int = 1) -> Image:
     """
     height, width = image.shape[0] * reduction, image.shape[1] * reduction
     wanted = resized_hw((height, width), side) if max(height, width) > side else (height, width)
-    return image if image.shape[:2] == wanted else np.asarray(cv2.resize(image, wanted[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+    return (
+        image
+        if image.shape[:2] == wanted
+        else np.asarray(cv2.resize(image, wanted[::-1], interpolation=cv2.INTER_LINEAR), np.uint8)
+    )
 
 
 def decode_shrunk(data: Any, side: int) -> Image:
@@ -108,7 +117,9 @@ def _reduction(data: Any, side: int) -> int:
         hw = header_hw(data)
     except ValueError:  # Pillow's; let OpenCV try
         return 1
-    return max((r for r in REDUCED if max(hw) >= 2 * r * side and hw[0] % r == 0 and hw[1] % r == 0), default=1)
+    return max(
+        (r for r in REDUCED if max(hw) >= 2 * r * side and hw[0] % r == 0 and hw[1] % r == 0), default=1
+    )
 
 
 def encode_jpeg(image: Image, quality: int = 90) -> bytes:

@@ -64,7 +64,14 @@ class Judge:
         args.plots, args.save_json, args.save_txt = plots, False, False
         self.validator = VALIDATORS[self.task](save_dir=folder, args=vars(args))
         pose = {"kpt_shape": list(manifest.keypoint_shape)} if manifest.keypoint_shape else {}
-        self.validator.data = {"train": "", "val": "", "names": self.names, "nc": len(self.names), "channels": 3, **pose}
+        self.validator.data = {
+            "train": "",
+            "val": "",
+            "names": self.names,
+            "nc": len(self.names),
+            "channels": 3,
+            **pose,
+        }
         self.clear(SimpleNamespace(names=self.names))
 
     def clear(self, model: Any) -> None:
@@ -72,12 +79,17 @@ class Judge:
         self.num_images = 0
         self.validator.init_metrics(model)
 
-    def batches(self, table: pa.Table, images: Sequence[Image], detector: Detector) -> Iterator[dict[str, Any]]:
+    def batches(
+        self, table: pa.Table, images: Sequence[Image], detector: Detector
+    ) -> Iterator[dict[str, Any]]:
         """Rows of shards with their decoded images as batches for the model, the loss and :meth:`update`, on the detector's device."""
         made = [self._classified(table, images)] if self.task == "classify" else (
             self._boxed(table, group) for group in detector.letterbox(images))  # fmt: skip
         for batch in made:
-            yield {name: value.to(detector.device) if isinstance(value, Tensor) else value for name, value in batch.items()}
+            yield {
+                name: value.to(detector.device) if isinstance(value, Tensor) else value
+                for name, value in batch.items()
+            }
 
     def update(self, raw: Any, batch: dict[str, Any], *, sample: bool = False) -> None:
         """Adds what the model, in evaluation mode, made of a batch's ``img``.
@@ -112,7 +124,11 @@ class Judge:
     def state(self) -> dict[str, Any]:
         """Everything, as values that can be pickled."""
         validator = self.validator
-        stats = {"pred": validator.pred, "targets": validator.targets} if self.task == "classify" else validator.metrics.stats
+        stats = (
+            {"pred": validator.pred, "targets": validator.targets}
+            if self.task == "classify"
+            else validator.metrics.stats
+        )
         return {"stats": stats, "confusion": validator.confusion_matrix.matrix, "num_images": self.num_images}
 
     def join(self, states: Sequence[dict[str, Any]]) -> None:
@@ -148,7 +164,11 @@ class Judge:
         transform = classify_transforms(size=self.args.imgsz)
         shown = torch.stack([transform(PIL.Image.fromarray(image)) for image in images])
         names = table["image_id"].to_pylist()
-        return {"img": shown, "cls": torch.from_numpy(table["class_id"].to_numpy().astype(np.int64)), "im_file": names}
+        return {
+            "img": shown,
+            "cls": torch.from_numpy(table["class_id"].to_numpy().astype(np.int64)),
+            "im_file": names,
+        }
 
     def _boxed(self, table: pa.Table, group: Letterboxed) -> dict[str, Any]:
         """Images of one shape, with their labels in their letterboxes' own coordinates."""
@@ -157,9 +177,12 @@ class Judge:
         found: dict[str, list[NDArray[Any]]] = {"cls": [], "bboxes": [], "batch_idx": []}
         for place, i in enumerate(group.indices):
             class_ids, boxes, polygons, keypoints = row_labels(table, i, self.task, self.num_keypoints)
-            scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)  # px of the scaled image
+            # px of the scaled image
+            scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)
             shift = group.pads[place]
-            boxes = (np.concatenate([boxes[:, :2] * scale + shift, boxes[:, 2:] * scale], 1) / np.tile(side, 2)).astype(np.float32)
+            boxes = (
+                np.concatenate([boxes[:, :2] * scale + shift, boxes[:, 2:] * scale], 1) / np.tile(side, 2)
+            ).astype(np.float32)
             if polygons is not None:
                 polygons = (polygons * scale + shift).astype(np.float32)
             if self.task == "obb" and polygons is not None:
@@ -169,16 +192,23 @@ class Judge:
                 class_ids, boxes = class_ids[order], boxes[order]
                 found.setdefault("masks", []).append(mask)
             if keypoints is not None:
-                found.setdefault("keypoints", []).append(keypoints / np.append(side, 1) * np.append(scale, 1) + np.append(shift / side, 0))
+                found.setdefault("keypoints", []).append(
+                    keypoints / np.append(side, 1) * np.append(scale, 1) + np.append(shift / side, 0)
+                )
             found["cls"].append((class_ids * (0 if self.args.single_cls else 1)).reshape(-1, 1))
             found["bboxes"].append(boxes)
             found["batch_idx"].append(np.full(len(class_ids), place))
         labels = {name: torch.from_numpy((np.stack if name == "masks" else np.concatenate)(values).astype(np.float32))
                   for name, values in found.items()}  # fmt: skip
         if "masks" in labels:
-            labels["sem_masks"] = class_of_pixels(labels["masks"].int(), labels["cls"][:, 0], labels["batch_idx"])
+            labels["sem_masks"] = class_of_pixels(
+                labels["masks"].int(), labels["cls"][:, 0], labels["batch_idx"]
+            )
         names = table["image_id"].to_pylist()
-        pads = [((float(g[0]), float(g[1])), (float(p[0]), float(p[1]))) for g, p in zip(group.gains, group.pads, strict=True)]
+        pads = [
+            ((float(g[0]), float(g[1])), (float(p[0]), float(p[1])))
+            for g, p in zip(group.gains, group.pads, strict=True)
+        ]
         return {"img": group.images.float() / 255, **labels, "ori_shape": group.image_hws, "ratio_pad": pads,
                 "im_file": [names[i] for i in group.indices]}  # fmt: skip
 

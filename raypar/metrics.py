@@ -59,16 +59,23 @@ class Scorer:
             ValueError: an image was there before.
         """
         for found, image_id, ids, boxes in zip(detections, image_ids, class_ids, boxes_xyxy, strict=True):
-            self._add(image_id, self._score(found, np.asarray(ids, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4)))
+            self._add(
+                image_id,
+                self._score(found, np.asarray(ids, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4)),
+            )
 
-    def _score(self, found: Detections, class_ids: NDArray[np.int32], boxes_xyxy: NDArray[np.float32]) -> _Image:
+    def _score(
+        self, found: Detections, class_ids: NDArray[np.int32], boxes_xyxy: NDArray[np.float32]
+    ) -> _Image:
         predicted = {"bboxes": torch.from_numpy(found.boxes_xyxy), "conf": torch.from_numpy(found.confidences),
                      "cls": torch.from_numpy(found.class_ids).float()}  # fmt: skip
         labels = {"bboxes": torch.from_numpy(boxes_xyxy), "cls": torch.from_numpy(class_ids).float()}
         is_right = np.zeros((len(found.class_ids), len(IOUS)), bool)
         if len(found.class_ids) and len(class_ids):
             overlap = box_iou(labels["bboxes"], predicted["bboxes"])
-            is_right = BaseValidator.match_predictions(_MATCHER, predicted["cls"], labels["cls"], overlap).numpy()
+            is_right = BaseValidator.match_predictions(
+                _MATCHER, predicted["cls"], labels["cls"], overlap
+            ).numpy()
         self._confusion.process_batch(predicted, labels, conf=CONFUSION_CONF)
         return _Image(is_right, found.confidences, found.class_ids, class_ids)
 
@@ -79,7 +86,10 @@ class Scorer:
 
     def state(self) -> dict[str, Any]:
         """Everything, as plain picklable values."""
-        return {"images": {k: tuple(v) for k, v in self._images.items()}, "confusion": self._confusion.matrix.copy()}
+        return {
+            "images": {k: tuple(v) for k, v in self._images.items()},
+            "confusion": self._confusion.matrix.copy(),
+        }
 
     def merge(self, state: dict[str, Any]) -> None:
         """Adds another scorer's :meth:`state`.

@@ -52,7 +52,9 @@ class DetectorPool:
     num_actors: int
     use_gpu: bool | str
 
-    def map(self, items: list[dict[str, Any]], worker: type, *args: object, before: Any = None) -> Iterator[dict[str, Any]]:
+    def map(
+        self, items: list[dict[str, Any]], worker: type, *args: object, before: Any = None
+    ) -> Iterator[dict[str, Any]]:
         """Rows that the workers make of the items, as they come.
 
         Args:

@@ -26,7 +26,11 @@ def pick_precision(precision: str, device: torch.device | str, *, is_sharded: bo
     device = torch.device(device)
     if precision == "auto":
         if device.type == "cuda":
-            return torch.bfloat16 if is_sharded and torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+            return (
+                torch.bfloat16
+                if is_sharded and torch.cuda.is_bf16_supported(including_emulation=False)
+                else torch.float16
+            )
         return torch.bfloat16 if device.type == "cpu" and cpu_has_bf16() else torch.float32
     dtypes = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
     if precision not in dtypes:
@@ -56,7 +60,9 @@ def pick_device(use_gpu: bool | Literal["auto"] = "auto") -> torch.device:
     has_gpu = torch.cuda.is_available()
     if use_gpu is True:
         if not has_gpu:
-            raise ValueError("use_gpu is true but torch sees no GPU in this process: write use_gpu: auto or false")
+            raise ValueError(
+                "use_gpu is true but torch sees no GPU in this process: write use_gpu: auto or false"
+            )
         return torch.device("cuda", 0)
     return torch.device("cuda", 0) if has_gpu and _is_given_gpu() else torch.device("cpu")
 

@@ -103,11 +103,17 @@ def run(config: RunConfig) -> dict[str, Any]:
         flush=True,
     )
     seconds = _predict(pool, Job(out, section.batch), source, due) if due else 0.0
-    return _finish(pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds)
+    return _finish(
+        pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds
+    )
 
 
 def _refuse_other(before: dict[str, Any], settings: dict[str, Any], out: Folder) -> None:
-    differing = [f"{key}: {before.get(key)!r} then, {value!r} now" for key, value in settings.items() if before.get(key) != value]
+    differing = [
+        f"{key}: {before.get(key)!r} then, {value!r} now"
+        for key, value in settings.items()
+        if before.get(key) != value
+    ]
     if differing:
         raise ValueError(f"{out.uri} was begun with other settings ({'; '.join(differing)}): set them back, choose another name, "
                          f"or add predict.overwrite=true")  # fmt: skip
@@ -128,7 +134,10 @@ def _predict(pool: DetectorPool, job: Job, source: Source, due: list[int]) -> fl
     items = [{"piece": i, "entries": pickle.dumps(source.pieces[i])} for i in due]
     before = None
     if source.is_local and len(ray.nodes()) > 1:  # type: ignore[no-untyped-call]
-        before = _fetch, {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}}
+        before = (
+            _fetch,
+            {"num_cpus": 0, "label_selector": {"ray.io/node-id": ray.get_runtime_context().get_node_id()}},
+        )
     for row in pool.map(items, Worker, job, before=before):
         progress.update(int(row["num_images"]))
     progress.close()
@@ -152,7 +161,11 @@ class Worker:
         self.job, self.detector = job, pool.load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        images = pickle.loads(batch["images"][0]) if "images" in batch else _read(pickle.loads(batch["entries"][0]))
+        images = (
+            pickle.loads(batch["images"][0])
+            if "images" in batch
+            else _read(pickle.loads(batch["entries"][0]))
+        )
         return {"num_images": np.array([self._write(int(batch["piece"][0]), images)])}
 
     def _write(self, piece: int, images: list[tuple[str, bytes | Exception]]) -> int:
@@ -162,7 +175,9 @@ class Worker:
         tiles: list[Any] = []
         for first in range(0, len(images), self.job.batch):
             decoded = list(self._decoded(images[first : first + self.job.batch], rejected))
-            for (image_id, image), found in zip(decoded, self.detector([image for _, image in decoded]), strict=True):
+            for (image_id, image), found in zip(
+                decoded, self.detector([image for _, image in decoded]), strict=True
+            ):
                 height, width = found.image_hw
                 rows.append({"image_id": image_id, "height": height, "width": width, "boxes_xyxy": found.boxes_xyxy.reshape(-1),
                              "class_ids": found.class_ids, "confidences": found.confidences})  # fmt: skip
@@ -174,11 +189,15 @@ class Worker:
         facts = {"num_images": len(rows), "num_boxes": len(class_ids), "rejected": rejected,
                  "per_class": np.bincount(class_ids, minlength=len(self.detector.class_names)).tolist()}  # fmt: skip
         sink = pa.BufferOutputStream()
-        pq.write_table(pa.Table.from_pylist(rows, SCHEMA.with_metadata({FACTS: json.dumps(facts).encode()})), sink)
+        pq.write_table(
+            pa.Table.from_pylist(rows, SCHEMA.with_metadata({FACTS: json.dumps(facts).encode()})), sink
+        )
         self.job.out.write(_name(piece), sink.getvalue().to_pybytes())
         return len(images)
 
-    def _decoded(self, images: list[tuple[str, bytes | Exception]], rejected: list[dict[str, str]]) -> Iterator[tuple[str, Any]]:
+    def _decoded(
+        self, images: list[tuple[str, bytes | Exception]], rejected: list[dict[str, str]]
+    ) -> Iterator[tuple[str, Any]]:
         from raypar.images import decode
 
         for image_id, data in images:
@@ -194,11 +213,18 @@ class Worker:
         from raypar.images import encode_png
 
         names = self.detector.class_names
-        drawn = [boxes_on(image, found.boxes_xyxy, found.class_ids, names, found.confidences) for _, image, found in tiles]
-        self.job.out.write("samples.png", encode_png(contact_sheet(drawn, titles=[image_id for image_id, _, _ in tiles])))
+        drawn = [
+            boxes_on(image, found.boxes_xyxy, found.class_ids, names, found.confidences)
+            for _, image, found in tiles
+        ]
+        self.job.out.write(
+            "samples.png", encode_png(contact_sheet(drawn, titles=[image_id for image_id, _, _ in tiles]))
+        )
 
 
-def _finish(pool: DetectorPool, out: Folder, source: Source, settings: dict[str, Any], num_now: int, seconds: float) -> dict[str, Any]:
+def _finish(
+    pool: DetectorPool, out: Folder, source: Source, settings: dict[str, Any], num_now: int, seconds: float
+) -> dict[str, Any]:
     """Adds up what the pieces say of themselves, and writes the summary."""
     facts = []
     for i in range(len(source.pieces)):
@@ -207,7 +233,9 @@ def _finish(pool: DetectorPool, out: Folder, source: Source, settings: dict[str,
     rejected = [line for piece in facts for line in piece["rejected"]]
     num_images = sum(piece["num_images"] for piece in facts)
     if num_images + len(rejected) != source.num_images:
-        raise RuntimeError(f"{num_images} images and {len(rejected)} rejected ones are not the {source.num_images} of the source")
+        raise RuntimeError(
+            f"{num_images} images and {len(rejected)} rejected ones are not the {source.num_images} of the source"
+        )
     out.write("rejected.jsonl", "".join(json.dumps(line) + "\n" for line in rejected))
     per_class = np.sum([piece["per_class"] for piece in facts], axis=0).tolist()
     summary = {

@@ -39,7 +39,9 @@ def sent(
     return prefetched(items, prepare, device) if device.type == "cuda" else map(prepare, items)
 
 
-def prefetched(items: Iterable[Item], prepare: Callable[[Item], Made], device: torch.device | str) -> Iterator[Made]:
+def prefetched(  # noqa: C901
+    items: Iterable[Item], prepare: Callable[[Item], Made], device: torch.device | str
+) -> Iterator[Made]:
     """Prepares each item while the one before is in use: in a thread, and on a GPU on a stream of its own.
 
     Args:
@@ -53,7 +55,8 @@ def prefetched(items: Iterable[Item], prepare: Callable[[Item], Made], device: t
     device = torch.device(device)
     side = torch.cuda.Stream(device) if device.type == "cuda" else None  # type: ignore[no-untyped-call]
     if side is not None:
-        side.wait_stream(torch.cuda.current_stream(device))  # for what prepare will use: a ring that was just made
+        # for what prepare will use: a ring that was just made
+        side.wait_stream(torch.cuda.current_stream(device))
 
     def work(item: Item) -> tuple[Made, Any]:
         if side is None:
@@ -68,7 +71,8 @@ def prefetched(items: Iterable[Item], prepare: Callable[[Item], Made], device: t
             stream = torch.cuda.current_stream(device)
             stream.wait_event(is_ready)
             for tensor in _tensors(made):
-                tensor.record_stream(stream)  # else its memory might be given away while the caller's stream still reads it
+                # else its memory might be given away while the caller's stream still reads it
+                tensor.record_stream(stream)
         return made
 
     waiting: Future[tuple[Made, Any]] | None = None
@@ -82,7 +86,8 @@ def prefetched(items: Iterable[Item], prepare: Callable[[Item], Made], device: t
             if waiting is not None:
                 yield hand_over(waiting)
     finally:
-        if side is not None:  # what prepare used (a ring) may be freed now, and the caller's stream be given its memory
+        # what prepare used (a ring) may be freed now, and the caller's stream be given its memory
+        if side is not None:
             torch.cuda.current_stream(device).wait_stream(side)
 
 

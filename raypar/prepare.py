@@ -34,7 +34,8 @@ from raypar.versions import versions
 
 REJECTED = "rejected.jsonl"
 CHECK_HOLDS_S = 60.0
-_checked: tuple[PrepareConfig, int, Listing, float] | None = None  # by the command line, which checks and then runs; and when
+# by the command line, which checks and then runs; and when
+_checked: tuple[PrepareConfig, int, Listing, float] | None = None
 
 
 def check(config: RunConfig) -> None:
@@ -79,7 +80,10 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
     if before is not None:
         append.check(before, listing, dataset)
     dataset.check_writable()
-    splits = {split: records if isinstance(records, Records) else Records.of(records) for split, records in listing.splits.items()}
+    splits = {
+        split: records if isinstance(records, Records) else Records.of(records)
+        for split, records in listing.splits.items()
+    }
     listing = replace(listing, splits=splits)  # the lists go, the buffers stay
     template = ShardJob(
         dataset, "", "", section.format, len(listing.class_names), (), section.rows_per_group, section.max_pixels, config.seed,
@@ -99,16 +103,25 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
         rejected = append.merged(dataset, rejected, wanted, splits, REJECTED)
         num_images += len(rejected)  # with those of earlier runs
     dataset.write(REJECTED, "".join(json.dumps(line) + "\n" for line in rejected))
-    _check_rejected(rejected, reports, section, dataset, num_images, is_append=before is not None, is_stopped=is_stopped)
+    _check_rejected(
+        rejected, reports, section, dataset, num_images, is_append=before is not None, is_stopped=is_stopped
+    )
     manifest = _manifest(config, listing, reports, len(rejected))
     if before is not None:
         if not any(report.num_images for report in reports):
             dataset.delete(shards.PARTS)
-            print(f"{dataset.uri} has every image of {_source(section)} that can be used: nothing to add", flush=True)
+            print(
+                f"{dataset.uri} has every image of {_source(section)} that can be used: nothing to add",
+                flush=True,
+            )
             return before  # and the manifest stays as it is: a training may be going on
         manifest = append.added(before, manifest)
     manifest.save(dataset)
-    kept = {shard.path for split in manifest.splits.values() for shard in split.shards} | {REJECTED, MANIFEST, verify.VERIFIED}
+    kept = {shard.path for split in manifest.splits.values() for shard in split.shards} | {
+        REJECTED,
+        MANIFEST,
+        verify.VERIFIED,
+    }
     for name in set(dataset.list(recursive=True)) - kept:
         dataset.delete(name)  # of a run that was stopped
     dataset.delete(shards.PARTS)
@@ -116,7 +129,9 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
     return manifest
 
 
-def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: ShardJob, max_rejected: float) -> dict[str, ShardReport]:
+def _write(
+    wanted: list[shards.Portion], splits: dict[str, Records], template: ShardJob, max_rejected: float
+) -> dict[str, ShardReport]:
     """Has the shards written that an earlier, killed run did not finish; reports by path, in the order of the shards.
 
     When more images were set aside than may be of all, the rest is not tried: reports are then fewer.
@@ -139,13 +154,17 @@ def _write(wanted: list[shards.Portion], splits: dict[str, Records], template: S
     return {portion.path: reports[portion.path] for portion in wanted if portion.path in reports}
 
 
-def _rejected(splits: dict[str, Records], repeated: dict[str, Any], reports: list[ShardReport]) -> list[dict[str, str]]:
+def _rejected(
+    splits: dict[str, Records], repeated: dict[str, Any], reports: list[ShardReport]
+) -> list[dict[str, str]]:
     """The lines of ``rejected.jsonl``: images set aside, and those that the source lists again."""
     lines = [line for report in reports for line in report.rejected]
     for split, rows in repeated.items():
         for record in splits[split].take(rows):
             reason = "image_id is listed twice: the first was kept"
-            lines.append({"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason})
+            lines.append(
+                {"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason}
+            )
     return sorted(lines, key=lambda line: (line["split"], line["image_id"]))
 
 
@@ -166,7 +185,9 @@ def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], n
 
 def _section(config: RunConfig) -> PrepareConfig:
     if config.dataset is not None:
-        raise ValueError(f"dataset: this run reads {config.dataset}, which another prepared: leave it out to prepare one here")
+        raise ValueError(
+            f"dataset: this run reads {config.dataset}, which another prepared: leave it out to prepare one here"
+        )
     if config.prepare is None:
         raise ValueError("the run file has no 'prepare' section: write 'prepare: {source: ..., format: ...}'")
     return config.prepare
@@ -175,13 +196,18 @@ def _section(config: RunConfig) -> PrepareConfig:
 def _source(section: PrepareConfig) -> str:
     if section.source is None:
         return "shapes"
-    return remote.shown(section.source) if "://" in section.source else str(Path(section.source).expanduser().absolute())
+    return (
+        remote.shown(section.source)
+        if "://" in section.source
+        else str(Path(section.source).expanduser().absolute())
+    )
 
 
 def _list(section: PrepareConfig, seed: int) -> Listing:
     if section.format == "shapes":
         return shapes.scan(
-            {split: getattr(section.shapes, split) for split in SPLITS}, "detect" if section.task == "auto" else section.task
+            {split: getattr(section.shapes, split) for split in SPLITS},
+            "detect" if section.task == "auto" else section.task,
         )
     assert section.source is not None
     try:
@@ -189,7 +215,9 @@ def _list(section: PrepareConfig, seed: int) -> Listing:
         listing = _scan(place, section, seed)
         return listing if isinstance(place, Path) else replace(listing, tree=place.tree)
     except OSError as error:
-        raise ValueError(f"prepare.source {remote.shown(section.source)} cannot be read: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"prepare.source {remote.shown(section.source)} cannot be read: {' '.join(str(error).split())}"
+        ) from error
 
 
 def _scan(place: remote.Place, section: PrepareConfig, seed: int) -> Listing:
@@ -224,7 +252,9 @@ def _check_rejected(
         return
     for split in dict.fromkeys(report.split for report in reports):
         if not any(report.num_images for report in reports if report.split == split):
-            raise ValueError(f"no image of split '{split}' can be used: {'; '.join(_top_reasons(rejected))}. {where}")
+            raise ValueError(
+                f"no image of split '{split}' can be used: {'; '.join(_top_reasons(rejected))}. {where}"
+            )
     if not any(report.num_boxes for report in reports):
         raise ValueError(f"none of the {num_images} images has a label: nothing can be learnt from them")
 
@@ -249,11 +279,18 @@ def _split(split: str, reports: list[ShardReport], num_classes: int) -> Split:
 
 
 def _summary(
-    manifest: Manifest, listing: Listing, reports: list[ShardReport], rejected: list[dict[str, str]], dataset: Folder, seconds: float
+    manifest: Manifest,
+    listing: Listing,
+    reports: list[ShardReport],
+    rejected: list[dict[str, str]],
+    dataset: Folder,
+    seconds: float,
 ) -> str:
     """One screen: what is there, what was mended, what was set aside, what was chosen for the user."""
     num_images = sum(split.num_images for split in manifest.splits.values())
-    lines = [f"prepare: {num_images} images of {len(manifest.class_names)} classes in {dataset.uri}, {seconds:.1f} s"]
+    lines = [
+        f"prepare: {num_images} images of {len(manifest.class_names)} classes in {dataset.uri}, {seconds:.1f} s"
+    ]
     lines.append(f"  {'split':<6} {'images':>8} {'empty':>7} {'boxes':>9} {'shards':>7} {'MB':>9}")
     for name, split in manifest.splits.items():
         num_mb = sum(shard.num_bytes for shard in split.shards) / 1e6
@@ -262,28 +299,40 @@ def _summary(
         )
     counts = manifest.splits["train"].boxes_per_class
     shown = sorted(zip(manifest.class_names, counts, strict=True), key=lambda pair: -pair[1])
-    classes = ", ".join(f"{name} {count}" for name, count in shown[:10]) + (f" ... and {len(shown) - 10} more" if len(shown) > 10 else "")
+    classes = ", ".join(f"{name} {count}" for name, count in shown[:10]) + (
+        f" ... and {len(shown) - 10} more" if len(shown) > 10 else ""
+    )
     lines.append(f"  boxes in train: {classes}")
     absent = [name for name, count in shown if not count]
     if absent:
-        lines.append(f"  no box in train: {len(absent)} classes ({', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''})")
+        lines.append(
+            f"  no box in train: {len(absent)} classes ({', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''})"
+        )
     repairs = sum((report.repairs for report in reports), Counter[str]())
     if repairs:
         kinds = ", ".join(f"{count} {kind}" for kind, count in repairs.most_common())
         lines.append(f"  repaired: {manifest.num_repaired} images ({kinds})")
     if rejected:
-        lines.append(f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})")
+        lines.append(
+            f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})"
+        )
     lines += [f"  note: {note}" for note in (*listing.notes, *_shared_images(listing))]
     return "\n".join(lines)
 
 
 def _shared_images(listing: Listing) -> list[str]:
     """A warning for each pair of splits that hold the same files: metrics on them would flatter."""
-    files = {split: records.image_paths for split, records in listing.splits.items() if isinstance(records, Records)}
+    files = {
+        split: records.image_paths
+        for split, records in listing.splits.items()
+        if isinstance(records, Records)
+    }
     lines, names = [], list(files)
     for i, a in enumerate(names):
         for b in names[i + 1 :]:
-            is_shared = pc.and_(pc.is_in(files[a], value_set=files[b]), pc.greater(pc.binary_length(files[a]), 0))
+            is_shared = pc.and_(
+                pc.is_in(files[a], value_set=files[b]), pc.greater(pc.binary_length(files[a]), 0)
+            )
             if count := pc.sum(is_shared).as_py():
                 lines.append(f"{count} images are in {a} and in {b}")
     return lines

@@ -57,7 +57,8 @@ class Progress:
             full = round(BAR * self.done / self.total) if self.total else BAR
             bar = f"[{'#' * min(full, BAR):<{BAR}}]"
             line = f"{line.replace(': ', f' {bar} ', 1):<{WIDTH}}"[:WIDTH]
-            print(f"\r{line}\r", end="", file=sys.stderr, flush=True)  # back to its start: what else is printed takes its place
+            # back to its start: what else is printed takes its place
+            print(f"\r{line}\r", end="", file=sys.stderr, flush=True)
         else:
             print(line, file=sys.stderr, flush=True)
 

@@ -7,10 +7,12 @@ Runs in: every process that raypar starts Ray's libraries in. Environment variab
 import logging
 
 LEVELS = {
-    "ray._private.authentication.authentication_token_setup": logging.ERROR,  # that a local cluster has a token
+    # that a local cluster has a token
+    "ray._private.authentication.authentication_token_setup": logging.ERROR,
     "ray.data._internal.execution.streaming_executor": logging.WARNING,  # plans and times
     "ray.data._internal.progress": logging.ERROR,  # that its bars are off
-    "ray.train.v2._internal.execution.collective_impl": logging.ERROR,  # that the stream's handles take more than 1000 bytes
+    # that the stream's handles take more than 1000 bytes
+    "ray.train.v2._internal.execution.collective_impl": logging.ERROR,
     "ray.train.v2._internal.execution.context": logging.WARNING,  # each report
     "ray.train.v2._internal.execution.storage": logging.WARNING,  # each checkpoint
     "ray.tune": logging.ERROR,  # that it keeps no files of its own

@@ -26,9 +26,16 @@ from raypar.storage import Folder
 from raypar.versions import versions
 
 Location = tuple[str, ...]  # ("train", "num_workers")
-Stage = tuple[dict[Location, str], dict[str, Any]]  # where settings were written and what they are, once one more file or override is read
+# where settings were written and what they are, once one more file or override is read
+Stage = tuple[dict[Location, str], dict[str, Any]]
 # What users of Ultralytics may call a setting, and what it is called in the sections that have it.
-ALSO_CALLED = {"device": "use_gpu", "weights": "model", "model": "weights", "half": "precision", "exist_ok": "overwrite"}
+ALSO_CALLED = {
+    "device": "use_gpu",
+    "weights": "model",
+    "model": "weights",
+    "half": "precision",
+    "exist_ok": "overwrite",
+}
 KINDS = {
     "model": "a section of settings", "dict": "a section of settings", "list": "a list", "string": "text",
     "int": "an integer", "float": "a number", "bool": "true or false",
@@ -46,7 +53,9 @@ class Loader(yaml.SafeLoader):
         seen: set[str] = set()
         for key_node, _ in node.value:
             if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(None, None, f"'{key_node.value}' is written twice", key_node.start_mark)
+                raise yaml.constructor.ConstructorError(
+                    None, None, f"'{key_node.value}' is written twice", key_node.start_mark
+                )
             seen.add(str(key_node.value))
         return super().construct_mapping(node, deep)
 
@@ -66,7 +75,11 @@ Loader.yaml_implicit_resolvers = _resolvers(
         ("null", "~|null|Null|NULL", "~nN"),
         ("null", "", ""),
         ("int", "[-+]?[0-9]+", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)", "-+0123456789."),
+        (
+            "float",
+            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
+            "-+0123456789.",
+        ),
         ("merge", "<<", "<"),
     ]
 )
@@ -78,7 +91,10 @@ class Dumper(yaml.SafeDumper):
 
 
 Dumper.yaml_implicit_resolvers = {
-    first: [*yaml.SafeDumper.yaml_implicit_resolvers.get(first, []), *Loader.yaml_implicit_resolvers.get(first, [])]
+    first: [
+        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
+        *Loader.yaml_implicit_resolvers.get(first, []),
+    ]
     for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
 }
 
@@ -99,7 +115,9 @@ def load(path: str | Path, overrides: Iterable[str] = (), verb: str = "train") -
     try:
         config = RunConfig.model_validate(stages[-1][1])
     except ValidationError as error:
-        raise ValueError("\n".join(_explain(error.errors(include_url=False), stages, str(path), verb))) from None
+        raise ValueError(
+            "\n".join(_explain(error.errors(include_url=False), stages, str(path), verb))
+        ) from None
     if unknown := _unknown_yolo(config.train.yolo, stages[-1][0], str(path)):
         raise ValueError("\n".join(unknown))
     return config
@@ -124,7 +142,9 @@ def _stages(path: str, overrides: Iterable[str]) -> Iterator[Stage]:
 def dump(config: RunConfig) -> str:
     """The resolved run file, every setting spelt out, as YAML that ``load`` reads back to the same."""
     # `prepare:` with nothing below it would be a section
-    settings = {k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None}
+    settings = {
+        k: v for k, v in config.model_dump(mode="json").items() if v is not None or _section_at((k,)) is None
+    }
     return str(yaml.dump(settings, Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120))
 
 
@@ -143,7 +163,9 @@ def parse_override(text: str) -> tuple[Location, Any]:
     key, equals, value = text.partition("=")
     parts = tuple(key.split("."))
     if not equals or not all(parts):
-        raise ValueError(f"'{text}' is not an override: write section.key=value, e.g. train.num_workers=2, or @FILE")
+        raise ValueError(
+            f"'{text}' is not an override: write section.key=value, e.g. train.num_workers=2, or @FILE"
+        )
     try:
         return parts, yaml.load(value, Loader)
     except yaml.YAMLError as error:
@@ -161,15 +183,20 @@ def _read(path: str) -> tuple[dict[str, Any], dict[Location, str]]:
         raise ValueError(f"{path}: cannot read the run file: {error.strerror or error}") from None
     except (UnicodeDecodeError, yaml.reader.ReaderError) as error:
         at = error.start if isinstance(error, UnicodeDecodeError) else error.position
-        raise ValueError(f"{path}: no run file: byte {at} is no text in UTF-8 (a run file names weights, as train.model)") from None
+        raise ValueError(
+            f"{path}: no run file: byte {at} is no text in UTF-8 (a run file names weights, as train.model)"
+        ) from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise ValueError(f"{path}{f':{mark.line + 1}' if mark else ''}: {_problem(error)}") from None
     if not isinstance(data, dict):
-        raise ValueError(f"{path}: a run file holds settings (name: ..., train: ...), this one holds {type(data).__name__}")
+        raise ValueError(
+            f"{path}: a run file holds settings (name: ..., train: ...), this one holds {type(data).__name__}"
+        )
     if "name" not in data:
         _refuse_ultralytics(path, data)
-    empty = {k for k, v in data.items() if v is None and _section_at((str(k),))}  # `train:` and nothing below it
+    # `train:` and nothing below it
+    empty = {k for k, v in data.items() if v is None and _section_at((str(k),))}
     places = {key: f"{path}:{line}" for key, line in _lines(node, ())}
     return {str(k): {} if k in empty else v for k, v in data.items()}, places
 
@@ -177,9 +204,13 @@ def _read(path: str) -> tuple[dict[str, Any], dict[Location, str]]:
 def _refuse_ultralytics(path: str, data: dict[Any, Any]) -> None:
     """Says where a file of Ultralytics belongs that was given as a run file."""
     if "backbone" in data:
-        raise ValueError(f"{path}: this is a model's YAML, no run file: name it in one, as train: {{model: {path}}}")
+        raise ValueError(
+            f"{path}: this is a model's YAML, no run file: name it in one, as train: {{model: {path}}}"
+        )
     if "names" in data or isinstance(data.get("train"), (str, list)):
-        raise ValueError(f"{path}: this is a data.yaml, no run file: name it in one, as prepare: {{source: {path}}}")
+        raise ValueError(
+            f"{path}: this is a data.yaml, no run file: name it in one, as prepare: {{source: {path}}}"
+        )
 
 
 def _read_remote(uri: str) -> str:
@@ -205,7 +236,9 @@ def _merge(data: dict[str, Any], more: dict[str, Any]) -> None:
 
 
 def _problem(error: yaml.YAMLError) -> str:
-    return " ".join(str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part) or str(error)
+    return " ".join(
+        str(part) for part in (getattr(error, "context", None), getattr(error, "problem", None)) if part
+    ) or str(error)
 
 
 def put(data: dict[str, Any], key: Location, value: Any) -> None:
@@ -226,13 +259,21 @@ def _explain(mistakes: Sequence[ErrorDetails], stages: Sequence[Stage], path: st
         key = _written(mistake["loc"], stages[-1][1])
         if mistake["type"] == "missing":
             key = (*key, str(mistake["loc"][-1]))
-        message = f"no such setting{_did_you_mean(key, verb)}" if mistake["type"] == "extra_forbidden" else _in_words(key, mistake)
+        message = (
+            f"no such setting{_did_you_mean(key, verb)}"
+            if mistake["type"] == "extra_forbidden"
+            else _in_words(key, mistake)
+        )
         messages.setdefault(key, []).append(message)
         of_section = isinstance(mistake["input"], dict)
-        places[key] = _place(key, (_origin(mistake, stages) if of_section or key not in stages[-1][0] else stages[-1])[0], path)
+        places[key] = _place(
+            key, (_origin(mistake, stages) if of_section or key not in stages[-1][0] else stages[-1])[0], path
+        )
         if not of_section and mistake["type"] != "extra_forbidden":
             inputs[key] = mistake["input"]
-    deepest = [key for key in messages if not any(other[: len(key)] == key and other != key for other in messages)]
+    deepest = [
+        key for key in messages if not any(other[: len(key)] == key and other != key for other in messages)
+    ]
     return [
         f"{places[key]}: {'.'.join(key)}: {' or '.join(dict.fromkeys(messages[key])).replace(' or should be ', ' or ')}"
         + (f", not {inputs[key]!r}" if key in inputs else "")
@@ -243,7 +284,9 @@ def _explain(mistakes: Sequence[ErrorDetails], stages: Sequence[Stage], path: st
 def _origin(mistake: ErrorDetails, stages: Sequence[Stage]) -> Stage:
     """What a mistake in a section as a whole came in with: an override may be right by itself, and at odds with the file."""
     last = len(stages) - 1
-    while last and any((m["loc"], m["msg"]) == (mistake["loc"], mistake["msg"]) for m in _mistakes(stages[last - 1][1])):
+    while last and any(
+        (m["loc"], m["msg"]) == (mistake["loc"], mistake["msg"]) for m in _mistakes(stages[last - 1][1])
+    ):
         last -= 1
     return stages[last]
 
@@ -263,21 +306,33 @@ def _in_words(key: Location, mistake: ErrorDetails) -> str:
         return f"should be {KINDS[of]}"
     if mistake["type"] == "string_pattern_mismatch":
         return PATTERNS[".".join(key)]
-    message = mistake["msg"].removeprefix("Value error, ").replace("Input should", "should").replace("String should", "should")
+    message = (
+        mistake["msg"]
+        .removeprefix("Value error, ")
+        .replace("Input should", "should")
+        .replace("String should", "should")
+    )
     return message.replace("Field required", "is missing")
 
 
 def _unknown_yolo(settings: dict[str, Any], places: dict[Location, str], path: str) -> list[str]:
     """One line for every name under ``train.yolo`` that Ultralytics does not have; it checks the values itself, seconds later."""
     keys = [("train", "yolo", name) for name in settings if name not in yolo_settings()]
-    return [f"{_place(key, places, path)}: {'.'.join(key)}: no such setting of Ultralytics{_did_you_mean(key, 'train')}" for key in keys]
+    return [
+        f"{_place(key, places, path)}: {'.'.join(key)}: no such setting of Ultralytics{_did_you_mean(key, 'train')}"
+        for key in keys
+    ]
 
 
 def _written(location: Sequence[str | int], data: Any) -> Location:
     """The part of pydantic's location that a user wrote: pydantic mixes in the names of a union's members."""
     key: list[str] = []
     for part in location:
-        is_there = part in data if isinstance(data, dict) else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        is_there = (
+            part in data
+            if isinstance(data, dict)
+            else isinstance(data, list) and isinstance(part, int) and part < len(data)
+        )
         if is_there:
             data = data[part]
             key.append(str(part))
@@ -309,7 +364,11 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 def _did_you_mean(key: Location, verb: str) -> str:
     """What to write for a setting that is not there: one of the same name elsewhere, or else one of nearly that name."""
     section = _section_at(key[:-1])
-    known = list(section.model_fields) if section else [name for name in yolo_settings() if name not in OWNED_BY_RAYPAR]
+    known = (
+        list(section.model_fields)
+        if section
+        else [name for name in yolo_settings() if name not in OWNED_BY_RAYPAR]
+    )
     elsewhere = _elsewhere(key[0] if len(key) > 1 else verb) if len(key) < 3 or not section else {}
     if key[-1] in elsewhere:
         return elsewhere[key[-1]]
@@ -323,13 +382,19 @@ def _did_you_mean(key: Location, verb: str) -> str:
 def _elsewhere(verb: str) -> dict[str, str]:
     """The words for settings, each with what to write: in that verb's section where it has it, else in ``train``, else in another."""
     found = {name: f"; did you mean '{name}', at the top level?" for name in RunConfig.model_fields}
-    sections = {name: section for name, field in RunConfig.model_fields.items() if (section := _section_in(field.annotation))}
+    sections = {
+        name: section
+        for name, field in RunConfig.model_fields.items()
+        if (section := _section_in(field.annotation))
+    }
     for name in dict.fromkeys(name for name in (verb, "train", *sections) if name in sections):
         fields = sections[name].model_fields
         words = {field: f"; did you mean '{name}.{field}'?" for field in fields}
         also = {word: words[field] for word, field in ALSO_CALLED.items() if field in fields}
         if name == "train":
-            owned = {word: f"; '{word}' is raypar's: write {instead}" for word, instead in OWNED_BY_RAYPAR.items()}
+            owned = {
+                word: f"; '{word}' is raypar's: write {instead}" for word, instead in OWNED_BY_RAYPAR.items()
+            }
             also = {word: f"; did you mean 'train.yolo.{word}'?" for word in yolo_settings()} | also | owned
         found = also | words | found
     return found
@@ -343,5 +408,7 @@ def yolo_settings() -> dict[str, Any]:
     spec = find_spec("ultralytics")
     assert spec is not None
     assert spec.submodule_search_locations
-    defaults: dict[str, Any] = yaml.safe_load(Path(spec.submodule_search_locations[0], "cfg", "default.yaml").read_text())
+    defaults: dict[str, Any] = yaml.safe_load(
+        Path(spec.submodule_search_locations[0], "cfg", "default.yaml").read_text()
+    )
     return defaults

@@ -115,7 +115,16 @@ def _files(source: str) -> list[Entry]:
     folder = Folder.at(source)
     info = folder.fs.get_file_info(folder.path)
     if info.type == pafs.FileType.File:
-        return [Entry(name, Folder.at(parent or ("/" if source.startswith("/") else ".")), name, -1, 1, info.size or 0)]
+        return [
+            Entry(
+                name,
+                Folder.at(parent or ("/" if source.startswith("/") else ".")),
+                name,
+                -1,
+                1,
+                info.size or 0,
+            )
+        ]
     if info.type == pafs.FileType.NotFound:
         raise ValueError(f"predict.source: there is nothing at {source}")
     return _below(folder)
@@ -124,7 +133,11 @@ def _files(source: str) -> list[Entry]:
 def _below(folder: Folder) -> list[Entry]:
     selector = pafs.FileSelector(folder.path, recursive=True)
     prefix = len(folder.path.rstrip("/")) + 1
-    found = [(i.path[prefix:], i.size or 0) for i in folder.fs.get_file_info(selector) if i.type == pafs.FileType.File]
+    found = [
+        (i.path[prefix:], i.size or 0)
+        for i in folder.fs.get_file_info(selector)
+        if i.type == pafs.FileType.File
+    ]
     return [Entry(name, folder, name, -1, 1, size) for name, size in sorted(found)]
 
 
@@ -140,7 +153,10 @@ def _globbed(source: str) -> list[Entry]:
     if folder.is_local:
         paths = sorted(path for path in Path(folder.path).glob(pattern) if path.is_file())
         names = [path.relative_to(folder.path).as_posix() for path in paths]
-        return [Entry(name, folder, name, -1, 1, path.stat().st_size) for name, path in zip(names, paths, strict=True)]
+        return [
+            Entry(name, folder, name, -1, 1, path.stat().st_size)
+            for name, path in zip(names, paths, strict=True)
+        ]
     return [entry for entry in _below(folder) if fnmatch.fnmatchcase(entry.name, pattern)]
 
 
@@ -186,5 +202,9 @@ def _cut(entries: list[Entry], *, is_local: bool) -> Source:
         images, num_bytes = images + entry.num_images, num_bytes + entry.num_bytes
     digest = hashlib.sha256()
     for piece in pieces:
-        digest.update(repr([(e.image_id, e.folder.uri, e.name, e.group, e.num_images, e.num_bytes) for e in piece]).encode())
+        digest.update(
+            repr(
+                [(e.image_id, e.folder.uri, e.name, e.group, e.num_images, e.num_bytes) for e in piece]
+            ).encode()
+        )
     return Source(pieces, is_local, digest.hexdigest())

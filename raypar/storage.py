@@ -237,7 +237,13 @@ class OutOfDiskError(RuntimeError):
     """There is no room left to write in."""
 
 
-def patiently(do: Callable[[], Result], what: str, patience_s: float = PATIENCE_S, *, stop: Callable[[], bool] = lambda: False) -> Result:
+def patiently(
+    do: Callable[[], Result],
+    what: str,
+    patience_s: float = PATIENCE_S,
+    *,
+    stop: Callable[[], bool] = lambda: False,
+) -> Result:
     """Does something with storage; when that fails, again after 0.5, 1, 2 ... 15 seconds, and each failure is reported.
 
     Args:
@@ -266,9 +272,14 @@ def patiently(do: Callable[[], Result], what: str, patience_s: float = PATIENCE_
             if isinstance(error, FINAL):
                 raise
             if left <= 0 or stop():
-                raise StorageError(f"cannot {what}, tried for {now - failed_since:.0f} s: {reason}") from error
+                raise StorageError(
+                    f"cannot {what}, tried for {now - failed_since:.0f} s: {reason}"
+                ) from error
             pause = min(pause, left)
-            print(f"storage: cannot {what} (attempt {attempt}; given up in {left:.0f} s): {reason}; again in {pause:.1f} s", flush=True)
+            print(
+                f"storage: cannot {what} (attempt {attempt}; given up in {left:.0f} s): {reason}; again in {pause:.1f} s",
+                flush=True,
+            )
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
     raise AssertionError

@@ -57,7 +57,11 @@ class Weights:
 
     def _files(self) -> list[str]:
         info = self.folder.fs.get_file_info(f"{self.folder.path}/{self.name}")
-        return self.folder.list(self.name, recursive=True) if info.type == pafs.FileType.Directory else [self.name]
+        return (
+            self.folder.list(self.name, recursive=True)
+            if info.type == pafs.FileType.Directory
+            else [self.name]
+        )
 
 
 def find(weights: str | None, run: Folder, verb: str) -> Weights:

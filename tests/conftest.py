@@ -41,7 +41,8 @@ ENVIRONMENT = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_DEDUP_LOGS": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.2",
-    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),  # Ray's workers import raypar
+    # Ray's workers import raypar
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")])),
 }
 os.environ.update(ENVIRONMENT)
 for variable in ("RAY_ADDRESS", "RAY_JOB_CONFIG_JSON_ENV_VAR"):
@@ -74,7 +75,8 @@ def start_ray(num_cpus: int = 4) -> None:
     """A Ray of this process alone, with more logical CPUs than a small machine has: Train must not starve Data."""
     import ray
 
-    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")  # as raypar does when it starts a Ray on one machine
+    # as raypar does when it starts a Ray on one machine
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     ray.init(
         address="local",
         num_cpus=num_cpus,
@@ -110,14 +112,22 @@ def browser() -> Iterator[Chrome]:
     paths = shutil.which("chromium") or shutil.which("google-chrome"), shutil.which("chromedriver")
     if None in paths:
         if os.environ.get("CI"):
-            pytest.fail("tests of pages need Chromium and chromedriver: apt-get install chromium chromium-driver")
+            pytest.fail(
+                "tests of pages need Chromium and chromedriver: apt-get install chromium chromium-driver"
+            )
         pytest.skip("needs Chromium and chromedriver: apt-get install chromium chromium-driver")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 
     options = webdriver.ChromeOptions()
     options.binary_location = str(paths[0])
-    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu", "--window-size=1100,760"):
+    for argument in (
+        "--headless=new",
+        "--no-sandbox",
+        "--disable-dev-shm-usage",
+        "--disable-gpu",
+        "--window-size=1100,760",
+    ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(str(paths[1])))
@@ -141,8 +151,18 @@ def trained_run(tmp_path_factory: pytest.TempPathFactory) -> RunConfig:
         {
             "name": "trained",
             "storage": str(tmp_path_factory.mktemp("runs")),
-            "prepare": {"format": "shapes", "shapes": {"train": 48, "val": 16, "height": 120, "width": 160}, "rows_per_group": 16},
-            "train": {"model": "yolov8n.yaml", "num_workers": 1, "use_gpu": False, "batch": 8, "yolo": {"epochs": 2, "imgsz": 96}},
+            "prepare": {
+                "format": "shapes",
+                "shapes": {"train": 48, "val": 16, "height": 120, "width": 160},
+                "rows_per_group": 16,
+            },
+            "train": {
+                "model": "yolov8n.yaml",
+                "num_workers": 1,
+                "use_gpu": False,
+                "batch": 8,
+                "yolo": {"epochs": 2, "imgsz": 96},
+            },
         }
     )
     is_mine = not ray.is_initialized()
@@ -169,7 +189,16 @@ def tiny_weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model.args = {"imgsz": 160, "task": "detect"}
     _spread_confidences(model)
     path = tmp_path_factory.mktemp("weights") / "tiny.pt"
-    torch.save({"model": model, "ema": None, "epoch": -1, "train_args": {"imgsz": 160, "task": "detect"}, "version": "8.4.190"}, path)
+    torch.save(
+        {
+            "model": model,
+            "ema": None,
+            "epoch": -1,
+            "train_args": {"imgsz": 160, "task": "detect"},
+            "version": "8.4.190",
+        },
+        path,
+    )
     return path
 
 
@@ -185,7 +214,10 @@ def _spread_confidences(model: object) -> None:
         model.eval()  # type: ignore[attr-defined]
         head = model.model[-1]  # type: ignore[attr-defined]
         outputs: dict[int, torch.Tensor] = {}
-        hooks = [b[-1].register_forward_hook(lambda _m, _i, out, level=i: outputs.__setitem__(level, out)) for i, b in enumerate(head.cv3)]
+        hooks = [
+            b[-1].register_forward_hook(lambda _m, _i, out, level=i: outputs.__setitem__(level, out))
+            for i, b in enumerate(head.cv3)
+        ]
         model(images)  # type: ignore[operator]
         for hook in hooks:
             hook.remove()

@@ -35,11 +35,15 @@ def with_train(config: RunConfig, name: str, **train: Any) -> RunConfig:
 
 def cursors(config: RunConfig) -> list[int]:
     """Images seen of each complete checkpoint, ascending."""
-    return sorted(int(path.parent.name.split("_")[1]) for path in train_folder(config).glob("checkpoint_*/state.pt"))
+    return sorted(
+        int(path.parent.name.split("_")[1]) for path in train_folder(config).glob("checkpoint_*/state.pt")
+    )
 
 
 def final_state(config: RunConfig) -> dict[str, Any]:
-    state: dict[str, Any] = torch.load(train_folder(config) / f"checkpoint_{cursors(config)[-1]:010d}" / "state.pt", weights_only=False)
+    state: dict[str, Any] = torch.load(
+        train_folder(config) / f"checkpoint_{cursors(config)[-1]:010d}" / "state.pt", weights_only=False
+    )
     return state
 
 
@@ -59,7 +63,9 @@ def assert_same_bits(a: Any, b: Any, path: str) -> None:
         assert a == b, path
 
 
-def fit(train_loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], num_workers: int, storage: Path) -> Any:
+def fit(
+    train_loop: Callable[[dict[str, Any]], Any], config: dict[str, Any], num_workers: int, storage: Path
+) -> Any:
     """What a loop of one's own returns on rank 0, in workers that are started as those of a training are."""
     import ray.train
 

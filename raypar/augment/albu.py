@@ -20,10 +20,16 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # it would ask the network for its newest version when imported
+# it would ask the network for its newest version when imported
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
 
 Labelled = tuple[NDArray[np.uint8], NDArray[np.int32], NDArray[np.float32]]
-ULTRALYTICS = [{"Blur": {"p": 0.01}}, {"MedianBlur": {"p": 0.01}}, {"ToGray": {"p": 0.01}}, {"CLAHE": {"p": 0.01}}]
+ULTRALYTICS = [
+    {"Blur": {"p": 0.01}},
+    {"MedianBlur": {"p": 0.01}},
+    {"ToGray": {"p": 0.01}},
+    {"CLAHE": {"p": 0.01}},
+]
 Spec = Sequence[dict[str, Any]] | str | None
 
 
@@ -57,7 +63,11 @@ class Transforms:
         return any(rng.random(len(self.steps)) < [probability for probability, _, _ in self.steps])
 
     def __call__(
-        self, image: NDArray[np.uint8], class_ids: NDArray[np.int32], boxes_xywhn: NDArray[np.float32], rng: np.random.Generator
+        self,
+        image: NDArray[np.uint8],
+        class_ids: NDArray[np.int32],
+        boxes_xywhn: NDArray[np.float32],
+        rng: np.random.Generator,
     ) -> Labelled:
         draws = rng.random(len(self.steps))
         for (probability, moves, compose), drawn in zip(self.steps, draws, strict=True):
@@ -66,7 +76,11 @@ class Transforms:
             if not image.flags.writeable:  # a view of the cache
                 image = image.copy()
             compose.set_random_seed(int(rng.integers(2**31)))
-            result = compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids) if moves else compose(image=image)
+            result = (
+                compose(image=image, bboxes=boxes_xywhn, class_ids=class_ids)
+                if moves
+                else compose(image=image)
+            )
             image = np.ascontiguousarray(result["image"])
             if moves:
                 class_ids = np.asarray(result["class_ids"], np.int32).reshape(-1)
@@ -99,11 +113,20 @@ def make(spec: Spec, task: str = "detect") -> Transforms:
         moves = not isinstance(transform, library.ImageOnlyTransform)
         if moves and task in ("segment", "pose", "obb"):
             name = type(transform).__name__
-            raise ValueError(f"train.albumentations: {name} moves pixels, which only detect and classify can follow; '{task}' cannot")
+            raise ValueError(
+                f"train.albumentations: {name} moves pixels, which only detect and classify can follow; '{task}' cannot"
+            )
         moves = moves and task == "detect"  # an image's class stays
-        boxes = library.BboxParams(format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True) if moves else None
+        boxes = (
+            library.BboxParams(
+                format="yolo", label_fields=["class_ids"], clip=True, filter_invalid_bboxes=True
+            )
+            if moves
+            else None
+        )
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Got processor for bboxes")  # a composition of transforms of pixels alone
+            # a composition of transforms of pixels alone
+            warnings.filterwarnings("ignore", message="Got processor for bboxes")
             steps.append((probability, moves, library.Compose([transform], bbox_params=boxes)))
 
     return Transforms(steps)
@@ -128,10 +151,16 @@ def _from_dict(library: Any, entry: dict[str, Any]) -> Any:
     kind = getattr(library, name, None)
     if not (isinstance(kind, type) and issubclass(kind, library.BasicTransform)):
         known = [
-            n for n in dir(library) if isinstance(getattr(library, n), type) and issubclass(getattr(library, n), library.BasicTransform)
+            n
+            for n in dir(library)
+            if isinstance(getattr(library, n), type)
+            and issubclass(getattr(library, n), library.BasicTransform)
         ]
         near = difflib.get_close_matches(name, known, n=1)
-        raise ValueError(f"train.albumentations: there is no transform '{name}'" + (f"; did you mean '{near[0]}'?" if near else ""))
+        raise ValueError(
+            f"train.albumentations: there is no transform '{name}'"
+            + (f"; did you mean '{near[0]}'?" if near else "")
+        )
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", UserWarning)  # albumentations only warns of a misspelt argument
@@ -152,5 +181,7 @@ def _from_function(library: Any, name: str) -> list[Any]:
         )
     for transform in made:
         if not isinstance(transform, library.BasicTransform | library.BaseCompose):
-            raise ValueError(f"train.albumentations: '{name}' returned {transform!r}, which is not an albumentations transform")
+            raise ValueError(
+                f"train.albumentations: '{name}' returned {transform!r}, which is not an albumentations transform"
+            )
     return copy.deepcopy(list(made))  # their probabilities are changed

@@ -46,7 +46,9 @@ class ClassifyRecipe:
                 f"train.yolo.scale={args['scale']}: for classify it is one number, the crop keeps 1 - scale of the area at least"
             )
         if args["auto_augment"] not in (None, "", "randaugment", "augmix", "autoaugment"):
-            raise ValueError(f"train.yolo.auto_augment={args['auto_augment']!r}: write randaugment, augmix, autoaugment or nothing")
+            raise ValueError(
+                f"train.yolo.auto_augment={args['auto_augment']!r}: write randaugment, augmix, autoaugment or nothing"
+            )
         names = ("imgsz", "scale", "fliplr", "flipud", "auto_augment", "hsv_h", "hsv_s", "hsv_v", "erasing")
         return cls(**{name: args[name] for name in names} | {"auto_augment": args["auto_augment"] or None})
 

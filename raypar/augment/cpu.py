@@ -64,7 +64,9 @@ class Renderer:
         """
         moved = []
         for i, (index, rng) in enumerate(zip(indices, rngs, strict=True)):
-            moved.append(self.render(draw(self.recipe, rng, index, len(sources), mosaic_on=mosaic_on), sources, out[i]))
+            moved.append(
+                self.render(draw(self.recipe, rng, index, len(sources), mosaic_on=mosaic_on), sources, out[i])
+            )
         return batch_labels(moved)
 
     def render(self, sample: Sample, sources: Sequence[Source], out: Image) -> Moved:
@@ -80,11 +82,14 @@ class Renderer:
         if sample.mixed is not None:
             other, share = sample.mixed
             image2 = self._layer(other, sources, canvas(size), moved.pasted[1])
-            image = cv2.addWeighted(image, share, image2, 1 - share, -0.5)  # Ultralytics truncates, OpenCV rounds
+            # Ultralytics truncates, OpenCV rounds
+            image = cv2.addWeighted(image, share, image2, 1 - share, -0.5)
         if moved.cut is not None:
             assert sample.cut is not None
             x0, y0, x1, y1 = moved.cut
-            image[y0:y1, x0:x1] = self._layer(sample.cut[0], sources, canvas(size), moved.pasted[2])[y0:y1, x0:x1]
+            image[y0:y1, x0:x1] = self._layer(sample.cut[0], sources, canvas(size), moved.pasted[2])[
+                y0:y1, x0:x1
+            ]
         develop(image, sample.gains, sample.flip, sample.swap, out)
 
     def _layer(self, layer: Layer, sources: Sequence[Source], room: Image, pasted: Polygons) -> Image:

@@ -26,12 +26,18 @@ IS_HERE = triton is not None
 BLOCK = 128
 jit: Callable[[Any], Any] = triton.jit if IS_HERE else lambda function: function
 if IS_HERE:  # a kernel reads only constants of the module
-    OWNER, SEAM, TILES, TILE_WIDTH = (tl.constexpr(v) for v in (pack.OWNER, pack.SEAM, pack.TILES, pack.TILE_WIDTH))
+    OWNER, SEAM, TILES, TILE_WIDTH = (
+        tl.constexpr(v) for v in (pack.OWNER, pack.SEAM, pack.TILES, pack.TILE_WIDTH)
+    )
     MATRIX, PLACES, PLACE_WIDTH = (tl.constexpr(v) for v in (pack.MATRIX, pack.PLACES, pack.PLACE_WIDTH))
     MIXED, CUT, SHARE, RECT = (tl.constexpr(v) for v in (pack.MIXED, pack.CUT, pack.SHARE, pack.RECT))
-    HUE, SATURATION, VALUE, HAS_COLOUR = (tl.constexpr(v) for v in (pack.HUE, pack.SATURATION, pack.VALUE, pack.HAS_COLOUR))
+    HUE, SATURATION, VALUE, HAS_COLOUR = (
+        tl.constexpr(v) for v in (pack.HUE, pack.SATURATION, pack.VALUE, pack.HAS_COLOUR)
+    )
     FLIP_X, FLIP_Y, SWAP = (tl.constexpr(v) for v in (pack.FLIP_X, pack.FLIP_Y, pack.SWAP))
-    SAMPLE_WIDTH, LAYER_WIDTH, GREY = (tl.constexpr(v) for v in (pack.SAMPLE_WIDTH, pack.LAYER_WIDTH, float(GREY_LEVEL)))
+    SAMPLE_WIDTH, LAYER_WIDTH, GREY = (
+        tl.constexpr(v) for v in (pack.SAMPLE_WIDTH, pack.LAYER_WIDTH, float(GREY_LEVEL))
+    )
 
 
 def render(words: Tensor, rows: Tensor, layers: Tensor, out: Tensor, *, is_axis_aligned: bool) -> None:
@@ -104,8 +110,14 @@ def _layer(words, row, x, y, size: tl.constexpr, spans: tl.constexpr):  # type: 
         base = words + slot.to(tl.int64) * (size * size)
         up, down = y0.to(tl.int32) * size, y1.to(tl.int32) * size
         here, there = x0.to(tl.int32), x1.to(tl.int32)
-        a, b = tl.load(base + up + here, mask=is_there, other=0), tl.load(base + up + there, mask=is_there, other=0)
-        c, d = tl.load(base + down + here, mask=is_there, other=0), tl.load(base + down + there, mask=is_there, other=0)
+        a, b = (
+            tl.load(base + up + here, mask=is_there, other=0),
+            tl.load(base + up + there, mask=is_there, other=0),
+        )
+        c, d = (
+            tl.load(base + down + here, mask=is_there, other=0),
+            tl.load(base + down + there, mask=is_there, other=0),
+        )
         red = tl.where(is_there, _blend(a, b, c, d, share_x, share_y, 0), GREY)
         green = tl.where(is_there, _blend(a, b, c, d, share_x, share_y, 8), GREY)
         blue = tl.where(is_there, _blend(a, b, c, d, share_x, share_y, 16), GREY)
@@ -148,7 +160,9 @@ def _along(left, is_right, place, first: tl.constexpr):  # type: ignore[no-untyp
 @jit
 def _of_four(tiles, is_right, is_low, column: tl.constexpr):  # type: ignore[no-untyped-def]
     upper = tl.where(is_right, tl.load(tiles + PLACE_WIDTH + column), tl.load(tiles + column))
-    lower = tl.where(is_right, tl.load(tiles + 3 * PLACE_WIDTH + column), tl.load(tiles + 2 * PLACE_WIDTH + column))
+    lower = tl.where(
+        is_right, tl.load(tiles + 3 * PLACE_WIDTH + column), tl.load(tiles + 2 * PLACE_WIDTH + column)
+    )
     return tl.where(is_low, lower, upper)
 
 
@@ -157,7 +171,12 @@ def _canvas_pixel(words, row, column, line, seam_x, seam_y, size: tl.constexpr):
     """A whole pixel of the canvas as a word of the ring, grey where no tile lies."""
     tiles, is_right, is_low = row + PLACES, column >= seam_x, line >= seam_y
     in_x, in_y = column - _of_four(tiles, is_right, is_low, 1), line - _of_four(tiles, is_right, is_low, 2)
-    is_there = (in_x >= 0) & (in_x < _of_four(tiles, is_right, is_low, 3)) & (in_y >= 0) & (in_y < _of_four(tiles, is_right, is_low, 4))
+    is_there = (
+        (in_x >= 0)
+        & (in_x < _of_four(tiles, is_right, is_low, 3))
+        & (in_y >= 0)
+        & (in_y < _of_four(tiles, is_right, is_low, 4))
+    )
     is_there = is_there & (column >= 0) & (column < 2 * size) & (line >= 0) & (line < 2 * size)
     index = tl.where(is_there, in_y.to(tl.int32) * size + in_x.to(tl.int32), 0)
     slot = _of_four(tiles, is_right, is_low, 0).to(tl.int64)
@@ -188,7 +207,10 @@ def _shift_hsv(r, g, b, hue, saturation, value):  # type: ignore[no-untyped-def]
     chroma = v - tl.minimum(tl.minimum(r, g), b)
     s = tl.floor(chroma * tl.floor(tl.div_rn(1044480.0, tl.maximum(v, 1.0)) + 0.5) * 0.000244140625 + 0.5)
     apart = tl.where(v == r, g - b, tl.where(v == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    h = tl.floor(apart * tl.floor(tl.div_rn(122880.0, tl.maximum(chroma, 1.0)) + 0.5) * 0.000244140625 + 90.5) + hue
+    h = (
+        tl.floor(apart * tl.floor(tl.div_rn(122880.0, tl.maximum(chroma, 1.0)) + 0.5) * 0.000244140625 + 90.5)
+        + hue
+    )
     h = tl.where(h >= 180, h - 180, h)
     h = tl.floor(tl.where(h >= 180, h - 180, h)) * (6 / 180)
     v = tl.floor(tl.minimum(v * value, 255.0)) * (1 / 255)

@@ -50,24 +50,39 @@ class Recipe:
     num_keypoints: int = 0  # pose
 
     @classmethod
-    def from_yolo(cls, args: Mapping[str, Any], task: str = "detect", flip_idx: Sequence[int] = (), num_keypoints: int = 0) -> Recipe:
+    def from_yolo(
+        cls,
+        args: Mapping[str, Any],
+        task: str = "detect",
+        flip_idx: Sequence[int] = (),
+        num_keypoints: int = 0,
+    ) -> Recipe:
         """The recipe in Ultralytics' whole settings; as there, keypoints are not flipped without a ``flip_idx``.
 
         Raises:
             ValueError: a setting that raypar cannot honour.
         """
-        values = {f.name: args[f.name] for f in fields(cls) if f.name not in ("task", "flip_idx", "num_keypoints")}
+        values = {
+            f.name: args[f.name] for f in fields(cls) if f.name not in ("task", "flip_idx", "num_keypoints")
+        }
         if task == "segment" and not args["overlap_mask"]:
-            raise ValueError("train.yolo.overlap_mask=False is not supported: masks are joined in one, as by default")
+            raise ValueError(
+                "train.yolo.overlap_mask=False is not supported: masks are joined in one, as by default"
+            )
         if task == "segment" and args["copy_paste"] and args["copy_paste_mode"] != "flip":
-            raise ValueError(f"train.yolo.copy_paste_mode={args['copy_paste_mode']!r} is not supported: write flip")
+            raise ValueError(
+                f"train.yolo.copy_paste_mode={args['copy_paste_mode']!r} is not supported: write flip"
+            )
         if task != "segment":
             values["copy_paste"] = 0.0  # it needs polygons
         if task == "pose" and not flip_idx:
             values["fliplr"] = values["flipud"] = 0.0
         scale = values["scale"]
         scale = tuple(scale) if isinstance(scale, list | tuple) else float(scale)
-        return cls(**values | {"scale": scale, "task": task, "flip_idx": tuple(flip_idx), "num_keypoints": num_keypoints})
+        return cls(
+            **values
+            | {"scale": scale, "task": task, "flip_idx": tuple(flip_idx), "num_keypoints": num_keypoints}
+        )
 
     @property
     def is_axis_aligned(self) -> bool:
@@ -105,10 +120,13 @@ class Layer:
         centre = np.array([[1.0, 0.0, -width / 2], [0.0, 1.0, -height / 2], [0.0, 0.0, 1.0]])
         perspective = np.array([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0], [*self.perspective, 1.0]])
         cos, sin = (self.scale * f(math.radians(self.angle)) for f in (math.cos, math.sin))
-        rotation = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])  # cv2.getRotationMatrix2D about the origin
+        # cv2.getRotationMatrix2D about the origin
+        rotation = np.array([[cos, sin, 0.0], [-sin, cos, 0.0], [0.0, 0.0, 1.0]])
         tan_x, tan_y = (math.tan(math.radians(s)) for s in self.shear)
         shear = np.array([[1.0, tan_x, 0.0], [tan_y, 1.0, 0.0], [0.0, 0.0, 1.0]])
-        shift = np.array([[1.0, 0.0, self.shift[0] * size], [0.0, 1.0, self.shift[1] * size], [0.0, 0.0, 1.0]])
+        shift = np.array(
+            [[1.0, 0.0, self.shift[0] * size], [0.0, 1.0, self.shift[1] * size], [0.0, 0.0, 1.0]]
+        )
         return shift @ shear @ rotation @ perspective @ centre
 
 
@@ -155,7 +173,9 @@ def generator(seed: int, epoch: int, position: int) -> np.random.Generator:
     return np.random.Generator(np.random.Philox(key=[seed, epoch], counter=[0, 0, 0, position]))
 
 
-def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int, *, mosaic_on: bool) -> Sample:
+def draw(
+    recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int, *, mosaic_on: bool
+) -> Sample:
     """Draws everything about the output image that shows source ``index`` of a window.
 
     Args:
@@ -172,10 +192,19 @@ def draw(recipe: Recipe, rng: np.random.Generator, index: int, num_sources: int,
     if mosaic_on and choice[0] < recipe.mixup:
         mixed = _layer(recipe, uniform[1], tuple(other[1]), mosaic_on), share
     if mosaic_on and choice[1] < recipe.cutmix:
-        cut = _layer(recipe, uniform[2], tuple(other[2]), mosaic_on), _cut_areas(recipe.imgsz, areas), float(choice[2])
+        cut = (
+            _layer(recipe, uniform[2], tuple(other[2]), mosaic_on),
+            _cut_areas(recipe.imgsz, areas),
+            float(choice[2]),
+        )
     gains = (choice[3:6] * 2 - 1) * [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
     return Sample(
-        layer, mixed, cut, gains, (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)), bool(choice[8] < recipe.bgr)
+        layer,
+        mixed,
+        cut,
+        gains,
+        (bool(choice[6] < recipe.fliplr), bool(choice[7] < recipe.flipud)),
+        bool(choice[8] < recipe.bgr),
     )
 
 
@@ -185,18 +214,25 @@ def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -
 
     is_mosaic = mosaic_on and u[0] < recipe.mosaic
     half = recipe.imgsz // 2
-    centre = int(within(u[1], half, 2 * recipe.imgsz - half)), int(within(u[2], half, 2 * recipe.imgsz - half))
+    centre = (
+        int(within(u[1], half, 2 * recipe.imgsz - half)),
+        int(within(u[2], half, 2 * recipe.imgsz - half)),
+    )
     low, high = recipe.scale if isinstance(recipe.scale, tuple) else (1 - recipe.scale, 1 + recipe.scale)
     scale = within(u[6], low, high)
     shift = [within(x, 0.5 - recipe.translate, 0.5 + recipe.translate) for x in u[9:11]]
     if is_mosaic and recipe.is_axis_aligned:
-        for axis in range(2):  # the tiles' common edge, as a coordinate in which pixel i reaches from i to i + 1
+        # the tiles' common edge, as a coordinate in which pixel i reaches from i to i + 1
+        for axis in range(2):
             edge = scale * (centre[axis] - 0.5 - recipe.imgsz) + shift[axis] * recipe.imgsz + 0.5
             shift[axis] += (round(edge) - edge) / recipe.imgsz
     return Layer(
         tuple(int(i) for i in indices) if is_mosaic else (int(indices[0]),),
         centre if is_mosaic else None,
-        (within(u[3], -recipe.perspective, recipe.perspective), within(u[4], -recipe.perspective, recipe.perspective)),
+        (
+            within(u[3], -recipe.perspective, recipe.perspective),
+            within(u[4], -recipe.perspective, recipe.perspective),
+        ),
         within(u[5], -recipe.degrees, recipe.degrees),
         scale,
         (within(u[7], -recipe.shear, recipe.shear), within(u[8], -recipe.shear, recipe.shear)),
@@ -216,10 +252,16 @@ def resized_hw(image_hw: tuple[int, int], size: int) -> tuple[int, int]:
     """Height and width of an image whose longer side is brought to S (BaseDataset.load_image)."""
     height, width = image_hw
     ratio = size / max(height, width)
-    return (height, width) if ratio == 1 else (min(math.ceil(height * ratio), size), min(math.ceil(width * ratio), size))
+    return (
+        (height, width)
+        if ratio == 1
+        else (min(math.ceil(height * ratio), size), min(math.ceil(width * ratio), size))
+    )
 
 
-def layout(layer: Layer, image_hws: Sequence[tuple[int, int]], size: int) -> tuple[list[Tile], tuple[int, int]]:
+def layout(
+    layer: Layer, image_hws: Sequence[tuple[int, int]], size: int
+) -> tuple[list[Tile], tuple[int, int]]:
     """Places a layer's sources on its canvas: the tiles, and the canvas' height and width.
 
     Args:
@@ -251,7 +293,9 @@ def to_canvas(tiles: Sequence[Tile], counts: Sequence[int]) -> tuple[Floats, Flo
     return wh, origin
 
 
-def is_seen(before: Floats, after: Floats, scale: float, min_area: float = MIN_AREA_LEFT) -> NDArray[np.bool_]:
+def is_seen(
+    before: Floats, after: Floats, scale: float, min_area: float = MIN_AREA_LEFT
+) -> NDArray[np.bool_]:
     """Which instances are left after a map and a cut; those cut off too far are dropped, as in Ultralytics.
 
     Args:
@@ -261,7 +305,11 @@ def is_seen(before: Floats, after: Floats, scale: float, min_area: float = MIN_A
     """
     wh_before, wh = (before[:, 2:] - before[:, :2]) * scale, after[:, 2:] - after[:, :2]
     aspect = np.maximum(wh[:, 0] / (wh[:, 1] + 1e-16), wh[:, 1] / (wh[:, 0] + 1e-16))
-    seen: NDArray[np.bool_] = (wh > MIN_SIDE_PX).all(1) & (wh.prod(1) / (wh_before.prod(1) + 1e-16) > min_area) & (aspect < MAX_ASPECT)
+    seen: NDArray[np.bool_] = (
+        (wh > MIN_SIDE_PX).all(1)
+        & (wh.prod(1) / (wh_before.prod(1) + 1e-16) > min_area)
+        & (aspect < MAX_ASPECT)
+    )
     return seen
 
 
@@ -297,6 +345,9 @@ def choose_cut(areas: Floats, pick: float, boxes: Floats, other_boxes: Floats,
 
 def _share_inside(areas: Floats, boxes: Floats) -> Floats:
     """For each area and box, the share of the box' surface that lies in the area: float64 (A, N)."""
-    low, high = np.maximum(areas[:, None, :2], boxes[None, :, :2]), np.minimum(areas[:, None, 2:], boxes[None, :, 2:])
+    low, high = (
+        np.maximum(areas[:, None, :2], boxes[None, :, :2]),
+        np.minimum(areas[:, None, 2:], boxes[None, :, 2:]),
+    )
     surface = (boxes[:, 2:] - boxes[:, :2]).prod(1)
     return np.clip(high - low, 0, None).prod(2) / (surface + 1e-7)

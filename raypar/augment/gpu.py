@@ -65,13 +65,21 @@ class GpuRenderer:
     def __init__(self, recipe: Recipe, device: torch.device | str, *, dtype: torch.dtype = torch.uint8, channels_last: bool = False,
                  is_fused: bool | None = None):  # fmt: skip
         if recipe.copy_paste:
-            raise ValueError(f"train.yolo.copy_paste={recipe.copy_paste} is not done on the device: use train.augment=cpu, or copy_paste=0")
+            raise ValueError(
+                f"train.yolo.copy_paste={recipe.copy_paste} is not done on the device: use train.augment=cpu, or copy_paste=0"
+            )
         self.recipe, self.device, self.dtype = recipe, torch.device(device), dtype
         self.layout = torch.channels_last if channels_last else torch.contiguous_format
         self.is_fused = self.device.type == "cuda" and fused.IS_HERE if is_fused is None else is_fused
         self._must_be_fused = is_fused is not None
 
-    def __call__(self, samples: Sequence[Sample], ring: Ring, slots: Sequence[int], cuts: Sequence[Rect | None] | None = None) -> Tensor:
+    def __call__(
+        self,
+        samples: Sequence[Sample],
+        ring: Ring,
+        slots: Sequence[int],
+        cuts: Sequence[Rect | None] | None = None,
+    ) -> Tensor:
         """Draws samples' images, (B, 3, S, S) RGB, where the samples' sources lie in the ring's ``slots``; ``cuts`` as for :func:`pack`."""
         return self.render(pack(self.recipe, samples, [ring.hws[slot] for slot in slots], slots, cuts), ring)
 
@@ -84,7 +92,8 @@ class GpuRenderer:
         if self.is_fused:
             try:
                 made = self._kernel(rows, layers, table, ring.words)
-            except Exception as error:  # whatever the compiler of a node says that lacks a C compiler or Python's headers
+            # whatever the compiler of a node says that lacks a C compiler or Python's headers
+            except Exception as error:
                 if self._must_be_fused:
                     raise
                 print(
@@ -99,13 +108,16 @@ class GpuRenderer:
 
     def _kernel(self, rows: Tensor, layers: Tensor, table: Table, words: Tensor) -> Tensor:
         size = self.recipe.imgsz
-        out = torch.empty((table.num_images, 3, size, size), dtype=self.dtype, device=self.device, memory_format=self.layout)
+        out = torch.empty(
+            (table.num_images, 3, size, size), dtype=self.dtype, device=self.device, memory_format=self.layout
+        )
         fused.render(words, rows, layers, out, is_axis_aligned=self.recipe.is_axis_aligned)
         return out
 
     def _program(self, rows: Tensor, layers: Tensor, table: Table, words: Tensor) -> Tensor:
         size = self.recipe.imgsz
-        x, y = _flipped_indices(rows.index_select(0, layers[:, OWNER].long()), size)  # (L, S): the pixels' places before flips
+        # (L, S): the pixels' places before flips
+        x, y = _flipped_indices(rows.index_select(0, layers[:, OWNER].long()), size)
         sample = sample_spans if self.recipe.is_axis_aligned else sample_canvas
         planes = sample(words, layers, x, y, size)  # (L, 3, S, S)
         image = planes[: table.num_images]
@@ -119,7 +131,9 @@ class GpuRenderer:
             owner, second = layers[mixed.stop :, OWNER].long(), planes[mixed.stop :]
             x0, y0, x1, y1 = (rows[owner, RECT + i].view(-1, 1) for i in range(4))
             across, down = (x[owner] >= x0) & (x[owner] < x1), (y[owner] >= y0) & (y[owner] < y1)
-            image = image.index_copy(0, owner, torch.where((down[:, :, None] & across[:, None, :])[:, None], second, image[owner]))
+            image = image.index_copy(
+                0, owner, torch.where((down[:, :, None] & across[:, None, :])[:, None], second, image[owner])
+            )
         image = torch.where(_column(rows, HAS_COLOUR).unsqueeze(1) > 0, shift_hsv(image, rows), image)
         image = torch.where(_column(rows, SWAP).unsqueeze(1) > 0, image.flip(1), image)
         image = image if self.dtype == torch.uint8 else image / 255
@@ -225,7 +239,9 @@ def shift_hsv(image: Tensor, rows: Tensor) -> Tensor:
     chroma = v - image.amin(1)
     s = (chroma * ((255 << 12) / v.clamp_min(1) + 0.5).trunc() * 2**-12 + 0.5).trunc()
     apart = torch.where(v == r, g - b, torch.where(v == g, b - r + 2 * chroma, r - g + 4 * chroma))
-    h = (apart * ((30 << 12) / chroma.clamp_min(1) + 0.5).trunc() * 2**-12 + 90.5).trunc() + _column(rows, HUE)
+    h = (apart * ((30 << 12) / chroma.clamp_min(1) + 0.5).trunc() * 2**-12 + 90.5).trunc() + _column(
+        rows, HUE
+    )
     h = torch.where(h >= 180, h - 180, h)
     h = torch.where(h >= 180, h - 180, h).trunc() * (6 / 180)
     v = (v * _column(rows, VALUE)).clamp_max(255).trunc() * (1 / 255)

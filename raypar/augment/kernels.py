@@ -16,9 +16,12 @@ if TYPE_CHECKING:
 
 f32, i32 = np.float32, np.int32
 ZERO, HALF, ONE, TWO, FOUR, SIX = f32(0), f32(0.5), f32(1), f32(2), f32(4), f32(6)
-HUES, MAX, PER_HUE, PER_MAX = f32(180), f32(255), f32(6 / 180), f32(1 / 255)  # OpenCV keeps hue in half degrees
+# OpenCV keeps hue in half degrees
+HUES, MAX, PER_HUE, PER_MAX = f32(180), f32(255), f32(6 / 180), f32(1 / 255)
 BITS_12, HALF_TURN = f32(2**-12), f32(90.5)
-compiled: Callable[..., Any] = numba.njit(cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath={"nnan", "ninf", "nsz"})
+compiled: Callable[..., Any] = numba.njit(
+    cache=True, nogil=True, boundscheck=False, error_model="numpy", fastmath={"nnan", "ninf", "nsz"}
+)
 
 
 @compiled

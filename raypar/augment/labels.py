@@ -132,8 +132,12 @@ class Instances:
         return Instances(
             np.concatenate([self.class_ids, other.class_ids]),
             np.concatenate([self.boxes, other.boxes]),
-            None if self.polygons is None or other.polygons is None else join([self.polygons, other.polygons]),
-            None if self.keypoints is None or other.keypoints is None else np.concatenate([self.keypoints, other.keypoints]),
+            None
+            if self.polygons is None or other.polygons is None
+            else join([self.polygons, other.polygons]),
+            None
+            if self.keypoints is None or other.keypoints is None
+            else np.concatenate([self.keypoints, other.keypoints]),
         )
 
     def cut(self, task: str, width: float, height: float) -> Instances:
@@ -144,7 +148,9 @@ class Instances:
         return Instances(
             self.class_ids,
             self.boxes.clip(0, [width, height, width, height]),
-            None if self.polygons is None else clipped(self.polygons, np.zeros((1, 2)), np.array([[width, height]])),
+            None
+            if self.polygons is None
+            else clipped(self.polygons, np.zeros((1, 2)), np.array([[width, height]])),
             None if self.keypoints is None else cut_keypoints(self.keypoints, width, height),
         )
 
@@ -160,7 +166,9 @@ class Instances:
         """Left-right (axis 0) or up-down (axis 1)."""
         boxes = self.boxes.copy()
         boxes[:, [axis, axis + 2]] = length - self.boxes[:, [axis + 2, axis]]
-        polygons, keypoints = (None if points is None else points.copy() for points in (self.polygons, self.keypoints))
+        polygons, keypoints = (
+            None if points is None else points.copy() for points in (self.polygons, self.keypoints)
+        )
         for points in (polygons, keypoints):
             if points is not None:
                 points[..., axis] = length - points[..., axis]
@@ -185,7 +193,12 @@ def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> 
     if sample.cut is not None:
         other, pasted3 = move_layer(recipe, sample.cut[0], sources)
         has_polygons = shown.polygons is not None and len(shown.polygons) > 0
-        chosen = choose_cut(*sample.cut[1:], shown.boxes, other.boxes, MIN_AREA_OF_POLYGON if has_polygons else MIN_AREA_IN_CUT)
+        chosen = choose_cut(
+            *sample.cut[1:],
+            shown.boxes,
+            other.boxes,
+            MIN_AREA_OF_POLYGON if has_polygons else MIN_AREA_IN_CUT,
+        )
         if chosen is not None:
             x0, y0, x1, y1 = (int(x) for x in chosen[0])
             cut = x0, y0, x1, y1
@@ -229,7 +242,9 @@ def _gathered(task: str, sources: Sequence[Labelled], wh: Floats, origin: Floats
     centres, half = boxes[:, :2] * wh + origin, boxes[:, 2:] * wh / 2
     polygons = keypoints = None
     if task in ("segment", "obb"):
-        polygons = (join([_there(s.polygons) for s in sources]) * wh[:, None] + origin[:, None]).astype(np.float32)
+        polygons = (join([_there(s.polygons) for s in sources]) * wh[:, None] + origin[:, None]).astype(
+            np.float32
+        )
     if task == "pose":
         keypoints = np.concatenate([_there(s.keypoints) for s in sources]).astype(np.float64)
         keypoints[..., :2] = keypoints[..., :2] * wh[:, None] + origin[:, None]
@@ -273,7 +288,9 @@ def _finished(recipe: Recipe, shown: Instances, cut: Area | None, pasted: tuple[
     if shown.keypoints is not None:
         keypoints = (shown.keypoints / [size, size, 1]).astype(np.float32)
     boxes = shown.boxes / size
-    boxes_xywhn = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1).astype(np.float32)
+    boxes_xywhn = np.concatenate([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], 1).astype(
+        np.float32
+    )
     return Moved(shown.class_ids, boxes_xywhn, cut, pasted, masks, keypoints, rotated)
 
 

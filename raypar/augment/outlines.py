@@ -26,7 +26,11 @@ def densify(polygons: Sequence[NDArray[np.float32]]) -> Points:
     """
     longest = max((len(polygon) for polygon in polygons), default=0)
     num_points = longest + 1 if longest > NUM_POINTS else NUM_POINTS
-    return np.stack([_resampled(p, num_points) for p in polygons]) if len(polygons) else np.zeros((0, num_points, 2), np.float32)
+    return (
+        np.stack([_resampled(p, num_points) for p in polygons])
+        if len(polygons)
+        else np.zeros((0, num_points, 2), np.float32)
+    )
 
 
 def _resampled(polygon: Points, num_points: int) -> Points:
@@ -67,7 +71,13 @@ def clipped(polygons: Points, low: NDArray[Any], high: NDArray[Any]) -> Points:
     """Polygons (N, P, 2), each point brought between ``low`` and ``high`` (N or 1, 2)."""
     inside = np.empty_like(polygons)
     for axis in (0, 1):  # one after the other: loops of P
-        np.clip(polygons[..., axis], low[:, None, axis], high[:, None, axis], out=inside[..., axis], casting="same_kind")
+        np.clip(
+            polygons[..., axis],
+            low[:, None, axis],
+            high[:, None, axis],
+            out=inside[..., axis],
+            casting="same_kind",
+        )
     return inside
 
 
@@ -85,7 +95,9 @@ def _visible_box(polygon: Points, size: int) -> Floats:
         crossing[:, 1 - axis] = along
         points.append(crossing)
     corners = _CORNERS * size
-    points.append(corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]])
+    points.append(
+        corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]]
+    )
     found = np.concatenate(points)
     return np.concatenate([found.min(0), found.max(0)]).astype(np.float64) if len(found) else np.zeros(4)
 
@@ -125,7 +137,9 @@ def cut_corners(corners: Points, boxes_xyxy: Floats, width: float, height: float
     """
     corners, boxes_xyxy = corners.copy(), boxes_xyxy.copy()
     for i in np.flatnonzero(((corners < 0) | (corners > [width, height])).any((1, 2))):
-        visible = cut_polygon(cv2.convexHull(corners[i]).reshape(-1, 2).astype(np.float64), width, height).astype(np.float32)
+        visible = cut_polygon(
+            cv2.convexHull(corners[i]).reshape(-1, 2).astype(np.float64), width, height
+        ).astype(np.float32)
         if len(visible) < 3 or cv2.contourArea(visible) <= 0:
             corners[i], boxes_xyxy[i] = 0, 0
             continue
@@ -159,7 +173,9 @@ def cut_keypoints(keypoints: Floats, width: float, height: float) -> Floats:
     return np.concatenate([inside, visibility[..., None]], -1)
 
 
-def overlap_mask(polygons: Points, size: int, ratio: int) -> tuple[NDArray[np.uint8] | NDArray[np.uint16], NDArray[np.intp]]:
+def overlap_mask(
+    polygons: Points, size: int, ratio: int
+) -> tuple[NDArray[np.uint8] | NDArray[np.uint16], NDArray[np.intp]]:
     """One mask for all polygons: i + 1 where the i-th largest is seen, smaller ones over larger ones (polygons2masks_overlap).
 
     Args:
@@ -180,7 +196,8 @@ def overlap_mask(polygons: Points, size: int, ratio: int) -> tuple[NDArray[np.ui
         low, high = np.zeros_like(low), np.full_like(high, size - ratio)
     drawn = [_drawn(*each, ratio) for each in zip(whole, low, high + ratio, strict=True)]
     areas = np.array([small.sum(dtype=np.uint64) for small, _ in drawn], np.uint64)
-    order = np.argsort(np.uint64(0) - areas, kind="stable")  # as in Ultralytics, whose areas are unsigned, those of no pixel come first
+    # as in Ultralytics, whose areas are unsigned, those of no pixel come first
+    order = np.argsort(np.uint64(0) - areas, kind="stable")
     for place, i in enumerate(order):
         small, window = drawn[i]
         np.maximum(mask[window], small.astype(mask.dtype) * mask.dtype.type(place + 1), out=mask[window])
@@ -208,7 +225,10 @@ def choose_pasted(boxes_xyxy: Floats, width: int, share: float) -> NDArray[np.in
     """
     mirrored = boxes_xyxy.copy()
     mirrored[:, [0, 2]] = width - boxes_xyxy[:, [2, 0]]
-    low, high = np.maximum(mirrored[:, None, :2], boxes_xyxy[:, :2]), np.minimum(mirrored[:, None, 2:], boxes_xyxy[:, 2:])
+    low, high = (
+        np.maximum(mirrored[:, None, :2], boxes_xyxy[:, :2]),
+        np.minimum(mirrored[:, None, 2:], boxes_xyxy[:, 2:]),
+    )
     covered = np.clip(high - low, 0, None).prod(2) / ((boxes_xyxy[:, 2:] - boxes_xyxy[:, :2]).prod(1) + 1e-7)
     eligible = np.flatnonzero((covered < MAX_PASTED_OVERLAP).all(1))
     eligible = eligible[np.argsort(covered.max(1, initial=0)[eligible], kind="stable")]

@@ -19,7 +19,19 @@ from raypar.augment.paint import MAX_ROUNDING_PX, _span
 
 Rect = Sequence[float] | Floats
 # columns of an image's row; -1 where it has no such layer
-MIXED, CUT, SHARE, RECT, HUE, SATURATION, VALUE, HAS_COLOUR, FLIP_X, FLIP_Y, SWAP = 0, 1, 2, 3, 7, 8, 9, 10, 11, 12, 13
+MIXED, CUT, SHARE, RECT, HUE, SATURATION, VALUE, HAS_COLOUR, FLIP_X, FLIP_Y, SWAP = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    10,
+    11,
+    12,
+    13,
+)
 SAMPLE_WIDTH = 16
 # columns of a layer's row; SEAM: x and y of the pixel (of the output; of the canvas when there is a matrix) where right and lower tiles begin
 OWNER, SEAM = 0, 1
@@ -62,7 +74,11 @@ def pack(recipe: Recipe, samples: Sequence[Sample], image_hws: Sequence[tuple[in
     """
     cuts = [None] * len(samples) if cuts is None else cuts
     mixed = [i for i, sample in enumerate(samples) if sample.mixed is not None]
-    cut = [i for i, (sample, area) in enumerate(zip(samples, cuts, strict=True)) if sample.cut is not None and area is not None]
+    cut = [
+        i
+        for i, (sample, area) in enumerate(zip(samples, cuts, strict=True))
+        if sample.cut is not None and area is not None
+    ]
     rows = np.zeros((len(samples), SAMPLE_WIDTH), np.float32)
     rows[:, [MIXED, CUT]] = -1
     layers = [(i, sample.layer) for i, sample in enumerate(samples)]
@@ -82,11 +98,15 @@ def pack(recipe: Recipe, samples: Sequence[Sample], image_hws: Sequence[tuple[in
     packed = np.zeros((len(layers), LAYER_WIDTH), np.float32)
     for row, (owner, layer) in zip(packed, layers, strict=True):
         row[OWNER], row[SEAM : SEAM + 2] = owner, NEVER
-        write(row, layer, [image_hws[i] for i in layer.indices], [slots[i] for i in layer.indices], recipe.imgsz)
+        write(
+            row, layer, [image_hws[i] for i in layer.indices], [slots[i] for i in layer.indices], recipe.imgsz
+        )
     return Table(np.concatenate([rows.reshape(-1), packed.reshape(-1)]), len(samples), len(mixed), len(cut))
 
 
-def _spans(row: NDArray[np.float32], layer: Layer, hws: Sequence[tuple[int, int]], slots: Sequence[int], size: int) -> None:
+def _spans(
+    row: NDArray[np.float32], layer: Layer, hws: Sequence[tuple[int, int]], slots: Sequence[int], size: int
+) -> None:
     """Scale and shift: what :func:`raypar.augment.paint.paint_tiles` resizes from where to where."""
     tiles, canvas_hw = layout(layer, hws, size)
     matrix = layer.matrix(canvas_hw, size)
@@ -108,13 +128,22 @@ def _tile(matrix: Floats, tile: Tile, hw: tuple[int, int], size: int) -> list[fl
             numbers += [0.0] * 6  # an empty range of output pixels: nothing is seen
         elif is_resized:  # cv2.resize
             factor = (span.end - span.begin) / (span.to_end - span.to)
-            numbers += [factor, span.begin - 0.5 + (0.5 - span.to) * factor, span.begin, span.end - 1, span.to, span.to_end]
+            numbers += [
+                factor,
+                span.begin - 0.5 + (0.5 - span.to) * factor,
+                span.begin,
+                span.end - 1,
+                span.to,
+                span.to_end,
+            ]
         else:  # cv2.warpAffine, the outermost pixels repeated
             numbers += [1 / span.scale, -span.shift / span.scale, 0, length - 1, span.to, span.to_end]
     return numbers
 
 
-def _places(row: NDArray[np.float32], layer: Layer, hws: Sequence[tuple[int, int]], slots: Sequence[int], size: int) -> None:
+def _places(
+    row: NDArray[np.float32], layer: Layer, hws: Sequence[tuple[int, int]], slots: Sequence[int], size: int
+) -> None:
     """Any map: where :func:`raypar.augment.paint.paint_canvas` puts the tiles, and the inverse of its warp."""
     tiles, canvas_hw = layout(layer, hws, size)
     if layer.centre is not None:

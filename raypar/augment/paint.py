@@ -30,7 +30,9 @@ def canvas(size: int) -> Image:
     return np.empty((size + 2 * OVERHANG_PX, size + 2 * OVERHANG_PX, 3), np.uint8)
 
 
-def paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, room: Image) -> Image:
+def paint_tiles(
+    images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, size: int, room: Image
+) -> Image:
     """Resizes what is seen of each tile into its own rectangle of the output.
 
     Args:
@@ -45,16 +47,32 @@ def paint_tiles(images: Sequence[Image], tiles: Sequence[Tile], matrix: Floats, 
     """
     room[...] = GREY
     for image, tile in zip(images, tiles, strict=True):
-        x, y = (_span(float(matrix[a, a]), float(matrix[a, 2]), tile, a, image.shape[1 - a], size) for a in (0, 1))
+        x, y = (
+            _span(float(matrix[a, a]), float(matrix[a, 2]), tile, a, image.shape[1 - a], size) for a in (0, 1)
+        )
         if x is None or y is None:
             continue
         width, height = x.to_end - x.to, y.to_end - y.to
-        region = room[y.to + OVERHANG_PX : y.to_end + OVERHANG_PX, x.to + OVERHANG_PX : x.to_end + OVERHANG_PX]
+        region = room[
+            y.to + OVERHANG_PX : y.to_end + OVERHANG_PX, x.to + OVERHANG_PX : x.to_end + OVERHANG_PX
+        ]
         if max(x.rounding_px, y.rounding_px) <= MAX_ROUNDING_PX:
-            cv2.resize(image[y.begin : y.end, x.begin : x.end], (width, height), dst=region, interpolation=cv2.INTER_LINEAR)
+            cv2.resize(
+                image[y.begin : y.end, x.begin : x.end],
+                (width, height),
+                dst=region,
+                interpolation=cv2.INTER_LINEAR,
+            )
         else:
             placed = np.array([[x.scale, 0, x.shift - x.to], [0, y.scale, y.shift - y.to]])
-            cv2.warpAffine(image, placed, (width, height), dst=region, flags=cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+            cv2.warpAffine(
+                image,
+                placed,
+                (width, height),
+                dst=region,
+                flags=cv2.INTER_LINEAR,
+                borderMode=cv2.BORDER_REPLICATE,
+            )
     return room[OVERHANG_PX : OVERHANG_PX + size, OVERHANG_PX : OVERHANG_PX + size]
 
 
@@ -85,14 +103,17 @@ def _span(scale: float, shift: float, tile: Tile, axis: int, length: int, size: 
         length: of the source, px.
         size: of the output, px.
     """
-    low, high = (round(scale * (edge - 0.5) + shift + 0.5) for edge in tile.rect[axis::2])  # edges: pixel i reaches from i to i + 1
+    # edges: pixel i reaches from i to i + 1
+    low, high = (round(scale * (edge - 0.5) + shift + 0.5) for edge in tile.rect[axis::2])
     if min(high, size) <= max(low, 0):
         return None
     enlarged = tile.hw[1 - axis] / length
     shift += scale * (enlarged / 2 - 0.5 + tile.origin[axis])  # by cv2.resize's convention
     scale *= enlarged
     begin, to, off = _edge(scale, shift, [low] if low >= 0 else range(0, max(low, -OVERHANG_PX) - 1, -1))
-    end, to_end, off_end = _edge(scale, shift, [high] if high <= size else range(size, min(high, size + OVERHANG_PX) + 1))
+    end, to_end, off_end = _edge(
+        scale, shift, [high] if high <= size else range(size, min(high, size + OVERHANG_PX) + 1)
+    )
     begin = min(max(begin, 0), length - 1)
     return _Span(begin, min(max(end, begin + 1), length), to, to_end, scale, shift, max(off, off_end))
 
@@ -141,12 +162,16 @@ def develop(image: Image, gains: Floats, flip: tuple[bool, bool], swap: bool, ou
         out: uint8 (3, S, S), contiguous; written.
     """
     planes = list(out[::-1] if swap else out)
-    cv2.split(np.ascontiguousarray(image), planes)  # with gaps between rows it takes five times as long as with this copy
+    # with gaps between rows it takes five times as long as with this copy
+    cv2.split(np.ascontiguousarray(image), planes)
     if any(flip):
         for plane in planes:
             cv2.flip(plane, {(True, False): 1, (False, True): 0, (True, True): -1}[flip], dst=plane)
     if gains.any():
-        from raypar.augment.kernels import shift_hsv  # here: Numba takes a while to import, and most processes paint nothing
+        # here: Numba takes a while to import, and most processes paint nothing
+        from raypar.augment.kernels import shift_hsv
 
         hue = np.float32((gains[0] * 180 + 90) % 180)
-        shift_hsv(*(plane.reshape(-1) for plane in planes), hue, np.float32(gains[1] + 1), np.float32(gains[2] + 1))
+        shift_hsv(
+            *(plane.reshape(-1) for plane in planes), hue, np.float32(gains[1] + 1), np.float32(gains[2] + 1)
+        )

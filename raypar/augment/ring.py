@@ -53,7 +53,9 @@ class Ring:
     def put(self, slots: Sequence[int], images: Sequence[Tensor | NDArray[np.uint8]]) -> None:
         """Writes images uint8 (H, W, 3) RGB, H and W at most ``imgsz``; the caller's stream does it."""
         for slot, given in zip(slots, images, strict=True):
-            image = (torch.from_numpy(given) if isinstance(given, np.ndarray) else given).to(self.pixels.device, non_blocking=True)
+            image = (torch.from_numpy(given) if isinstance(given, np.ndarray) else given).to(
+                self.pixels.device, non_blocking=True
+            )
             if self.is_enlarged:
                 image = resize(image, resized_hw((image.shape[0], image.shape[1]), self.imgsz))
             height, width = image.shape[:2]
@@ -66,7 +68,11 @@ def resize(image: Tensor, hw: tuple[int, int]) -> Tensor:
     if tuple(image.shape[:2]) == hw:
         return image
     planes = image.permute(2, 0, 1)[None].float()
-    return (F.interpolate(planes, hw, mode="bilinear", align_corners=False)[0] + 0.5).to(torch.uint8).permute(1, 2, 0)
+    return (
+        (F.interpolate(planes, hw, mode="bilinear", align_corners=False)[0] + 0.5)
+        .to(torch.uint8)
+        .permute(1, 2, 0)
+    )
 
 
 def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], imgsz: int,
@@ -86,7 +92,9 @@ def decode_batch(encoded: Sequence[Any], image_hws: Sequence[tuple[int, int]], i
     found: list[Tensor | None] = [None] * len(encoded)
     if torch.device(device).type == "cuda":
         baseline = [i for i, data in enumerate(encoded) if is_baseline_jpeg(data)]
-        for i, image in zip(baseline, _decode_on_gpu([encoded[i] for i in baseline], torch.device(device)), strict=False):
+        for i, image in zip(
+            baseline, _decode_on_gpu([encoded[i] for i in baseline], torch.device(device)), strict=False
+        ):
             hw = image.shape[0], image.shape[1]
             found[i] = resize(image, resized_hw(hw, imgsz)) if max(hw) > imgsz else image
     left = [i for i, image in enumerate(found) if image is None]
@@ -129,7 +137,8 @@ def has_nvjpeg(device: torch.device) -> bool:
     """Whether JPEGs can be decoded on the device; says once in a process why not."""
     try:
         _nvjpeg([encode_jpeg(np.full((16, 16, 3), GREY, np.uint8))], device)
-    except (ImportError, AttributeError, RuntimeError) as error:  # no torchvision, one without it, a driver that lacks it
+    # no torchvision, one without it, a driver that lacks it
+    except (ImportError, AttributeError, RuntimeError) as error:
         print(
             f"train.augment=gpu: images are decoded on the CPU, in threads; nvJPEG cannot be had: {' '.join(str(error).split())[:200]}",
             flush=True,
@@ -140,9 +149,11 @@ def has_nvjpeg(device: torch.device) -> bool:
 
 def _nvjpeg(encoded: Sequence[Any], device: torch.device) -> list[Tensor]:
     """uint8 (H, W, 3) each, through torchvision's operator."""
-    from torchvision.io import ImageReadMode  # loads the operator, whose Python wrapper is deprecated and says so each time
+    # loads the operator, whose Python wrapper is deprecated and says so each time
+    from torchvision.io import ImageReadMode
 
-    data = [torch.from_numpy(np.frombuffer(one, np.uint8)) for one in encoded]  # read only, of which torch warns once
+    # read only, of which torch warns once
+    data = [torch.from_numpy(np.frombuffer(one, np.uint8)) for one in encoded]
     stream = torch.cuda.current_stream(device)
     # The decoder writes on a stream of its own, which waits for nobody: not for those who still read what this memory was before.
     stream.synchronize()
@@ -162,10 +173,14 @@ def is_baseline_jpeg(data: Any) -> bool:
     at = 2
     while at + 4 <= len(view) and view[at] == 0xFF:
         marker, size = view[at + 1], view[at + 2] << 8 | view[at + 3]
-        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):  # a start of frame: precision, height, width, components
+        # a start of frame: precision, height, width, components
+        if 0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC):
             frame = view[at + 4 : at + 2 + size]
             return (
-                marker in (0xC0, 0xC1) and len(frame) >= 9 and frame[0] == 8 and (frame[5] == 1 or (frame[5] == 3 and frame[6] != ord("R")))
+                marker in (0xC0, 0xC1)
+                and len(frame) >= 9
+                and frame[0] == 8
+                and (frame[5] == 1 or (frame[5] == 3 and frame[6] != ord("R")))
             )
         if marker == 0xEE and bytes(view[at + 4 : at + 9]) == b"Adobe" and size >= 14 and view[at + 15] == 0:
             return False  # its components are not turned into YCbCr

@@ -28,7 +28,9 @@ def check(before: Manifest, listing: Listing, dataset: Folder) -> None:
     for what in ("task", "class_names", "keypoint_shape", "flip_idx"):
         has, offers = getattr(before, what), getattr(listing, what)
         if has != offers:
-            raise ValueError(f"prepare.append: {dataset.uri} has {what} {_short(has)}, the source {_short(offers)}: they must be equal")
+            raise ValueError(
+                f"prepare.append: {dataset.uri} has {what} {_short(has)}, the source {_short(offers)}: they must be equal"
+            )
 
 
 def _short(value: object) -> str:
@@ -36,7 +38,9 @@ def _short(value: object) -> str:
     return text if len(text) < 100 else text[:97] + "..."
 
 
-def taken(dataset: Folder, before: Manifest, splits: dict[str, Records]) -> tuple[dict[str, pa.Array], dict[str, int]]:
+def taken(
+    dataset: Folder, before: Manifest, splits: dict[str, Records]
+) -> tuple[dict[str, pa.Array], dict[str, int]]:
     """Image ids (large_binary) that each split has, and the number of its first new shard."""
     ids, first = {}, {}
     for split in splits.keys() & before.splits.keys():
@@ -55,18 +59,31 @@ def _image_ids(dataset: Folder, path: str) -> pa.Array:
 
 
 def merged(
-    dataset: Folder, rejected: list[dict[str, str]], wanted: Sequence[Any], splits: dict[str, Records], name: str
+    dataset: Folder,
+    rejected: list[dict[str, str]],
+    wanted: Sequence[Any],
+    splits: dict[str, Records],
+    name: str,
 ) -> list[dict[str, str]]:
     """Lines of ``rejected.jsonl``: those of this run, and earlier ones of images that were not tried again."""
-    tried = {(portion.split, record.image_id) for portion in wanted for record in splits[portion.split].take(portion.rows)}
+    tried = {
+        (portion.split, record.image_id)
+        for portion in wanted
+        for record in splits[portion.split].take(portion.rows)
+    }
     earlier = [json.loads(line) for line in dataset.read(name).splitlines()] if dataset.exists(name) else []
-    kept = [line for line in earlier if (line["split"], line["image_id"]) not in tried and line not in rejected]
+    kept = [
+        line for line in earlier if (line["split"], line["image_id"]) not in tried and line not in rejected
+    ]
     return sorted([*kept, *rejected], key=lambda line: (line["split"], line["image_id"]))
 
 
 def added(before: Manifest, new: Manifest) -> Manifest:
     """The manifest of both: new shards after those that were there."""
-    splits = {name: _joined(before.splits.get(name), new.splits.get(name)) for name in dict.fromkeys([*before.splits, *new.splits])}
+    splits = {
+        name: _joined(before.splits.get(name), new.splits.get(name))
+        for name in dict.fromkeys([*before.splits, *new.splits])
+    }
     sources = dict.fromkeys([*before.source.split(" + "), new.source])
     return before.model_copy(
         update={

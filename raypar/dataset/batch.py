@@ -72,7 +72,9 @@ def unpack(table: pa.Table) -> list[Batch]:
     of_labels = np.cumsum(facts["num_labels"])[:-1]
     widest = np.uint8 if facts["mask_bytes"].max() <= 1 else np.uint16
     columns = {
-        "images": np.split(view("images", np.uint8).reshape(len(heads) * num_images, 3, side, side), of_images),
+        "images": np.split(
+            view("images", np.uint8).reshape(len(heads) * num_images, 3, side, side), of_images
+        ),
         "class_ids": np.split(view("class_ids", np.int32), of_labels),
         "boxes_xywhn": np.split(view("boxes_xywhn", np.float32).reshape(-1, 4), of_boxes),
         "image_index": np.split(view("image_index", np.int32), of_boxes),
@@ -81,13 +83,20 @@ def unpack(table: pa.Table) -> list[Batch]:
     there = set(table.column_names)
     if "masks" in there:
         masks = np.split(view("masks", widest).reshape(-1, mask_side, mask_side), of_images)
-        columns["masks"] = [m if m.itemsize == n else m.astype(np.uint8) for m, n in zip(masks, facts["mask_bytes"], strict=True)]
+        columns["masks"] = [
+            m if m.itemsize == n else m.astype(np.uint8)
+            for m, n in zip(masks, facts["mask_bytes"], strict=True)
+        ]
     if "keypoints" in there:
-        columns["keypoints"] = np.split(view("keypoints", np.float32).reshape(-1, int(facts["num_keypoints"][0]), 3), of_boxes)
+        columns["keypoints"] = np.split(
+            view("keypoints", np.float32).reshape(-1, int(facts["num_keypoints"][0]), 3), of_boxes
+        )
     if "boxes_xywhr" in there:
         columns["boxes_xywhr"] = np.split(view("boxes_xywhr", np.float32).reshape(-1, 5), of_boxes)
     return [
-        Batch(epoch, step, rank, num_replaced=replaced, **{name: arrays[i] for name, arrays in columns.items()})
+        Batch(
+            epoch, step, rank, num_replaced=replaced, **{name: arrays[i] for name, arrays in columns.items()}
+        )
         for i, (epoch, step, rank, replaced) in enumerate(heads[:, :4].tolist())
     ]
 
@@ -118,7 +127,11 @@ def _head(batch: Batch) -> tuple[int, ...]:
 def _joined(arrays: list[NDArray[Any]]) -> NDArray[Any]:
     """All arrays, one after the other: the array that they are the parts of, when there is one."""
     whole = arrays[0].base
-    if isinstance(whole, np.ndarray) and all(a.base is whole for a in arrays) and whole.nbytes == sum(a.nbytes for a in arrays):
+    if (
+        isinstance(whole, np.ndarray)
+        and all(a.base is whole for a in arrays)
+        and whole.nbytes == sum(a.nbytes for a in arrays)
+    ):
         return whole
     return arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
 

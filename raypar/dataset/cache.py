@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 SHARED_MEMORY = Path("/dev/shm")
 PREFIX = f"raypar-cache-{os.getuid()}-"
-SHARE_OF_MEMORY, SHARE_OF_DISK = 0.25, 0.5  # of a node's memory, of what is free on its disk: the limits where none is set
+# of a node's memory, of what is free on its disk: the limits where none is set
+SHARE_OF_MEMORY, SHARE_OF_DISK = 0.25, 0.5
 LOCK = "lock"
 DROP_WAIT_S = 20
 Image = NDArray[np.uint8]
@@ -69,14 +70,19 @@ class Cache:
         at, images = 8 + hws.nbytes, list[Image | None]()
         for height, width in hws.tolist():
             size = 3 * height * width
-            images.append(np.frombuffer(mapped, np.uint8, size, at).reshape(height, width, 3) if size else None)
+            images.append(
+                np.frombuffer(mapped, np.uint8, size, at).reshape(height, width, 3) if size else None
+            )
             at += size
         return images
 
     def put(self, name: str, images: Sequence[Image | None]) -> bool:
         """Keeps images (None: one that cannot be decoded) under a name; whole or not at all. False: there is no room."""
         sizes = [0 if image is None else image.nbytes for image in images]
-        head = np.array([len(images), *(n for image in images for n in ((0, 0) if image is None else image.shape[:2]))], np.int64)
+        head = np.array(
+            [len(images), *(n for image in images for n in ((0, 0) if image is None else image.shape[:2]))],
+            np.int64,
+        )
         if self.used_bytes() + head.nbytes + sum(sizes) > self.limit_bytes:
             return False
         try:
@@ -121,8 +127,12 @@ def drop_everywhere(spec: CacheSpec) -> None:
 
     nodes = [node["NodeID"] for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
     task = ray.remote(num_cpus=0, max_retries=0)(drop)
-    refs = [task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(spec) for node in nodes]
-    ray.wait(refs, num_returns=len(refs), timeout=DROP_WAIT_S)  # a node that is lost takes its files with it, or sweeps them later
+    refs = [
+        task.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(spec)
+        for node in nodes
+    ]
+    # a node that is lost takes its files with it, or sweeps them later
+    ray.wait(refs, num_returns=len(refs), timeout=DROP_WAIT_S)
 
 
 def sweep(parent: Path, mine: Path | None = None) -> None:

@@ -29,14 +29,25 @@ from raypar.dataset.batch import pack as pack_labels
 from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
 from raypar.dataset.rows import cells, row_group, row_labels
-from raypar.dataset.stream import ALBUMENTATIONS, MAX_STEPS_PER_BLOCK, StreamSpec, _start, dealt, fetched, settle, transform_of
+from raypar.dataset.stream import (
+    ALBUMENTATIONS,
+    MAX_STEPS_PER_BLOCK,
+    StreamSpec,
+    _start,
+    dealt,
+    fetched,
+    settle,
+    transform_of,
+)
 from raypar.images import decode_shrunk, resized_hw
 
 MIN_DEPTH, MAX_DEPTH = 8, 32  # steps
 RING_IMAGES, RING_BYTES = 512, 2 << 30  # of all ranks' rings together, about, between those two
-BLOCK_BYTES, IMAGE_BYTES = 64 << 20, 256 << 10  # of what one rank is dealt at a time; an encoded image, at the most, about
+# of what one rank is dealt at a time; an encoded image, at the most, about
+BLOCK_BYTES, IMAGE_BYTES = 64 << 20, 256 << 10
 LOOK_AHEAD_BYTES = 512 << 20  # of blocks that may wait for the workers, about
-STEP_BIT = 20  # while labels are moved, a class id has above it the number k of the step that its image is from
+# while labels are moved, a class id has above it the number k of the step that its image is from
+STEP_BIT = 20
 LABELLED_GROUPS = 16  # row groups whose labels a process keeps
 
 
@@ -90,8 +101,10 @@ def refuse(*, task: str, cache: str, copy_paste: float, moves_pixels: bool) -> N
     """
     reasons = {
         "the dataset's task is 'classify'": task == "classify",
-        f"train.cache={cache} keeps images for the processes that augment on CPUs (write train.cache=none)": cache != "none",
-        f"train.yolo.copy_paste={copy_paste} is not done on the device (write 0)": task == "segment" and bool(copy_paste),
+        f"train.cache={cache} keeps images for the processes that augment on CPUs (write train.cache=none)": cache
+        != "none",
+        f"train.yolo.copy_paste={copy_paste} is not done on the device (write 0)": task == "segment"
+        and bool(copy_paste),
         "train.albumentations has a transform that moves pixels": moves_pixels,
     }
     if found := [reason for reason, is_so in reasons.items() if is_so]:
@@ -106,7 +119,9 @@ def depth_of(spec: StreamSpec) -> int:
 
 def encoded_batches(spec: StreamSpec, rank: int, cursor: int) -> Iterator[EncodedBatch]:
     """A rank's part of all steps from a cursor to the end of the run; see :func:`raypar.dataset.stream.dealt`."""
-    return dealt(spec, rank, cursor, partial(_start, spec, task=_task, look_ahead_bytes=LOOK_AHEAD_BYTES), unpack)
+    return dealt(
+        spec, rank, cursor, partial(_start, spec, task=_task, look_ahead_bytes=LOOK_AHEAD_BYTES), unpack
+    )
 
 
 def _task(spec_ref: Any, item: Item) -> Iterator[pa.Table]:
@@ -127,7 +142,10 @@ def encoded_blocks(spec: StreamSpec, item: Item) -> Iterator[list[EncodedBatch]]
         at = (step - begin) * plan.global_batch
         shown = window.order[at : at + plan.global_batch][plan.share(rank, spec.world_size)]
         hws = [source.hw for source in sources[step][plan.share(rank, spec.world_size)]]
-        encoded = [_changed(spec, item.epoch, int(numbers[row]), images[row], hw) for row, hw in zip(shown, hws, strict=True)]
+        encoded = [
+            _changed(spec, item.epoch, int(numbers[row]), images[row], hw)
+            for row, hw in zip(shown, hws, strict=True)
+        ]
         labels, box_slots, table = _drawn(spec, step, rank, sources, numbers[shown])
         return EncodedBatch(labels, encoded, np.array(hws, np.int32), box_slots, table)
 
@@ -144,14 +162,17 @@ def _drawn(spec: StreamSpec, step: int, rank: int, sources: dict[int, list[Label
     assert isinstance(recipe, Recipe)
     epoch, epoch_step = divmod(step, plan.steps_per_epoch)
     share, num_steps = plan.share(rank, spec.world_size), min(step + 1, depth)
-    ring = [source for k in range(num_steps) for source in sources[step - (step - k) % depth][share]]  # slot k * B + lane
+    # slot k * B + lane
+    ring = [source for k in range(num_steps) for source in sources[step - (step - k) % depth][share]]
     samples = []
     for lane in range(per_batch):
         rng = generator(plan.seed, epoch, epoch_step * plan.global_batch + share.start + lane)
         sample = draw(recipe, rng, step % depth, num_steps, mosaic_on=epoch < spec.mosaic_epochs)
         samples.append(in_lane(sample, lane, per_batch, num_steps))
     moved = [move_labels(recipe, sample, ring) for sample in samples]
-    table = pack_table(recipe, samples, [source.hw for source in ring], range(len(ring)), [m.cut for m in moved])
+    table = pack_table(
+        recipe, samples, [source.hw for source in ring], range(len(ring)), [m.cut for m in moved]
+    )
     flat = batch_labels(moved)
     batch = Batch(epoch, epoch_step, rank, np.empty((per_batch, 3, 0, 0), np.uint8), flat.class_ids & ((1 << STEP_BIT) - 1),
                   flat.boxes_xywhn, flat.image_index, numbers, 0, flat.masks, flat.keypoints, flat.boxes_xywhr)  # fmt: skip
@@ -180,7 +201,9 @@ def _sources(spec: StreamSpec, first: int, last: int) -> Iterator[tuple[int, lis
     for item in plan.items(first * plan.global_batch):
         window = plan.window(item.epoch, item.window)
         begin = item.epoch * plan.steps_per_epoch + window.first_step
-        labelled = [source for group in window.row_groups for source in _labelled(spec, int(group))][window.first_row :]
+        labelled = [source for group in window.row_groups for source in _labelled(spec, int(group))][
+            window.first_row :
+        ]
         order = window.order.reshape(-1, plan.global_batch)
         for step in range(begin + item.skip_steps, begin + len(order)):
             if step >= last:
@@ -195,7 +218,9 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
     kept = spec.labels_kept
     if (found := kept.pop(group, None)) is None:
         path, index = spec.groups[group]
-        table = row_group(spec.dataset, path, index, ["height", "width", *spec.label_columns]).slice(0, spec.plan.row_groups[group])
+        table = row_group(spec.dataset, path, index, ["height", "width", *spec.label_columns]).slice(
+            0, spec.plan.row_groups[group]
+        )
         hws = zip(table["height"].to_pylist(), table["width"].to_pylist(), strict=True)
         found = [_row(spec, table, i, hw) for i, hw in enumerate(hws)]
         while len(kept) >= LABELLED_GROUPS:
@@ -237,7 +262,8 @@ def _changed(spec: StreamSpec, epoch: int, number: int, image: pa.Buffer, hw: tu
     if made.shape[:2] != decoded.shape[:2]:
         raise ValueError(f"train.albumentations: an image of {hw[1]} x {hw[0]} px became {made.shape[1]} x {made.shape[0]}, which "
                          f"train.augment=gpu cannot follow: write train.augment=cpu")  # fmt: skip
-    is_done, encoded = cv2.imencode(".bmp", cv2.cvtColor(made, cv2.COLOR_RGB2BGR))  # nothing is lost, and it takes no time
+    # nothing is lost, and it takes no time
+    is_done, encoded = cv2.imencode(".bmp", cv2.cvtColor(made, cv2.COLOR_RGB2BGR))
     assert is_done
     return encoded.reshape(-1)
 
@@ -252,7 +278,10 @@ def pack(batches: Sequence[EncodedBatch]) -> pa.Table:
         "image_hws": np.concatenate([batch.image_hws for batch in batches]),
         "box_slots": np.concatenate([batch.box_slots for batch in batches]),
         "values": np.concatenate([batch.table.values for batch in batches]),
-        "tables": np.array([(b.table.values.size, b.table.num_images, b.table.num_mixed, b.table.num_cut) for b in batches], np.int64),
+        "tables": np.array(
+            [(b.table.values.size, b.table.num_images, b.table.num_mixed, b.table.num_cut) for b in batches],
+            np.int64,
+        ),
     }
     for name, array in columns.items():
         table = table.append_column(name, one_binary(array))
@@ -269,11 +298,17 @@ def unpack(table: pa.Table) -> list[EncodedBatch]:
     per_batch, tables = len(batches[0].images), view("tables", np.int64).reshape(-1, 4)
     encoded = np.split(view("encoded", np.uint8), np.cumsum(view("num_bytes", np.int64))[:-1])
     image_hws = view("image_hws", np.int32).reshape(-1, per_batch, 2)
-    box_slots = np.split(view("box_slots", np.int32), np.cumsum([len(batch.image_index) for batch in batches])[:-1])
+    box_slots = np.split(
+        view("box_slots", np.int32), np.cumsum([len(batch.image_index) for batch in batches])[:-1]
+    )
     values = np.split(view("values", np.float32).copy(), np.cumsum(tables[:, 0])[:-1])
     return [
         EncodedBatch(
-            batch, encoded[i * per_batch : (i + 1) * per_batch], image_hws[i], box_slots[i], Table(values[i], *tables[i, 1:].tolist())
+            batch,
+            encoded[i * per_batch : (i + 1) * per_batch],
+            image_hws[i],
+            box_slots[i],
+            Table(values[i], *tables[i, 1:].tolist()),
         )
         for i, batch in enumerate(batches)
     ]

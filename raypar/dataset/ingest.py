@@ -21,7 +21,18 @@ import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
 from raypar.dataset import remote
-from raypar.dataset.formats import MAX_LABEL_BYTES, Fetched, Labels, Record, coco, folders, label_file, shapes, voc, yolo
+from raypar.dataset.formats import (
+    MAX_LABEL_BYTES,
+    Fetched,
+    Labels,
+    Record,
+    coco,
+    folders,
+    label_file,
+    shapes,
+    voc,
+    yolo,
+)
 from raypar.dataset.manifest import Shard
 from raypar.dataset.schema import row_schema
 from raypar.dataset.tidy import columns, tidy
@@ -33,7 +44,8 @@ MAX_FILE_BYTES = 1 << 30  # of an image; what is larger would be no image, or to
 JPEG_QUALITY = 95
 LOSSLESS = frozenset({"PNG", "BMP", "TIFF"})  # Pillow's names; when re-encoded they become PNG, others JPEG
 COMPRESSION = {"image_id": "zstd", "image": "none", "height": "zstd", "width": "zstd", "class_id": "zstd"} | {
-    f"{name}.list.element": "zstd" for name in ("class_ids", "boxes_xywhn", "keypoints", "segments_xyn.list.element")
+    f"{name}.list.element": "zstd"
+    for name in ("class_ids", "boxes_xywhn", "keypoints", "segments_xyn.list.element")
 }
 
 
@@ -93,11 +105,17 @@ def write_shard(job: ShardJob) -> ShardReport:
     row_groups: list[int] = []
     rows: list[dict[str, object]] = []
     with pq.ParquetWriter(
-        sink, row_schema(job.task), compression=COMPRESSION, use_dictionary=False, write_statistics=["image_id"]
+        sink,
+        row_schema(job.task),
+        compression=COMPRESSION,
+        use_dictionary=False,
+        write_statistics=["image_id"],
     ) as writer:
 
         def flush() -> None:
-            writer.write_table(pa.Table.from_pylist(rows, schema=row_schema(job.task)), row_group_size=len(rows))
+            writer.write_table(
+                pa.Table.from_pylist(rows, schema=row_schema(job.task)), row_group_size=len(rows)
+            )
             row_groups.append(len(rows))
             rows.clear()
 
@@ -112,7 +130,12 @@ def write_shard(job: ShardJob) -> ShardReport:
     if row_groups:
         data = sink.getvalue().to_pybytes()
         job.dataset.write(job.path, data)
-        report.shard = Shard(path=job.path, row_groups=tuple(row_groups), num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+        report.shard = Shard(
+            path=job.path,
+            row_groups=tuple(row_groups),
+            num_bytes=len(data),
+            sha256=hashlib.sha256(data).hexdigest(),
+        )
     return report
 
 
@@ -137,7 +160,9 @@ def _read_ahead(job: ShardJob) -> Iterator[tuple[Record, Fetched | None]]:
             yield first, future.result()
     except OSError as error:
         reason = " ".join(str(error).split())
-        raise ValueError(f"prepare.source fails: {reason}; shards that are whole are kept: the same command goes on from there") from error
+        raise ValueError(
+            f"prepare.source fails: {reason}; shards that are whole are kept: the same command goes on from there"
+        ) from error
     finally:
         threads.shutdown(cancel_futures=True)
 
@@ -155,7 +180,9 @@ def _fetch(source: Folder, record: Record) -> Fetched:
     return found
 
 
-def _row_or_reject(job: ShardJob, record: Record, report: ShardReport, fetched: Fetched | None) -> dict[str, object] | None:
+def _row_or_reject(
+    job: ShardJob, record: Record, report: ShardReport, fetched: Fetched | None
+) -> dict[str, object] | None:
     """A row, counted in the report; None when the record was set aside."""
     try:
         if not record.image_id.isascii():
@@ -163,7 +190,9 @@ def _row_or_reject(job: ShardJob, record: Record, report: ShardReport, fetched: 
         picture, labels = _read(job, record, fetched)
         labels, repairs = tidy(labels, job.task)
     except ValueError as error:
-        report.rejected.append({"split": job.split, "image_id": record.image_id, "file": record.image_path, "reason": str(error)})
+        report.rejected.append(
+            {"split": job.split, "image_id": record.image_id, "file": record.image_path, "reason": str(error)}
+        )
         return None
     repairs.update(picture.repairs)
     report.num_images += 1
@@ -199,7 +228,9 @@ def _read(job: ShardJob, record: Record, fetched: Fetched | None) -> tuple[Pictu
         raise ValueError(f"labels cannot be read ({error.strerror or error})") from error
 
 
-def read_labels(job: ShardJob, record: Record, image_hw: tuple[int, int], fetched: Fetched | None = None) -> Labels:
+def read_labels(
+    job: ShardJob, record: Record, image_hw: tuple[int, int], fetched: Fetched | None = None
+) -> Labels:
     """An image's labels, as its format writes them."""
     if job.format == "voc":
         return voc.read_labels(record, job.num_classes, image_hw, fetched)
@@ -243,7 +274,9 @@ def _read_file(path: str) -> bytes:
     try:
         info = Path(path).stat()
         if not stat.S_ISREG(info.st_mode):
-            raise ValueError("it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or a device, not a file")
+            raise ValueError(
+                "it is a folder" if stat.S_ISDIR(info.st_mode) else "it is a pipe or a device, not a file"
+            )
         if info.st_size > MAX_FILE_BYTES:
             raise ValueError(f"file has {info.st_size >> 20} MB, more than {MAX_FILE_BYTES >> 20}")
         return Path(path).read_bytes()

@@ -75,8 +75,10 @@ class Manifest(Record):
     class_names: tuple[str, ...]
     splits: dict[str, Split]
     source: str
-    keypoint_shape: tuple[int, int] | None = None  # pose: keypoints of an instance, and numbers of each in the source (2 or 3)
-    flip_idx: tuple[int, ...] = ()  # pose: where each keypoint of a mirrored image comes from; empty: images are not mirrored
+    # pose: keypoints of an instance, and numbers of each in the source (2 or 3)
+    keypoint_shape: tuple[int, int] | None = None
+    # pose: where each keypoint of a mirrored image comes from; empty: images are not mirrored
+    flip_idx: tuple[int, ...] = ()
     num_rejected: int = 0
     num_repaired: int = 0
     seed: int = 0
@@ -90,7 +92,9 @@ class Manifest(Record):
             ValueError: there is none, or this raypar cannot read it.
         """
         if not dataset.exists(MANIFEST):
-            raise ValueError(f"no dataset in {dataset.uri}: run `raypar prepare` with the same run file first")
+            raise ValueError(
+                f"no dataset in {dataset.uri}: run `raypar prepare` with the same run file first"
+            )
         value = dataset.read_json(MANIFEST)
         if value.get("format_version") != FORMAT_VERSION:
             raise ValueError(

@@ -22,7 +22,10 @@ class Pace(ExecutionCallback):
         self.pause_s, self.moved = SHORTEST_S, 0
 
     def on_execution_step(self, executor: StreamingExecutor) -> None:
-        moved = sum(op.metrics.num_task_outputs_generated + op.metrics.num_outputs_taken for op in executor._topology or ())
+        moved = sum(
+            op.metrics.num_task_outputs_generated + op.metrics.num_outputs_taken
+            for op in executor._topology or ()
+        )
         self.pause_s = SHORTEST_S if moved != self.moved else min(2 * self.pause_s, LONGEST_S)
         self.moved = moved
         time.sleep(self.pause_s)

@@ -16,4 +16,7 @@ def away_from_gpus() -> dict[str, Any]:
     with_gpus = [node["NodeID"] for node in nodes if node["Resources"].get("GPU", 0)]
     if not with_gpus or len(with_gpus) == len(nodes):
         return {}
-    return {"label_selector": {"ray.io/node-id": f"!in({', '.join(with_gpus)})"}, "fallback_strategy": [{"label_selector": {}}]}
+    return {
+        "label_selector": {"ray.io/node-id": f"!in({', '.join(with_gpus)})"},
+        "fallback_strategy": [{"label_selector": {}}],
+    }

@@ -119,7 +119,8 @@ class Plan:
         return {}
 
     def __getstate__(self) -> dict[str, object]:
-        return {each.name: getattr(self, each.name) for each in fields(self)}  # what was worked out does not travel
+        # what was worked out does not travel
+        return {each.name: getattr(self, each.name) for each in fields(self)}
 
     def steps_of(self, window: int) -> range:
         """The steps of an epoch that a window holds; the last window takes the remainder."""
@@ -149,7 +150,13 @@ class Plan:
         high = int(np.searchsorted(ends, first + num_rows, side="left"))
         rows = np.random.default_rng([self.seed, epoch, _ROWS, window]).permutation(num_rows)
         order = np.resize(rows, len(steps) * self.global_batch)  # repeats from the start: the top-up
-        return Window(steps.start, groups[low : high + 1], int(first - (ends[low] - self._sizes[groups[low]])), num_rows, order)
+        return Window(
+            steps.start,
+            groups[low : high + 1],
+            int(first - (ends[low] - self._sizes[groups[low]])),
+            num_rows,
+            order,
+        )
 
     def _laid_out(self, epoch: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """An epoch's row groups in their order, and the number of rows up to the end of each; kept for two epochs at a time."""

@@ -29,7 +29,12 @@ class Records(Sequence[Record]):
         self, image_ids: pa.LargeBinaryArray, image_paths: pa.LargeBinaryArray, labels: pa.LargeBinaryArray,
         label_of: Callable[[str], Any] | None = None,
     ):  # fmt: skip
-        self.image_ids, self._image_paths, self._labels, self._label_of = image_ids, image_paths, labels, label_of
+        self.image_ids, self._image_paths, self._labels, self._label_of = (
+            image_ids,
+            image_paths,
+            labels,
+            label_of,
+        )
 
     @classmethod
     def of(cls, records: Iterable[Record], label_of: Callable[[str], Any] | None = None) -> Records:
@@ -42,7 +47,10 @@ class Records(Sequence[Record]):
         chunks: list[list[pa.Array]] = [[], [], []]
         iterator = iter(records)
         while some := list(islice(iterator, CHUNK)):
-            labels = [None if label_of and label_of(r.image_path) == r.labels else pickle.dumps(r.labels) for r in some]
+            labels = [
+                None if label_of and label_of(r.image_path) == r.labels else pickle.dumps(r.labels)
+                for r in some
+            ]
             columns = [[_encoded(r.image_id) for r in some], [_encoded(r.image_path) for r in some], labels]
             for chunk, column in zip(chunks, columns, strict=True):
                 chunk.append(pa.array(column, pa.large_binary()))
@@ -65,13 +73,21 @@ class Records(Sequence[Record]):
 
     def _record(self, image_id: bytes, path: bytes, labels: bytes | None) -> Record:
         image_path = _decoded(path)
-        found = pickle.loads(labels) if labels is not None else self._label_of(image_path) if self._label_of else None
+        found = (
+            pickle.loads(labels)
+            if labels is not None
+            else self._label_of(image_path)
+            if self._label_of
+            else None
+        )
         return Record(_decoded(image_id), image_path, found)
 
     def take(self, rows: NDArray[np.int64]) -> list[Record]:
         """Some records, in the order of their indices: much faster than one by one."""
         indices = pa.array(rows)
-        ids, paths, labels = (column.take(indices).to_pylist() for column in (self.image_ids, self._image_paths, self._labels))
+        ids, paths, labels = (
+            column.take(indices).to_pylist() for column in (self.image_ids, self._image_paths, self._labels)
+        )
         return [self._record(*columns) for columns in zip(ids, paths, labels, strict=True)]
 
     def digest(self, rows: NDArray[np.int64]) -> bytes:
@@ -97,7 +113,9 @@ class Records(Sequence[Record]):
         if not len(order):
             return order, order
         ordered = self.image_ids.take(pa.array(order))
-        is_again = np.concatenate([[False], pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)])
+        is_again = np.concatenate(
+            [[False], pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)]
+        )
         return order[~is_again], np.sort(order[is_again])
 
     @property

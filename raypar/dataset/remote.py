@@ -28,7 +28,8 @@ from raypar.storage import Folder, patiently
 PATIENCE_S = 60.0  # with a store that fails
 THREADS = 16  # requests at once
 CHUNK = 1024  # files read ahead by ``contents``, descriptions of a few kB
-DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "InvalidAccessKeyId", "SignatureDoesNotMatch")  # asking again does not help
+# asking again does not help
+DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,9 @@ class Names:
     @classmethod
     def of(cls, infos: list[pafs.FileInfo]) -> Names:
         """Packs what a store answers."""
-        files = sorted((info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.base_name)
+        files = sorted(
+            (info for info in infos if info.type == pafs.FileType.File), key=lambda info: info.base_name
+        )
         folders = sorted(info.base_name for info in infos if info.type == pafs.FileType.Directory)
         return cls(
             tuple(folders),
@@ -194,12 +197,18 @@ class RemotePath:
 
     def glob(self, pattern: str) -> Iterator[RemotePath]:
         """What lies in the folder under a name like the pattern, which has no slash."""
-        return (self / name for name in self.tree.names(self.path) or () if fnmatch.fnmatchcase(name, pattern))
+        return (
+            self / name for name in self.tree.names(self.path) or () if fnmatch.fnmatchcase(name, pattern)
+        )
 
     def rglob(self, pattern: str) -> Iterator[RemotePath]:
         """As ``glob``, in the folder and in all below it."""
         for folder, names in self.tree.below(self.path):
-            yield from (RemotePath(self.tree, f"{folder}/{name}") for name in names if fnmatch.fnmatchcase(name, pattern))
+            yield from (
+                RemotePath(self.tree, f"{folder}/{name}")
+                for name in names
+                if fnmatch.fnmatchcase(name, pattern)
+            )
 
     def names_below(self) -> Iterator[str]:
         """As ``raypar.dataset.formats.names_below`` of a local folder."""
@@ -215,7 +224,12 @@ class RemotePath:
             if part == "**":
                 found = [below for place in found for below in _visible(place, files=i == len(parts) - 1)]
             elif glob.has_magic(part):
-                found = [p for place in found for p in place.glob(part) if part.startswith(".") or not p.name.startswith(".")]
+                found = [
+                    p
+                    for place in found
+                    for p in place.glob(part)
+                    if part.startswith(".") or not p.name.startswith(".")
+                ]
             else:
                 found = [place / part for place in found]
         return sorted({place for place in found if place.exists()})
@@ -250,7 +264,9 @@ def place_of(source: str | Place) -> Place:
             return Path(store.path)
         store.check_reachable()
     except (OSError, NotImplementedError, ValueError) as error:  # pyarrow's errors are among them
-        raise ValueError(f"prepare.source {shown(source)} cannot be reached: {' '.join(str(error).split())}") from error
+        raise ValueError(
+            f"prepare.source {shown(source)} cannot be reached: {' '.join(str(error).split())}"
+        ) from error
     return RemotePath(Tree(store), store.path)
 
 
@@ -259,7 +275,11 @@ def contents(places: Iterable[Place]) -> Iterator[bytes]:
     iterator = iter(places)
     with ThreadPoolExecutor(THREADS) as threads:
         while some := list(islice(iterator, CHUNK)):
-            yield from threads.map(lambda place: place.read_bytes(), some) if isinstance(some[0], RemotePath) else _local(some)
+            yield from (
+                threads.map(lambda place: place.read_bytes(), some)
+                if isinstance(some[0], RemotePath)
+                else _local(some)
+            )
 
 
 def read_file(store: Folder, uri: str, max_bytes: int | None = None) -> bytes | None:

@@ -62,7 +62,9 @@ class Feed:
         """Decodes a step's images into the ring. Returns how many could not be: they are grey."""
         per_batch = len(given.encoded)
         first = (given.epoch * self.steps_per_epoch + given.step) % self.depth * per_batch
-        images, grey = decode_batch(given.encoded, [(int(h), int(w)) for h, w in given.image_hws], self.imgsz, self.device)
+        images, grey = decode_batch(
+            given.encoded, [(int(h), int(w)) for h, w in given.image_hws], self.imgsz, self.device
+        )
         self.ring.put(range(first, first + per_batch), images)
         self.is_grey[first : first + per_batch] = False
         self.is_grey[[first + i for i in grey]] = True
@@ -78,13 +80,17 @@ class Feed:
         return batch, to_device(labels, self.device) | {"img": self.renderer.render(given.table, self.ring)}
 
 
-def rendered_batches(spec: StreamSpec, rank: int, cursor: int, device: torch.device | str, to_tensors: ToTensors) -> Iterator[Rendered]:
+def rendered_batches(
+    spec: StreamSpec, rank: int, cursor: int, device: torch.device | str, to_tensors: ToTensors
+) -> Iterator[Rendered]:
     """A rank's batches from a cursor to the end of the run, each prepared while the one before is in use.
 
     Every rank of the worker group must iterate; rank 0 feeds all.
     """
     begin = max(0, cursor - (depth_of(spec) - 1) * spec.plan.global_batch)
-    return rendered(encoded_batches(spec, rank, begin), Feed(spec, device, to_tensors), cursor // spec.plan.global_batch)
+    return rendered(
+        encoded_batches(spec, rank, begin), Feed(spec, device, to_tensors), cursor // spec.plan.global_batch
+    )
 
 
 def rendered(given: Iterable[EncodedBatch], feed: Feed, first_step: int) -> Iterator[Rendered]:

@@ -28,7 +28,10 @@ def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:
     for chunk in column.chunks:
         _, offsets, data = chunk.buffers()
         ends = np.frombuffer(offsets, np.int64 if pa.types.is_large_binary(chunk.type) else np.int32)
-        found += [data.slice(a, b - a) for a, b in pairwise(ends[chunk.offset : chunk.offset + len(chunk) + 1].tolist())]
+        found += [
+            data.slice(a, b - a)
+            for a, b in pairwise(ends[chunk.offset : chunk.offset + len(chunk) + 1].tolist())
+        ]
     return found
 
 
@@ -55,7 +58,15 @@ def row_labels(
         return class_ids, boxes, None, flat("keypoints").reshape(-1, num_keypoints, 3)
     if task in ("segment", "obb"):
         lists = table["segments_xyn"][i].values
-        points, ends = lists.values.to_numpy(zero_copy_only=False), lists.offsets.to_numpy(zero_copy_only=False)
+        points, ends = (
+            lists.values.to_numpy(zero_copy_only=False),
+            lists.offsets.to_numpy(zero_copy_only=False),
+        )
         polygons = [points[a:b].reshape(-1, 2) for a, b in pairwise(ends)]
-        return class_ids, boxes, densify(polygons) if task == "segment" else np.reshape(polygons, (-1, 4, 2)).astype(np.float32), None
+        return (
+            class_ids,
+            boxes,
+            densify(polygons) if task == "segment" else np.reshape(polygons, (-1, 4, 2)).astype(np.float32),
+            None,
+        )
     return class_ids, boxes, None, None

@@ -19,7 +19,8 @@ _BOXES = [
 ]
 # N flat polygons x, y, x, y ... over width/height: in [0, 1] for segment; the four corners for obb, which may lie outside
 _POLYGONS = [pa.field("segments_xyn", pa.list_(pa.list_(pa.float32())), nullable=False)]
-_KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]  # (N*K*3,): x, y over width/height, visibility (0: none)
+# (N*K*3,): x, y over width/height, visibility (0: none)
+_KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]
 
 
 def row_schema(task: str) -> pa.Schema:

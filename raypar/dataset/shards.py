@@ -83,10 +83,19 @@ def portions(
             order = order[~is_taken.to_numpy(zero_copy_only=False)]
         order = order[np.random.default_rng([template.seed, SPLITS.index(split)]).permutation(len(order))]
         files = _files(records, order, template, tree)
-        for number, part in enumerate(cut(files[:, 0], section.shard_mb * 1e6, section.rows_per_group), first.get(split, 0)):
+        for number, part in enumerate(
+            cut(files[:, 0], section.shard_mb * 1e6, section.rows_per_group), first.get(split, 0)
+        ):
             rows = order[part.start : part.stop]
             path = f"{split}/{number:05d}.parquet"
-            made.append(Portion(path, split, rows, _fingerprint(records, rows, files[part.start : part.stop], template, path)))
+            made.append(
+                Portion(
+                    path,
+                    split,
+                    rows,
+                    _fingerprint(records, rows, files[part.start : part.stop], template, path),
+                )
+            )
     return made, repeated
 
 
@@ -105,7 +114,9 @@ def cut(sizes: NDArray[np.float64], shard_bytes: float, rows_per_group: int) -> 
     return [range(int(a), int(b)) for a, b in zip(firsts, [*firsts[1:], len(sizes)], strict=True)]
 
 
-def _files(records: Records, order: NDArray[np.int64], template: ShardJob, tree: Tree | None) -> NDArray[np.float64]:
+def _files(
+    records: Records, order: NDArray[np.int64], template: ShardJob, tree: Tree | None
+) -> NDArray[np.float64]:
     """float64 (N, 3): bytes of each image, and when it and its labels were changed; zeros for what is missing."""
     if template.format == "shapes":
         size = shapes.BYTES_PER_PIXEL * template.shapes_hw[0] * template.shapes_hw[1]
@@ -114,7 +125,8 @@ def _files(records: Records, order: NDArray[np.int64], template: ShardJob, tree:
     def look(rows: NDArray[np.int64]) -> NDArray[np.float64]:
         return np.array([_stat(record, tree) for record in records.take(rows)], np.float64).reshape(-1, 3)
 
-    with ThreadPoolExecutor(STAT_THREADS) as threads:  # a network's file system answers slowly, but to many at once
+    # a network's file system answers slowly, but to many at once
+    with ThreadPoolExecutor(STAT_THREADS) as threads:
         found = list(threads.map(look, [order[i : i + STAT_CHUNK] for i in range(0, len(order), STAT_CHUNK)]))
     return np.concatenate(found) if found else np.zeros((0, 3))
 
@@ -134,8 +146,12 @@ def _info(path: str) -> tuple[float, float] | None:
     return info.st_size, info.st_mtime
 
 
-def _fingerprint(records: Records, rows: NDArray[np.int64], files: NDArray[np.float64], template: ShardJob, path: str) -> str:
-    settings = {k: v for k, v in asdict(replace(template, path=path)).items() if k not in ("dataset", "source")}
+def _fingerprint(
+    records: Records, rows: NDArray[np.int64], files: NDArray[np.float64], template: ShardJob, path: str
+) -> str:
+    settings = {
+        k: v for k, v in asdict(replace(template, path=path)).items() if k not in ("dataset", "source")
+    }
     digest = hashlib.sha256(json.dumps(settings).encode())
     digest.update(np.ascontiguousarray(files).tobytes())
     digest.update(records.digest(rows))
@@ -150,7 +166,11 @@ def finished(dataset: Folder, wanted: list[Portion]) -> dict[str, ShardReport]:
     by_part = {_part(portion): portion for portion in wanted}
     with ThreadPoolExecutor(STAT_THREADS) as threads:
         read = dict(zip(names, threads.map(lambda name: _read_part(dataset, name), names), strict=True))
-    sizes = {path: size for split in {portion.split for portion in wanted} for path, size in dataset.sizes(split).items()}
+    sizes = {
+        path: size
+        for split in {portion.split for portion in wanted}
+        for path, size in dataset.sizes(split).items()
+    }
     found = {}
     for name, part in read.items():
         portion = by_part.get(name)
@@ -162,7 +182,9 @@ def finished(dataset: Folder, wanted: list[Portion]) -> dict[str, ShardReport]:
     return found
 
 
-def write(due: list[Portion], splits: dict[str, Records], template: ShardJob) -> Iterator[tuple[Portion, ShardReport]]:
+def write(
+    due: list[Portion], splits: dict[str, Records], template: ShardJob
+) -> Iterator[tuple[Portion, ShardReport]]:
     """Has the shards written, one Ray Data task each; reports in the order in which the tasks end."""
     import ray
     import ray.data
@@ -215,7 +237,9 @@ def _read_part(dataset: Folder, name: str) -> dict[str, Any] | None:
 def _report(value: dict[str, Any]) -> ShardReport:
     counts = Counter({int(class_id): count for class_id, count in value["boxes_per_class"].items()})
     shard = Shard.model_validate(value["shard"]) if value["shard"] else None
-    return ShardReport(**{**value, "shard": shard, "boxes_per_class": counts, "repairs": Counter(value["repairs"])})
+    return ShardReport(
+        **{**value, "shard": shard, "boxes_per_class": counts, "repairs": Counter(value["repairs"])}
+    )
 
 
 def _placement(template: ShardJob) -> dict[str, Any]:
@@ -224,7 +248,9 @@ def _placement(template: ShardJob) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     nodes = [node for node in ray.nodes() if node["Alive"]]  # type: ignore[no-untyped-call]
-    if len(nodes) == 1 or ((template.format == "shapes" or template.source) and not template.dataset.is_local):
+    if len(nodes) == 1 or (
+        (template.format == "shapes" or template.source) and not template.dataset.is_local
+    ):
         return {"num_cpus": 1}
     node_id = ray.get_runtime_context().get_node_id()
     here = next((node for node in nodes if node["NodeID"] == node_id), None)
@@ -232,4 +258,5 @@ def _placement(template: ShardJob) -> dict[str, Any]:
     strategy = NodeAffinitySchedulingStrategy(node_id, soft=False)
     if num_cpus >= 1:
         return {"num_cpus": 1, "scheduling_strategy": strategy}
-    return {"num_cpus": 0, "concurrency": os.cpu_count() or 1, "scheduling_strategy": strategy}  # a head that offers Ray no CPUs
+    # a head that offers Ray no CPUs
+    return {"num_cpus": 0, "concurrency": os.cpu_count() or 1, "scheduling_strategy": strategy}

@@ -20,7 +20,13 @@ def batch_image(batch: Batch, i: int, class_names: Sequence[str], *, with_class:
     if not len(batch.boxes_xywhn):
         if with_class and len(batch.class_ids):
             cv2.putText(
-                image, class_names[int(batch.class_ids[i])].encode("ascii", "replace").decode(), (4, 16), FONT, 0.5, (255, 255, 255), 2
+                image,
+                class_names[int(batch.class_ids[i])].encode("ascii", "replace").decode(),
+                (4, 16),
+                FONT,
+                0.5,
+                (255, 255, 255),
+                2,
             )
         return image
     mine, size = batch.image_index == i, image.shape[0]
@@ -28,10 +34,16 @@ def batch_image(batch: Batch, i: int, class_names: Sequence[str], *, with_class:
     image = boxes_on(image, xywhn_to_xyxy(batch.boxes_xywhn[mine], (size, size)), class_ids, class_names)
     if batch.masks is not None:
         for k, class_id in enumerate(class_ids):
-            image = outlines_on(image, contours := _contours(batch.masks[i] == k + 1, size), np.full(len(contours), class_id))
+            image = outlines_on(
+                image, contours := _contours(batch.masks[i] == k + 1, size), np.full(len(contours), class_id)
+            )
     if batch.boxes_xywhr is not None:
         turned = batch.boxes_xywhr[mine] * np.array([size, size, size, size, 180 / np.pi], np.float32)
-        image = outlines_on(image, [cv2.boxPoints(((x, y), (w, h), angle)) for x, y, w, h, angle in turned.tolist()], class_ids)
+        image = outlines_on(
+            image,
+            [cv2.boxPoints(((x, y), (w, h), angle)) for x, y, w, h, angle in turned.tolist()],
+            class_ids,
+        )
     if batch.keypoints is not None:
         image = points_on(image, batch.keypoints[mine] * np.array([size, size, 1], np.float32))
     return image

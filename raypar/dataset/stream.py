@@ -38,7 +38,8 @@ from raypar.storage import Folder
 MAX_ITEMS = 4096  # windows in one Ray Data execution; the next one starts where it ends
 BLOCK_BYTES, MAX_STEPS_PER_BLOCK = 128 << 20, 8  # of what one rank is dealt at a time
 LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about, at the least
-WINDOWS_PER_CPU, SPARE_CPUS = 3, 2  # more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
+# more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
+WINDOWS_PER_CPU, SPARE_CPUS = 3, 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
@@ -70,7 +71,11 @@ class StreamSpec:
     @cached_property
     def label_columns(self) -> list[str]:
         """What is read of a row beside its image."""
-        return [name for name in row_schema(self.recipe.task).names if name not in ("image_id", "image", "height", "width")]
+        return [
+            name
+            for name in row_schema(self.recipe.task).names
+            if name not in ("image_id", "image", "height", "width")
+        ]
 
     @cached_property
     def labels_kept(self) -> dict[int, Any]:
@@ -84,7 +89,9 @@ class StreamSpec:
     @property
     def steps_per_block(self) -> int:
         """How many steps of a rank travel together."""
-        return max(1, min(MAX_STEPS_PER_BLOCK, BLOCK_BYTES // (self.images_per_batch * 3 * self.recipe.imgsz**2)))
+        return max(
+            1, min(MAX_STEPS_PER_BLOCK, BLOCK_BYTES // (self.images_per_batch * 3 * self.recipe.imgsz**2))
+        )
 
 
 def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyRecipe:
@@ -95,7 +102,9 @@ def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyR
     """
     if manifest.task == "classify":
         return ClassifyRecipe.from_yolo(args)
-    return Recipe.from_yolo(args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0)
+    return Recipe.from_yolo(
+        args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
+    )
 
 
 def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
@@ -106,8 +115,12 @@ def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
 def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
     """All batches of a window as they travel: of a few steps those of rank 0, then those of rank 1, and so on; then the next steps."""
     window = spec.plan.window(item.epoch, item.window)
-    rows, sources, num_replaced = _read(spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows))
-    renderer = ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
+    rows, sources, num_replaced = _read(
+        spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
+    )
+    renderer = (
+        ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
+    )
     size, per_batch, global_batch = spec.recipe.imgsz, spec.images_per_batch, spec.plan.global_batch
 
     def one(step: int, rank: int, images: NDArray[np.uint8], num_replaced: int) -> Batch:
@@ -115,7 +128,9 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
         shown = window.order[start : start + per_batch]
         first_position = window.first_step * global_batch + start
         rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_batch)]
-        labels: Labels = renderer(sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images)
+        labels: Labels = renderer(
+            sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images
+        )
         return Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn, labels.image_index,
                      rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
 
@@ -125,10 +140,15 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
         for rank in range(spec.world_size):
             slab = np.empty((len(steps), per_batch, 3, size, size), np.uint8)
             # replaced images are counted once, by the window's first batch
-            yield [one(s, rank, slab[s - first], num_replaced if (s, rank) == (item.skip_steps, 0) else 0) for s in steps]
+            yield [
+                one(s, rank, slab[s - first], num_replaced if (s, rank) == (item.skip_steps, 0) else 0)
+                for s in steps
+            ]
 
 
-def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) -> tuple[NDArray[np.int64], list[Source], int]:
+def _read(
+    spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice
+) -> tuple[NDArray[np.int64], list[Source], int]:
     """The window's rows: their numbers within the split, the images with their boxes, and how many had to be replaced."""
     tables, images, numbers = [], list[pa.Buffer | Image | None](), []
     for group in groups:
@@ -137,13 +157,22 @@ def _read(spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice) 
         tables.append(table.slice(0, num_rows))
         images += in_group[:num_rows]
         numbers.append(spec.first_rows[group] + np.arange(num_rows))
-    table, number = pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start), np.concatenate(numbers)[rows]
+    table, number = (
+        pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start),
+        np.concatenate(numbers)[rows],
+    )
     transform = transform_of(spec)
-    found = [_source(spec, item, transform, int(n), table, i, image) for i, (n, image) in enumerate(zip(number, images[rows], strict=True))]
+    found = [
+        _source(spec, item, transform, int(n), table, i, image)
+        for i, (n, image) in enumerate(zip(number, images[rows], strict=True))
+    ]
     good = [i for i, source in enumerate(found) if source is not None]
     if not good:
-        raise ValueError(f"no image of the {len(found)} in a window of {spec.dataset.uri} can be decoded: prepare the dataset again")
-    stand_in = {i: good[np.searchsorted(good, i) % len(good)] for i in range(len(found))}  # itself, or the next good one
+        raise ValueError(
+            f"no image of the {len(found)} in a window of {spec.dataset.uri} can be decoded: prepare the dataset again"
+        )
+    # itself, or the next good one
+    stand_in = {i: good[np.searchsorted(good, i) % len(good)] for i in range(len(found))}
     sources = [source for i in range(len(found)) if (source := found[stand_in[i]]) is not None]
     return number, sources, len(found) - len(good)
 
@@ -167,7 +196,8 @@ def _read_group(spec: StreamSpec, group: int) -> tuple[pa.Table, Sequence[pa.Buf
 
 def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
     try:
-        return decode(image) if spec.recipe.task == "classify" else decode_shrunk(image, spec.recipe.imgsz)  # classify takes crops of it
+        # classify takes crops of it
+        return decode(image) if spec.recipe.task == "classify" else decode_shrunk(image, spec.recipe.imgsz)
     except ValueError:
         return None
 
@@ -193,7 +223,8 @@ def _made(albumentations: str, task: str) -> albu.Transforms:
 def transform_of(spec: StreamSpec) -> albu.Transforms:
     import json
 
-    return _made(json.dumps(spec.albumentations), spec.recipe.task)  # made once a process: it costs milliseconds
+    # made once a process: it costs milliseconds
+    return _made(json.dumps(spec.albumentations), spec.recipe.task)
 
 
 class Placed(Protocol):
@@ -249,7 +280,12 @@ def dealt(spec: StreamSpec, rank: int, cursor: int, start: Callable[[list[Item]]
             yield from shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=2)
             shard = execute()
 
-    return _in_turn(chain.from_iterable(map(open_block, all_blocks())), spec.plan.steps_per_epoch, cursor // spec.plan.global_batch, rank)
+    return _in_turn(
+        chain.from_iterable(map(open_block, all_blocks())),
+        spec.plan.steps_per_epoch,
+        cursor // spec.plan.global_batch,
+        rank,
+    )
 
 
 def _in_turn(dealt: Iterable[Dealt], steps_per_epoch: int, due: int, rank: int) -> Iterator[Dealt]:
@@ -292,13 +328,21 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
         def estimate_inmemory_data_size(self) -> int | None:
             return None
 
-        def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+        def get_read_tasks(
+            self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+        ) -> list[ReadTask]:
             unknown = BlockMetadata(num_rows=None, size_bytes=None, input_files=None, exec_stats=None)
             return [ReadTask(partial(task, spec_ref, item), unknown) for item in execution]
 
     if look_ahead_bytes is None:
-        window_images, image_bytes = spec.plan.steps_per_window * spec.plan.global_batch, 3 * spec.recipe.imgsz**2
-        free, store = ray.available_resources().get("CPU", 0.0), ray.cluster_resources().get("object_store_memory", 0.0)
+        window_images, image_bytes = (
+            spec.plan.steps_per_window * spec.plan.global_batch,
+            3 * spec.recipe.imgsz**2,
+        )
+        free, store = (
+            ray.available_resources().get("CPU", 0.0),
+            ray.cluster_resources().get("object_store_memory", 0.0),
+        )
         look_ahead_bytes = image_bytes * look_ahead_images(window_images, free, store / image_bytes)
     dataset = ray.data.read_datasource(Windows(), override_num_blocks=len(execution), **away_from_gpus())
     dataset.context.target_max_block_size = 1  # a block is one row: never joined, never cut
@@ -306,7 +350,8 @@ def _start(spec: StreamSpec, execution: list[Item], task: Callable[[Any, Item], 
         preserve_order=True, resource_limits=ExecutionResources.for_limits(object_store_memory=look_ahead_bytes))  # fmt: skip
     dataset.context.custom_execution_callback_classes = [Pace]
     dataset.context.enable_progress_bars = dataset.context.print_on_execution_start = False
-    dataset.context.execution_no_progress_timeout_s = -1  # a long validation is not a hang; collectives have their own limit
+    # a long validation is not a hang; collectives have their own limit
+    dataset.context.execution_no_progress_timeout_s = -1
     return list(dataset.streaming_split(spec.world_size, equal=False))
 
 

@@ -9,7 +9,8 @@ import numpy as np
 
 from raypar.dataset.formats import Labels, boxes_around
 
-CLIP_TOLERANCE = 1e-4  # boxes that leave the image by less (rounding in a text file) are clipped, but not worth counting
+# boxes that leave the image by less (rounding in a text file) are clipped, but not worth counting
+CLIP_TOLERANCE = 1e-4
 
 
 def tidy(labels: Labels, task: str = "detect") -> tuple[Labels, Counter[str]]:

@@ -55,11 +55,29 @@ def check_sums(dataset: Folder, manifest: Manifest, splits: Iterable[str]) -> No
         return
     num_bytes = sum(shard.num_bytes for shard in due)
     if num_bytes > DRIVER_BYTES:
-        print(f"checking {len(due)} shards, {num_bytes / 1e9:.1f} GB, against their checksums (once a dataset)", flush=True)
-    sums = dict(zip([shard.path for shard in due], _hashed(dataset, [shard.path for shard in due], num_bytes), strict=True))
-    good = {shard.path: [*found[shard.path], shard.sha256] for shard in due if sums[shard.path] == shard.sha256}
+        print(
+            f"checking {len(due)} shards, {num_bytes / 1e9:.1f} GB, against their checksums (once a dataset)",
+            flush=True,
+        )
+    sums = dict(
+        zip(
+            [shard.path for shard in due],
+            _hashed(dataset, [shard.path for shard in due], num_bytes),
+            strict=True,
+        )
+    )
+    good = {
+        shard.path: [*found[shard.path], shard.sha256] for shard in due if sums[shard.path] == shard.sha256
+    }
     _remember(dataset, known | good)
-    _raise_if([f"shard {shard.path} is altered (its SHA-256 is not the manifest's)" for shard in due if shard.path not in good], dataset)
+    _raise_if(
+        [
+            f"shard {shard.path} is altered (its SHA-256 is not the manifest's)"
+            for shard in due
+            if shard.path not in good
+        ],
+        dataset,
+    )
 
 
 def _shards(manifest: Manifest, splits: Iterable[str]) -> list[Shard]:

@@ -30,7 +30,8 @@ from raypar.storage import Folder
 
 RESULT = "report.json"
 MAX_BLOCKS = 256  # Ray Data tasks that count; each takes its share of the shards
-AFFECTING = ("model", "batch", "precision", "albumentations", "yolo")  # settings of train that the report depends on
+# settings of train that the report depends on
+AFFECTING = ("model", "batch", "precision", "albumentations", "yolo")
 
 
 def check(config: RunConfig) -> None:
@@ -63,8 +64,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
     if not section.overwrite and out.exists(RESULT):
         before: dict[str, Any] = out.read_json(RESULT)
-        if all(before.get(key) == value for key, value in settings.items()) and (before["speed"] or not section.seconds):
-            print(f"inspect: {out.uri} is complete for this dataset and these settings; inspect.overwrite=true inspects anew", flush=True)
+        if all(before.get(key) == value for key, value in settings.items()) and (
+            before["speed"] or not section.seconds
+        ):
+            print(
+                f"inspect: {out.uri} is complete for this dataset and these settings; inspect.overwrite=true inspects anew",
+                flush=True,
+            )
             return before
     out.delete(RESULT)
     split, (spec, args) = manifest.split(section.split), _spec(config, manifest)
@@ -125,7 +131,9 @@ def _count(batch: dict[str, Any], dataset: Folder, task: str, num_classes: int, 
         with dataset.open(str(path)) as file:
             shard = pq.ParquetFile(file)
             for group in range(shard.num_row_groups):
-                part = part + Statistics.of_table(shard.read_row_group(group, columns(task)), task, num_classes=num_classes, imgsz=imgsz)
+                part = part + Statistics.of_table(
+                    shard.read_row_group(group, columns(task)), task, num_classes=num_classes, imgsz=imgsz
+                )
     return {"part": np.array([pickle.dumps(part)], dtype=object)}
 
 
@@ -143,7 +151,9 @@ def _speed(config: RunConfig, spec: StreamSpec, args: SimpleNamespace) -> dict[s
     return reports.speed(measured, model, total.get("CPU", 0), total.get("GPU", 0))
 
 
-def _write(report: dict[str, Any], found: Statistics, spec: StreamSpec, manifest: Manifest, out: Folder) -> dict[str, Any]:
+def _write(
+    report: dict[str, Any], found: Statistics, spec: StreamSpec, manifest: Manifest, out: Folder
+) -> dict[str, Any]:
     """Draws, writes, and says what there is."""
     from raypar.inspect import pictures
 
@@ -158,7 +168,11 @@ def _write(report: dict[str, Any], found: Statistics, spec: StreamSpec, manifest
     lines = reports.speed_lines(report["speed"]) if report["speed"] else []
     _say([*lines, f"pictures, numbers and report.html are in {out.uri}"])
     lines = [*reports.data_lines(report), *lines]
-    titles = ("Statistics", "Samples, with their labels", "The same samples as the model gets them in the first epoch")
+    titles = (
+        "Statistics",
+        "Samples, with their labels",
+        "The same samples as the model gets them in the first epoch",
+    )
     out.write("report.html", reports.page(report, lines, dict(zip(titles, drawn.values(), strict=True))))
     out.write_json(RESULT, report)
     return report

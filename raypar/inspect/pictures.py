@@ -41,7 +41,9 @@ def samples(spec: StreamSpec, class_names: Sequence[str], num_samples: int) -> t
         if len(rows) >= num_samples or item.epoch:
             break
     titles, raw = zip(*(_raw(spec, row, class_names) for row in rows), strict=True)
-    sheets = [encode_png(contact_sheet(images, titles, columns=_columns(rows))) for images in (raw, augmented)]
+    sheets = [
+        encode_png(contact_sheet(images, titles, columns=_columns(rows))) for images in (raw, augmented)
+    ]
     return sheets[0], sheets[1]
 
 
@@ -54,24 +56,39 @@ def _raw(spec: StreamSpec, row: int, class_names: Sequence[str]) -> tuple[str, I
     group = int(np.searchsorted(spec.first_rows, row, side="right")) - 1
     path, index = spec.groups[group]
     with spec.dataset.open(path) as file:
-        found = pq.ParquetFile(file).read_row_group(index).slice(row - int(spec.first_rows[group]), 1).to_pylist()[0]
+        found = (
+            pq.ParquetFile(file)
+            .read_row_group(index)
+            .slice(row - int(spec.first_rows[group]), 1)
+            .to_pylist()[0]
+        )
     try:
         image = decode(found["image"])
     except ValueError:  # training shows another one in its place
-        return f"cannot be decoded: {found['image_id']}", np.full((found["height"], found["width"], 3), 255, np.uint8)
+        return f"cannot be decoded: {found['image_id']}", np.full(
+            (found["height"], found["width"], 3), 255, np.uint8
+        )
     if "class_id" in found:
         return f"{class_names[found['class_id']]}: {found['image_id']}", image
     image_hw, class_ids = (found["height"], found["width"]), np.asarray(found["class_ids"], np.int32)
     wh = np.array(image_hw[::-1])
-    image = boxes_on(image, xywhn_to_xyxy(np.asarray(found["boxes_xywhn"], np.float32), image_hw), class_ids, class_names)
+    image = boxes_on(
+        image, xywhn_to_xyxy(np.asarray(found["boxes_xywhn"], np.float32), image_hw), class_ids, class_names
+    )
     if "segments_xyn" in found:
-        image = outlines_on(image, [np.reshape(outline, (-1, 2)) * wh for outline in found["segments_xyn"]], class_ids)
+        image = outlines_on(
+            image, [np.reshape(outline, (-1, 2)) * wh for outline in found["segments_xyn"]], class_ids
+        )
     if len(class_ids) and "keypoints" in found:
-        image = points_on(image, np.reshape(found["keypoints"], (len(class_ids), -1, 3)).astype(np.float32) * [*wh, 1])
+        image = points_on(
+            image, np.reshape(found["keypoints"], (len(class_ids), -1, 3)).astype(np.float32) * [*wh, 1]
+        )
     return found["image_id"], image
 
 
-def histograms(found: Statistics, class_names: Sequence[str], imgsz: int, title: str, speed: dict[str, Any] | None) -> bytes:
+def histograms(
+    found: Statistics, class_names: Sequence[str], imgsz: int, title: str, speed: dict[str, Any] | None
+) -> bytes:
     """Eight panels as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -82,7 +99,12 @@ def histograms(found: Statistics, class_names: Sequence[str], imgsz: int, title:
     axes: Any = figure.subplots(2, 4)
     has_boxes = found.num_boxes > 0
     _classes(axes[0, 0], found, class_names)
-    for axis, draw in ((axes[0, 1], _sides), (axes[0, 2], _shapes), (axes[0, 3], _centres), (axes[1, 0], _per_image)):
+    for axis, draw in (
+        (axes[0, 1], _sides),
+        (axes[0, 2], _shapes),
+        (axes[0, 3], _centres),
+        (axes[1, 0], _per_image),
+    ):
         if has_boxes:
             draw(axis, found, imgsz)
         else:
@@ -106,10 +128,20 @@ def _classes(axis: Axes, found: Statistics, class_names: Sequence[str]) -> None:
     axis.set_yticks(places, [_short(class_names[i]) for i in order], fontsize=9 if len(order) > 15 else 10)
     axis.invert_yaxis()
     for place, i in zip(places, order, strict=True):
-        axis.text(float(counts[i]), float(place), f" {counts[i]:,}", va="center", fontsize=9, color=ORANGE if counts[i] == 0 else INK)
+        axis.text(
+            float(counts[i]),
+            float(place),
+            f" {counts[i]:,}",
+            va="center",
+            fontsize=9,
+            color=ORANGE if counts[i] == 0 else INK,
+        )
     axis.margins(x=0.18)
     what = "boxes" if found.num_boxes else "images"
-    axis.set_title(f"{what} of each class" + (f" (the {MAX_CLASSES} largest of {len(counts)})" if len(counts) > MAX_CLASSES else ""))
+    axis.set_title(
+        f"{what} of each class"
+        + (f" (the {MAX_CLASSES} largest of {len(counts)})" if len(counts) > MAX_CLASSES else "")
+    )
 
 
 def _sides(axis: Axes, found: Statistics, imgsz: int) -> None:
@@ -129,7 +161,14 @@ def _sides(axis: Axes, found: Statistics, imgsz: int) -> None:
         if right > left:
             percent = "<1%" if 0 < share < 0.005 else f"{share:.0%}"
             place = (left * right) ** 0.5, 0.99
-            axis.text(*place, f"{name}\n{percent}", transform=axis.get_xaxis_transform(), ha="center", va="top", fontsize=9)
+            axis.text(
+                *place,
+                f"{name}\n{percent}",
+                transform=axis.get_xaxis_transform(),
+                ha="center",
+                va="top",
+                fontsize=9,
+            )
     axis.set_ylim(top=max(1, counts.max()) * 1.18)
     axis.set_title(f"box size when trained at {imgsz} px")
     axis.set_xlabel("square root of the area, px")
@@ -142,7 +181,12 @@ def _shapes(axis: Axes, found: Statistics, imgsz: int) -> None:
     axis.pcolormesh(edges, edges, _shown(counts), cmap="viridis")
     axis.set_xscale("log", base=2)
     axis.set_yscale("log", base=2)
-    axis.set(xlim=(edges[seen[0]], 1), ylim=(edges[seen[0]], 1), xlabel="width / image width", ylabel="height / image height")
+    axis.set(
+        xlim=(edges[seen[0]], 1),
+        ylim=(edges[seen[0]], 1),
+        xlabel="width / image width",
+        ylabel="height / image height",
+    )
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(lambda value, _: f"1/{1 / value:g}" if value < 1 else "1")
     axis.set_title("box width and height")
@@ -179,8 +223,18 @@ def _image_sizes(axis: Axes, found: Statistics) -> None:
         axis.pcolormesh(edges, edges, _shown(counts), cmap="viridis")
         axis.set_xscale("log", base=2)
         axis.set_yscale("log", base=2)
-        limits = edges[[np.flatnonzero(counts.any(0) | counts.any(1))[0], np.flatnonzero(counts.any(0) | counts.any(1))[-1] + 1]]
-        axis.set(xlim=limits, ylim=limits, xlabel=f"width, px ({low[1]} to {high[1]})", ylabel=f"height, px ({low[0]} to {high[0]})")
+        limits = edges[
+            [
+                np.flatnonzero(counts.any(0) | counts.any(1))[0],
+                np.flatnonzero(counts.any(0) | counts.any(1))[-1] + 1,
+            ]
+        ]
+        axis.set(
+            xlim=limits,
+            ylim=limits,
+            xlabel=f"width, px ({low[1]} to {high[1]})",
+            ylabel=f"height, px ({low[0]} to {high[0]})",
+        )
         for side in (axis.xaxis, axis.yaxis):
             side.set_major_formatter(lambda value, _: f"{value:g}")
     axis.set_title("image sizes")
@@ -193,7 +247,16 @@ def _aspects(axis: Axes, found: Statistics) -> None:
     low, high = min(seen[0], centre - 8) - 1, max(seen[-1], centre + 8) + 1
     places = np.arange(low, high + 1)
     axis.bar(places, np.pad(counts, 16)[places + 16], width=0.9, color=BLUE)
-    ratios = {"1:4": 0.25, "1:2": 0.5, "3:4": 0.75, "1:1": 1.0, "4:3": 4 / 3, "16:9": 16 / 9, "5:2": 2.5, "4:1": 4.0}
+    ratios = {
+        "1:4": 0.25,
+        "1:2": 0.5,
+        "3:4": 0.75,
+        "1:1": 1.0,
+        "4:3": 4 / 3,
+        "16:9": 16 / 9,
+        "5:2": 2.5,
+        "4:1": 4.0,
+    }
     ticks = {name: centre + statistics.FINE * np.log2(ratio) for name, ratio in ratios.items()}
     ticks = {name: place for name, place in ticks.items() if low <= place <= high}
     axis.set_xticks(list(ticks.values()), list(ticks))

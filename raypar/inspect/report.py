@@ -14,7 +14,8 @@ from raypar.inspect.statistics import SIZE_NAMES, SIZES_PX, Statistics
 
 GPU_RATES = (500, 1000, 2000)  # images/s; small YOLOs on one fast GPU train at about these
 FEW_BOXES, UNEVEN, MANY_BACKGROUNDS, MANY_TINY, LARGE_IMAGES = 50, 100, 0.3, 0.1, 2.0
-BUSY, SLOW_STORAGE = 0.2, 0.5  # share of the cores with other work, of the CPU time spent waiting: worth a word
+# share of the cores with other work, of the CPU time spent waiting: worth a word
+BUSY, SLOW_STORAGE = 0.2, 0.5
 MAX_LINES = 12  # classes in the summary
 
 
@@ -22,8 +23,15 @@ def describe(found: Statistics, class_names: Sequence[str], imgsz: int) -> dict[
     """The statistics as plain values, for ``report.json``."""
     sums, has_images = found.sums, found.num_images > 0
     per_class = [
-        {"class_name": name, "num_boxes": int(boxes), "num_images": int(images), "median_box_px": _px(found.median_side(i), imgsz)}
-        for i, (name, boxes, images) in enumerate(zip(class_names, found.boxes_per_class, sums["images_per_class"], strict=True))
+        {
+            "class_name": name,
+            "num_boxes": int(boxes),
+            "num_images": int(images),
+            "median_box_px": _px(found.median_side(i), imgsz),
+        }
+        for i, (name, boxes, images) in enumerate(
+            zip(class_names, found.boxes_per_class, sums["images_per_class"], strict=True)
+        )
     ]
     return {
         "num_images": found.num_images, "num_boxes": found.num_boxes, "num_backgrounds": found.num_backgrounds,
@@ -43,21 +51,31 @@ def describe(found: Statistics, class_names: Sequence[str], imgsz: int) -> dict[
 def notes(found: Statistics, class_names: Sequence[str], imgsz: int, task: str) -> list[str]:
     """What a person should look at before training; one sentence each."""
     sums, said = found.sums, []
-    counts, what = (sums["images_per_class"], "images") if task == "classify" else (found.boxes_per_class, "boxes")
+    counts, what = (
+        (sums["images_per_class"], "images") if task == "classify" else (found.boxes_per_class, "boxes")
+    )
     empty = [class_names[int(i)] for i in np.flatnonzero(counts == 0)]
-    few = [f"{class_names[int(i)]} ({counts[i]})" for i in np.flatnonzero((counts > 0) & (counts < FEW_BOXES))]
+    few = [
+        f"{class_names[int(i)]} ({counts[i]})" for i in np.flatnonzero((counts > 0) & (counts < FEW_BOXES))
+    ]
     if empty:
-        said.append(f"no {what} of {_listed(empty)}: nothing can be learnt of {'it' if len(empty) == 1 else 'them'}")
+        said.append(
+            f"no {what} of {_listed(empty)}: nothing can be learnt of {'it' if len(empty) == 1 else 'them'}"
+        )
     if few:
         said.append(f"fewer than {FEW_BOXES} {what} of {_listed(few)}")
     if counts.any() and counts.max() > UNEVEN * counts[counts > 0].min():
-        said.append(f"the most frequent class has {counts.max() / counts[counts > 0].min():.0f} times the {what} of the rarest one")
+        said.append(
+            f"the most frequent class has {counts.max() / counts[counts > 0].min():.0f} times the {what} of the rarest one"
+        )
     if task == "classify" or not found.num_images:
         return said
     if found.num_backgrounds > MANY_BACKGROUNDS * found.num_images:
         said.append(f"{found.num_backgrounds / found.num_images:.0%} of the images have no box")
     if specks := int(sums["sizes"][0]):
-        said.append(f"{specks} box(es) under {SIZES_PX[0]} px at imgsz {imgsz}: training drops them; mistakes of the labels?")
+        said.append(
+            f"{specks} box(es) under {SIZES_PX[0]} px at imgsz {imgsz}: training drops them; mistakes of the labels?"
+        )
     if found.num_boxes and (tiny := sums["sizes"][:2].sum() / found.num_boxes) > MANY_TINY:
         said.append(f"{tiny:.0%} of the boxes are under {SIZES_PX[1]} px at imgsz {imgsz}, less than a "
                     "cell of the model's finest level: raise train.yolo.imgsz, or cut the images into tiles")  # fmt: skip
@@ -67,7 +85,9 @@ def notes(found: Statistics, class_names: Sequence[str], imgsz: int, task: str) 
     return said
 
 
-def speed(measured: Mapping[str, Any], model: Mapping[str, Any], cluster_cpus: float, cluster_gpus: float) -> dict[str, Any]:
+def speed(
+    measured: Mapping[str, Any], model: Mapping[str, Any], cluster_cpus: float, cluster_gpus: float
+) -> dict[str, Any]:
     """What was timed, and what follows from it; for ``report.json``.
 
     Args:
@@ -121,9 +141,13 @@ def data_lines(report: Mapping[str, Any]) -> list[str]:
     backgrounds = f", {data['num_backgrounds']:,} images without a box" if data["num_backgrounds"] else ""
     boxes = (f", {data['num_boxes']:,} boxes ({data['boxes_per_image']:.1f} an image, at most {data['max_boxes_per_image']:,}){backgrounds}"
              if report["task"] != "classify" else "")  # fmt: skip
-    lines.append(f"'{report['split']}': {data['num_images']:,} images, {len(data['per_class'])} classes{boxes}")
+    lines.append(
+        f"'{report['split']}': {data['num_images']:,} images, {len(data['per_class'])} classes{boxes}"
+    )
     if data["width"]:
-        sizes = [f"{low} to {high}" if low != high else f"{low}" for low, high in (data["width"], data["height"])]
+        sizes = [
+            f"{low} to {high}" if low != high else f"{low}" for low, high in (data["width"], data["height"])
+        ]
         lines.append(f"images are {sizes[0]} px wide and {sizes[1]} px high, trained at {report['imgsz']} px")
     lines += _table(data, report["task"], report["imgsz"])
     return [*lines, *(f"note: {note}" for note in report["notes"])]
@@ -134,13 +158,17 @@ def _table(data: Mapping[str, Any], task: str, imgsz: int) -> list[str]:
     rows = sorted(data["per_class"], key=lambda row: -row[key])
     shown = rows if len(rows) <= MAX_LINES else [*rows[: MAX_LINES - 2], rows[-1]]
     width = max(5, *(len(row["class_name"]) for row in shown))
-    lines = [f"{'class':<{width}}   images" + ("" if task == "classify" else f"    boxes  median size at {imgsz} px")]
+    lines = [
+        f"{'class':<{width}}   images"
+        + ("" if task == "classify" else f"    boxes  median size at {imgsz} px")
+    ]
     for i, row in enumerate(shown):
         if row is rows[-1] and len(rows) > len(shown):
             lines.append(f"{'...':<{width}}   ({len(rows) - len(shown)} more classes)")
         size = "-" if row["median_box_px"] is None else f"{row['median_box_px']:.0f} px"
         lines.append(
-            f"{row['class_name']:<{width}} {row['num_images']:8,}" + ("" if task == "classify" else f" {row['num_boxes']:8,}  {size:>8}")
+            f"{row['class_name']:<{width}} {row['num_images']:8,}"
+            + ("" if task == "classify" else f" {row['num_boxes']:8,}  {size:>8}")
         )
         assert i < MAX_LINES
     return lines
@@ -155,9 +183,13 @@ def speed_lines(found: Mapping[str, Any]) -> list[str]:
         if found["num_cores"] == found["num_cores_of_node"]
         else f"{found['num_cores']} of {found['num_cores_of_node']} cores"
     )
-    busy = [f"speed: the machine was {found['busy_with_other_work']:.0%} busy with other work: these figures are low"]
+    busy = [
+        f"speed: the machine was {found['busy_with_other_work']:.0%} busy with other work: these figures are low"
+    ]
     is_busy, wait_ms = found["busy_with_other_work"] > BUSY, found["waits_for_storage_ms_per_image"]
-    slow = [f"speed: {wait_ms:.2f} ms an image are spent waiting for the storage: more tasks at once, or a nearer copy, would help"]
+    slow = [
+        f"speed: {wait_ms:.2f} ms an image are spent waiting for the storage: more tasks at once, or a nearer copy, would help"
+    ]
     return [
         *(busy if is_busy else []),
         *(slow if not is_busy and wait_ms > SLOW_STORAGE * sum(found["stages_cpu_ms_per_image"].values()) else []),

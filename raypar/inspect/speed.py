@@ -99,7 +99,10 @@ class Feeder:
             used = sum(clock.seconds[kind].get(stage, 0.0) for stage in ("read", "decode", "albumentations"))
             clock.seconds[kind]["render"] = max(0.0, whole.seconds[kind]["render"] - used)
         assert found
-        return {kind: {stage: 1000 * clock.seconds[kind].get(stage, 0.0) / num_images for stage in STAGES} for kind in ("cpu", "wall")}
+        return {
+            kind: {stage: 1000 * clock.seconds[kind].get(stage, 0.0) / num_images for stage in STAGES}
+            for kind in ("cpu", "wall")
+        }
 
 
 def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
@@ -161,7 +164,9 @@ def measure_pipeline(spec: StreamSpec, seconds: float) -> dict[str, Any]:
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     node = _node()
-    actor = ray.remote(num_cpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False))(Feeder)
+    actor = ray.remote(
+        num_cpus=1, scheduling_strategy=NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
+    )(Feeder)
     ref = ray.put(spec)
     first: Any = actor.remote(ref)
     feeders: list[Any] = [first]
@@ -196,7 +201,11 @@ def _node() -> dict[str, Any]:
 
 def _rate(fed: list[tuple[int, float, float]]) -> Rate:
     num_images = sum(images for images, _, _ in fed)
-    return Rate(len(fed), sum(images / wall for images, wall, _ in fed), 1000 * sum(cpu for _, _, cpu in fed) / num_images)
+    return Rate(
+        len(fed),
+        sum(images / wall for images, wall, _ in fed),
+        1000 * sum(cpu for _, _, cpu in fed) / num_images,
+    )
 
 
 def measure_model(model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool) -> dict[str, Any]:
@@ -244,7 +253,13 @@ def train_steps(model: str, batch: int, imgsz: int, precision: str, *, use_gpu: 
     def step() -> None:
         with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
             predictions = net(data["img"])
-        loss = net.loss(data, tree_map(lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x, predictions))[0]
+        loss = net.loss(
+            data,
+            tree_map(
+                lambda x: x.float() if isinstance(x, torch.Tensor) and x.is_floating_point() else x,
+                predictions,
+            ),
+        )[0]
         loss.sum().backward()
         optimizer.step()
         optimizer.zero_grad()
@@ -278,7 +293,12 @@ def _synthetic(net: Any, batch: int, imgsz: int) -> dict[str, Any]:
     if kind == "ClassificationModel":
         return {"img": image, "cls": torch.zeros(batch, dtype=torch.long)}
     boxes = torch.rand(num, 4) * 0.4 + 0.3
-    data = {"img": image, "cls": torch.zeros(num, 1), "bboxes": boxes, "batch_idx": torch.arange(num) // 7 * 1.0}
+    data = {
+        "img": image,
+        "cls": torch.zeros(num, 1),
+        "bboxes": boxes,
+        "batch_idx": torch.arange(num) // 7 * 1.0,
+    }
     if kind == "OBBModel":
         data["bboxes"] = torch.cat([boxes, torch.rand(num, 1)], 1)
     if kind == "SegmentationModel":

@@ -14,7 +14,11 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 Counts = NDArray[np.int64]
-COLUMNS = {"detect": ["height", "width", "class_ids", "boxes_xywhn"], "classify": ["height", "width", "class_id"]}  # others: as detect
+# others: as detect
+COLUMNS = {
+    "detect": ["height", "width", "class_ids", "boxes_xywhn"],
+    "classify": ["height", "width", "class_id"],
+}
 OCTAVES = 12  # sides of boxes, as a share of the image's longer side: from 2**-12 to 1
 FINE, COARSE = 8, 4  # bins an octave
 SIDE_BINS, SHAPE_BINS = OCTAVES * FINE, OCTAVES * COARSE
@@ -55,7 +59,11 @@ class Statistics:
             "centres": (HEAT_BINS, HEAT_BINS), "boxes_per_image": (MAX_BOXES_AN_IMAGE + 1,), "image_sizes": (IMAGE_BINS, IMAGE_BINS),
             "aspects": (ASPECT_BINS,),
         }  # fmt: skip
-        return cls({k: np.zeros(v, np.int64) for k, v in shapes.items()}, np.full(2, np.iinfo(np.int64).max), np.zeros(3, np.int64))
+        return cls(
+            {k: np.zeros(v, np.int64) for k, v in shapes.items()},
+            np.full(2, np.iinfo(np.int64).max),
+            np.zeros(3, np.int64),
+        )
 
     def __add__(self, other: Statistics) -> Statistics:
         return Statistics({k: self.sums[k] + other.sums[k] for k in self.sums}, np.minimum(self.lows, other.lows),
@@ -119,7 +127,9 @@ class Statistics:
         return found
 
     @classmethod
-    def of_classes(cls, heights: NDArray[Any], widths: NDArray[Any], class_id: NDArray[Any], *, num_classes: int) -> Statistics:
+    def of_classes(
+        cls, heights: NDArray[Any], widths: NDArray[Any], class_id: NDArray[Any], *, num_classes: int
+    ) -> Statistics:
         """Counts images that have one class each and no boxes; arrays (N,)."""
         found = cls.of_images(heights, widths, num_classes=num_classes)
         _check_classes(class_id, num_classes)
@@ -132,7 +142,10 @@ class Statistics:
         found = cls.none(num_classes)
         heights, widths = np.asarray(heights, np.int64), np.asarray(widths, np.int64)
         aspect = np.round(np.log2(widths / heights) * FINE).astype(np.int64) + ASPECT_BINS // 2
-        bins = [np.clip((np.log2(sides) * COARSE).astype(np.int64), 0, IMAGE_BINS - 1) for sides in (widths, heights)]
+        bins = [
+            np.clip((np.log2(sides) * COARSE).astype(np.int64), 0, IMAGE_BINS - 1)
+            for sides in (widths, heights)
+        ]
         found.sums.update(
             num_images=np.array(len(heights), np.int64), pixels=np.array((heights * widths).sum(), np.int64),
             image_sizes=_histogram2d(bins[0], bins[1], IMAGE_BINS, IMAGE_BINS),
@@ -170,7 +183,9 @@ def _median(counts: Counts) -> float | None:
 
 def _check_classes(class_ids: NDArray[Any], num_classes: int) -> None:
     if len(class_ids) and not 0 <= class_ids.min() <= class_ids.max() < num_classes:
-        raise ValueError(f"a row has class {class_ids.max()}, the dataset has {num_classes} classes: prepare it again")
+        raise ValueError(
+            f"a row has class {class_ids.max()}, the dataset has {num_classes} classes: prepare it again"
+        )
 
 
 def _octave(share: NDArray[np.float64], octaves: int, bins: int) -> NDArray[np.int64]:

@@ -32,7 +32,9 @@ def check(config: RunConfig) -> None:
     weights = _weights(config)
     folder, name = Folder.holding(weights)
     if not folder.exists(name):
-        raise ValueError(f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH")
+        raise ValueError(
+            f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH"
+        )
     if folder.fs.get_file_info(f"{folder.path}/{name}").is_file:  # else it is the folder of an export
         try:
             with folder.open(name) as file:
@@ -40,9 +42,12 @@ def check(config: RunConfig) -> None:
         except OSError as error:
             raise ValueError(f"weights {weights} cannot be read: {error}") from error
         if is_empty:
-            raise ValueError(f"weights {weights} are empty: train again, or name others with serve.weights=PATH")
+            raise ValueError(
+                f"weights {weights} are empty: train again, or name others with serve.weights=PATH"
+            )
     _key_digests(config.serve)
-    is_joining = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")  # as cluster.connect
+    # as cluster.connect
+    is_joining = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     if not is_joining:  # else it is another machine's port, or Serve has it already
         _check_port(config.serve.host, config.serve.port)
 
@@ -50,12 +55,21 @@ def check(config: RunConfig) -> None:
 def run(config: RunConfig) -> None:
     """Serves until SIGINT or SIGTERM; then answers what it has begun, and takes the service down."""
     done = threading.Event()
-    before = {number: signal.signal(number, lambda *_: done.set()) for number in (signal.SIGINT, signal.SIGTERM)}
+    before = {
+        number: signal.signal(number, lambda *_: done.set()) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         url = start(config)
-        key = f" -H 'Authorization: Bearer KEY'  # one of ${config.serve.api_key_env}" if config.serve.api_key_env else ""
+        key = (
+            f" -H 'Authorization: Bearer KEY'  # one of ${config.serve.api_key_env}"
+            if config.serve.api_key_env
+            else ""
+        )
         print(f"serve: {config.name} at {url}/ (API: {url}/docs)", flush=True)
-        print(f"serve: try  curl {url}/v1/detect -H 'Content-Type: image/jpeg' --data-binary @image.jpg{key}", flush=True)
+        print(
+            f"serve: try  curl {url}/v1/detect -H 'Content-Type: image/jpeg' --data-binary @image.jpg{key}",
+            flush=True,
+        )
         while not done.wait(1):
             pass
         print("serve: shutting down", flush=True)
@@ -74,7 +88,11 @@ def start(config: RunConfig) -> str:
     serve.start(
         proxy_location="HeadOnly" if is_local else "EveryNode",
         # the proxy gives up without a reason: later than we do
-        http_options={"host": settings.host, "port": settings.port, "request_timeout_s": 2 * settings.request_timeout_s + 5},
+        http_options={
+            "host": settings.host,
+            "port": settings.port,
+            "request_timeout_s": 2 * settings.request_timeout_s + 5,
+        },
     )
     serve.run(build_app({**settings.model_dump(mode="json"), "weights": _staged(config), "name": config.name}),
               name=config.name, route_prefix=settings.route_prefix)  # fmt: skip
@@ -110,7 +128,8 @@ def build_app(args: dict[str, Any]) -> Application:
     config = ServeConfig.model_validate({key: value for key, value in args.items() if key != "name"})
     use_gpu, replicas = _use_gpu(config), config.num_replicas
     in_batches = 2 * config.max_batch_size  # one batch on the model, one getting ready
-    settings = config.model_dump(mode="json", exclude={"weights", "host", "port", "route_prefix"})  # a change restarts a replica
+    # a change restarts a replica
+    settings = config.model_dump(mode="json", exclude={"weights", "host", "port", "route_prefix"})
     deploy: Any = serve.deployment
     detector = deploy(
         Replica,
@@ -122,7 +141,14 @@ def build_app(args: dict[str, Any]) -> Application:
         user_config={"weights": config.weights, "name": name} if config.weights else {},
     ).bind(settings, "cuda:0" if use_gpu else "cpu")
     most = replicas.max if isinstance(replicas, Autoscaling) else replicas
-    limits = Limits(int(config.max_image_mb * 1e6), config.max_pixels, config.request_timeout_s, config.conf, config.iou, config.max_det)
+    limits = Limits(
+        int(config.max_image_mb * 1e6),
+        config.max_pixels,
+        config.request_timeout_s,
+        config.conf,
+        config.iou,
+        config.max_det,
+    )
     ingress = deploy(
         serve.ingress()(Ingress),  # type: ignore[call-arg]
         name="Ingress",
@@ -140,7 +166,11 @@ def _scaling(config: ServeConfig) -> dict[str, Any]:
     replicas = config.num_replicas
     if not isinstance(replicas, Autoscaling):
         return {"num_replicas": replicas}
-    bounds = {"min_replicas": replicas.min, "max_replicas": replicas.max, "target_ongoing_requests": config.max_batch_size}
+    bounds = {
+        "min_replicas": replicas.min,
+        "max_replicas": replicas.max,
+        "target_ongoing_requests": config.max_batch_size,
+    }
     return {"num_replicas": "auto", "autoscaling_config": bounds}
 
 
@@ -161,7 +191,9 @@ def _key_digests(config: ServeConfig) -> tuple[bytes, ...]:
     keys = [key.strip() for key in os.environ.get(config.api_key_env, "").split(",") if key.strip()]
     if not keys:
         name = config.api_key_env
-        raise ValueError(f"serve.api_key_env names {name}, and that variable is not set: export {name}=KEY (or KEY1,KEY2)")
+        raise ValueError(
+            f"serve.api_key_env names {name}, and that variable is not set: export {name}=KEY (or KEY1,KEY2)"
+        )
     return tuple(digest(key) for key in keys)
 
 
@@ -184,7 +216,9 @@ def _check_port(host: str, port: int) -> None:
 
 def _weights(config: RunConfig) -> str:
     """Where the weights are, absolute: ``serve.weights``, or what this run trained."""
-    return Folder.at(config.serve.weights).uri if config.serve.weights else (config.folder / "train/best.pt").uri
+    return (
+        Folder.at(config.serve.weights).uri if config.serve.weights else (config.folder / "train/best.pt").uri
+    )
 
 
 def _staged(config: RunConfig) -> str:

@@ -39,7 +39,11 @@ IMAGE_BODY = {
         "content": {
             "image/*": {"schema": {"type": "string", "format": "binary"}},
             "multipart/form-data": {
-                "schema": {"type": "object", "required": ["image"], "properties": {"image": {"type": "string", "format": "binary"}}}
+                "schema": {
+                    "type": "object",
+                    "required": ["image"],
+                    "properties": {"image": {"type": "string", "format": "binary"}},
+                }
             },
         },
     }
@@ -66,7 +70,9 @@ class Detection(BaseModel):
     class_id: int
     class_name: str
     confidence: float = Field(ge=0, le=1)
-    box_xyxy: tuple[float, float, float, float] = Field(description="left, top, right, bottom, in px of the upright image")
+    box_xyxy: tuple[float, float, float, float] = Field(
+        description="left, top, right, bottom, in px of the upright image"
+    )
 
 
 class DetectAnswer(BaseModel):
@@ -117,7 +123,8 @@ class Limits:
     max_det: int = 300
 
 
-Find = Callable[[bytes, float, float, int], Awaitable[Answer]]  # (image, conf, iou, max_det); raises BadImageError, BusyError
+# (image, conf, iou, max_det); raises BadImageError, BusyError
+Find = Callable[[bytes, float, float, int], Awaitable[Answer]]
 Info = Callable[[], Awaitable[dict[str, Any]]]  # name, sha256, task, class_names, imgsz; raises BusyError
 
 
@@ -126,9 +133,15 @@ class Thresholds:
 
     def __init__(
         self,
-        conf: Annotated[float | None, Query(ge=0, le=1, description="boxes below this confidence are dropped")] = None,
-        iou: Annotated[float | None, Query(ge=0, le=1, description="overlap above which the weaker box is dropped")] = None,
-        max_det: Annotated[int | None, Query(ge=1, le=MAX_DET, description="boxes kept, the most confident first")] = None,
+        conf: Annotated[
+            float | None, Query(ge=0, le=1, description="boxes below this confidence are dropped")
+        ] = None,
+        iou: Annotated[
+            float | None, Query(ge=0, le=1, description="overlap above which the weaker box is dropped")
+        ] = None,
+        max_det: Annotated[
+            int | None, Query(ge=1, le=MAX_DET, description="boxes kept, the most confident first")
+        ] = None,
     ) -> None:
         self.conf, self.iou, self.max_det = conf, iou, max_det
 
@@ -141,7 +154,9 @@ class Thresholds:
         )
 
 
-def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = None, key_digests: Iterable[bytes] = ()) -> FastAPI:
+def build_api(
+    detect: Find, annotate: Find, info: Info, limits: Limits | None = None, key_digests: Iterable[bytes] = ()
+) -> FastAPI:
     """The service around three functions.
 
     Args:
@@ -152,7 +167,12 @@ def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = 
         key_digests: :func:`digest` of each accepted API key; none leaves the service open.
     """
     limits, digests = limits or Limits(), tuple(key_digests)
-    api = FastAPI(title="raypar", version=raypar.__version__, summary="Object detection: Ultralytics YOLO on Ray", redoc_url=None)
+    api = FastAPI(
+        title="raypar",
+        version=raypar.__version__,
+        summary="Object detection: Ultralytics YOLO on Ray",
+        redoc_url=None,
+    )
     explain_errors(api)
     _add_page(api)
     _add_probes(api, info)
@@ -184,7 +204,12 @@ def build_api(detect: Find, annotate: Find, info: Info, limits: Limits | None = 
         answer = await find(annotate, request, query)
         return Response(answer.jpeg, media_type="image/jpeg", headers=_timing(answer))
 
-    @api.get("/v1/model", dependencies=[Depends(check_key)], responses=problems(401, 503, 504), response_model=ModelAnswer)
+    @api.get(
+        "/v1/model",
+        dependencies=[Depends(check_key)],
+        responses=problems(401, 503, 504),
+        response_model=ModelAnswer,
+    )
     async def model() -> dict[str, Any]:
         """The model that is loaded now, and the defaults of the query parameters."""
         found = await _in_time(info(), asyncio.get_running_loop().time() + limits.request_timeout_s)
@@ -202,7 +227,8 @@ def _has_key(request: Request, digests: tuple[bytes, ...]) -> bool:
     scheme, _, bearer = request.headers.get("authorization", "").partition(" ")
     key = bearer.strip() if scheme.lower() == "bearer" else request.headers.get("x-api-key", "")
     given = digest(key)
-    return any([hmac.compare_digest(given, each) for each in digests])  # a list: every one is compared, whichever fits
+    # a list: every one is compared, whichever fits
+    return any([hmac.compare_digest(given, each) for each in digests])
 
 
 async def _in_time(work: Awaitable[Any], deadline: float) -> Any:
@@ -210,7 +236,9 @@ async def _in_time(work: Awaitable[Any], deadline: float) -> Any:
         async with asyncio.timeout_at(deadline):
             return await work
     except TimeoutError:
-        raise HTTPException(504, "the detector did not answer in time: try again, or with a smaller image", RETRY_AFTER) from None
+        raise HTTPException(
+            504, "the detector did not answer in time: try again, or with a smaller image", RETRY_AFTER
+        ) from None
 
 
 async def _receive(request: Request, limits: Limits, deadline: float) -> bytes:
@@ -222,7 +250,9 @@ async def _receive(request: Request, limits: Limits, deadline: float) -> bytes:
         raise HTTPException(415, detail)
     try:
         async with asyncio.timeout_at(deadline):
-            body = await _read(request, limits.max_image_bytes + (FORM_OVERHEAD_BYTES if is_form else 0), limits)
+            body = await _read(
+                request, limits.max_image_bytes + (FORM_OVERHEAD_BYTES if is_form else 0), limits
+            )
             image = await _form_image(request, body) if is_form else body
     except TimeoutError:
         raise HTTPException(408, f"the image did not come within {limits.request_timeout_s:g} s") from None
@@ -246,7 +276,9 @@ async def _read(request: Request, max_bytes: int, limits: Limits) -> bytes:
 
 
 def _too_large(limits: Limits) -> HTTPException:
-    return HTTPException(413, f"the image has more than {limits.max_image_bytes} bytes", {"Connection": "close"})
+    return HTTPException(
+        413, f"the image has more than {limits.max_image_bytes} bytes", {"Connection": "close"}
+    )
 
 
 async def _form_image(request: Request, body: bytes) -> bytes:
@@ -266,7 +298,11 @@ def _check_header(image: bytes, max_pixels: int) -> None:
         height, width = header_hw(image)
     except ValueError as error:
         is_bomb = isinstance(error.__cause__, PIL.Image.DecompressionBombError)
-        raise HTTPException(413, f"the image has more than {max_pixels} pixels") if is_bomb else BadImageError(_first_line(error)) from None
+        raise (
+            HTTPException(413, f"the image has more than {max_pixels} pixels")
+            if is_bomb
+            else BadImageError(_first_line(error))
+        ) from None
     if height * width > max_pixels:
         raise HTTPException(413, f"an image of {width} x {height} has more than {max_pixels} pixels")
 

@@ -27,7 +27,13 @@ class Batcher(Generic[T, R]):
         wait_s: how long a free model waits for a batch to fill, from its first item on.
     """
 
-    def __init__(self, run: Callable[[Sequence[T]], Sequence[R | Exception]], executor: Executor, max_size: int, wait_s: float) -> None:
+    def __init__(
+        self,
+        run: Callable[[Sequence[T]], Sequence[R | Exception]],
+        executor: Executor,
+        max_size: int,
+        wait_s: float,
+    ) -> None:
         self._run, self._executor, self._max_size, self._wait_s = run, executor, max_size, wait_s
         self._waiting: deque[tuple[T, asyncio.Future[R]]] = deque()
         self._arrived, self._full = asyncio.Event(), asyncio.Event()
@@ -77,7 +83,9 @@ class Batcher(Generic[T, R]):
     async def _settle(self, batch: Sequence[tuple[T, asyncio.Future[R]]]) -> None:
         results: Sequence[R | Exception]
         try:
-            results = await asyncio.get_running_loop().run_in_executor(self._executor, self._run, [item for item, _ in batch])
+            results = await asyncio.get_running_loop().run_in_executor(
+                self._executor, self._run, [item for item, _ in batch]
+            )
             assert len(results) == len(batch), f"{len(results)} results for {len(batch)} items"
         except Exception as error:
             results = [error] * len(batch)

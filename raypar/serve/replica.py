@@ -54,7 +54,9 @@ class Ingress:
         key_digests: sha256 of each accepted API key; none leaves the service open.
     """
 
-    def __init__(self, detector: DeploymentHandle[Any], limits: Limits, key_digests: tuple[bytes, ...]) -> None:
+    def __init__(
+        self, detector: DeploymentHandle[Any], limits: Limits, key_digests: tuple[bytes, ...]
+    ) -> None:
         self._detector, self._limits, self._key_digests = detector, limits, key_digests
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
@@ -119,10 +121,16 @@ class Replica:
         self._loader = ThreadPoolExecutor(1, "load", _set_num_threads, (threads,))
         self._model_thread = ThreadPoolExecutor(1, "model", _set_num_threads, (threads,))
         self._image_threads = ThreadPoolExecutor(IMAGE_THREADS, "images")
-        self._batch_size = metrics.Histogram("raypar_batch_size", "Images in a forward pass.", boundaries=BATCH_SIZES)
-        self._forward_s = metrics.Histogram("raypar_forward_s", "Seconds of a forward pass.", boundaries=FORWARD_SECONDS)
+        self._batch_size = metrics.Histogram(
+            "raypar_batch_size", "Images in a forward pass.", boundaries=BATCH_SIZES
+        )
+        self._forward_s = metrics.Histogram(
+            "raypar_forward_s", "Seconds of a forward pass.", boundaries=FORWARD_SECONDS
+        )
         self._bad_images = metrics.Counter("raypar_bad_images", "Images that could not be decoded.")
-        self._batched = Batcher(self._forward, self._model_thread, self._config.max_batch_size, self._config.batch_wait_s)
+        self._batched = Batcher(
+            self._forward, self._model_thread, self._config.max_batch_size, self._config.batch_wait_s
+        )
         self._is_suspect = False  # the last forward pass failed: the next health check tries the model
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
@@ -132,7 +140,9 @@ class Replica:
         (Serve would otherwise replace it by one that cannot start). ``GET /v1/model`` tells which weights are in use.
         """
         try:
-            self._loaded = await asyncio.get_running_loop().run_in_executor(self._loader, self._load, user_config)
+            self._loaded = await asyncio.get_running_loop().run_in_executor(
+                self._loader, self._load, user_config
+            )
         except Exception:
             if self._loaded is None:
                 raise
@@ -145,13 +155,20 @@ class Replica:
         if not self._batched.is_alive:
             raise RuntimeError("the loop that makes batches has ended")
         if self._is_suspect and self._loaded is not None:
-            await asyncio.get_running_loop().run_in_executor(self._model_thread, self._loaded.detector.warm_up)
+            await asyncio.get_running_loop().run_in_executor(
+                self._model_thread, self._loaded.detector.warm_up
+            )
             self._is_suspect = False
 
     async def info(self) -> dict[str, Any]:
         """name, sha256, task, class_names and imgsz of the model in use."""
         detector = self._current.detector
-        return {**self._current.model, "task": detector.task, "class_names": detector.class_names, "imgsz": detector.imgsz}
+        return {
+            **self._current.model,
+            "task": detector.task,
+            "class_names": detector.class_names,
+            "imgsz": detector.imgsz,
+        }
 
     async def detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image. A bad image is an answer, not an error of the replica."""
@@ -164,7 +181,9 @@ class Replica:
         if isinstance(pending, BadImageError):
             return pending
         answer = await self._batched(pending)
-        return await asyncio.get_running_loop().run_in_executor(self._image_threads, _drawn, pending.image, answer)
+        return await asyncio.get_running_loop().run_in_executor(
+            self._image_threads, _drawn, pending.image, answer
+        )
 
     @property
     def _current(self) -> Loaded:
@@ -172,7 +191,9 @@ class Replica:
         return self._loaded
 
     async def _decode(self, image: bytes, conf: float, iou: float, max_det: int) -> Pending | BadImageError:
-        decode = asyncio.get_running_loop().run_in_executor(self._image_threads, images.decode, image, self._config.max_pixels)
+        decode = asyncio.get_running_loop().run_in_executor(
+            self._image_threads, images.decode, image, self._config.max_pixels
+        )
         try:
             return Pending(await decode, conf, iou, max_det)
         except ValueError as error:
@@ -182,13 +203,21 @@ class Replica:
     def _forward(self, batch: Sequence[Pending]) -> list[Answer | Exception]:
         """One forward pass; if it fails, one for each image, so that only the culprit's request fails."""
         loaded, start = self._current, time.perf_counter()
-        thresholds = {"conf": [p.conf for p in batch], "iou": [p.iou for p in batch], "max_det": [p.max_det for p in batch]}
+        thresholds = {
+            "conf": [p.conf for p in batch],
+            "iou": [p.iou for p in batch],
+            "max_det": [p.max_det for p in batch],
+        }
         try:
             found = loaded.detector([p.image for p in batch], **thresholds)  # type: ignore[arg-type]
         except Exception as error:
             self._is_suspect = True
             log.exception("a forward pass of %d images failed", len(batch))
-            return [error] if len(batch) == 1 else [answer for pending in batch for answer in self._forward([pending])]
+            return (
+                [error]
+                if len(batch) == 1
+                else [answer for pending in batch for answer in self._forward([pending])]
+            )
         seconds = time.perf_counter() - start
         self._batch_size.observe(len(batch))
         self._forward_s.observe(seconds)
@@ -198,7 +227,9 @@ class Replica:
         from raypar.detector import Detector
 
         if not user_config.get("weights") or set(user_config) - {"weights", "name"}:
-            raise ValueError(f"user_config of Detector is {user_config}: it takes 'weights' (a path or URI) and 'name'")
+            raise ValueError(
+                f"user_config of Detector is {user_config}: it takes 'weights' (a path or URI) and 'name'"
+            )
         weights, config = str(user_config["weights"]), self._config
         with tempfile.TemporaryDirectory(prefix="raypar-serve-") as folder:
             local, sha256 = download(weights, Path(folder))
@@ -206,8 +237,11 @@ class Replica:
                                      conf=config.conf, iou=config.iou, max_det=config.max_det)  # fmt: skip
             detector.warm_up()
             if self._device != "cpu" and not detector.square:
-                detector.warm_up(config.max_batch_size)  # the largest batch finds out now whether it fits the memory
-        return Loaded(detector, {"name": str(user_config.get("name") or Path(weights).name), "sha256": sha256})
+                # the largest batch finds out now whether it fits the memory
+                detector.warm_up(config.max_batch_size)
+        return Loaded(
+            detector, {"name": str(user_config.get("name") or Path(weights).name), "sha256": sha256}
+        )
 
 
 def download(weights: str, into: Path) -> tuple[Path, str]:
@@ -243,7 +277,9 @@ def _body(loaded: Loaded, found: Detections) -> dict[str, Any]:
     detections = []
     for i, confidence, box in rows:
         rounded = round(confidence, CONFIDENCE_DIGITS), [round(v, BOX_DIGITS) for v in box]
-        detections.append({"class_id": i, "class_name": names[i], "confidence": rounded[0], "box_xyxy": rounded[1]})
+        detections.append(
+            {"class_id": i, "class_name": names[i], "confidence": rounded[0], "box_xyxy": rounded[1]}
+        )
     return {"model": loaded.model, "image": {"height": height, "width": width}, "detections": detections}
 
 
@@ -255,14 +291,20 @@ def _drawn(image: images.Image, answer: Answer) -> Answer:
     boxes = np.array([each["box_xyxy"] for each in found], np.float32).reshape(-1, 4)
     ids = np.array([each["class_id"] for each in found], np.int32)
     confidences = np.array([each["confidence"] for each in found], np.float32)
-    drawn = draw.boxes_on(image, boxes, ids, [names.get(i, "") for i in range(max(names, default=-1) + 1)], confidences)
+    drawn = draw.boxes_on(
+        image, boxes, ids, [names.get(i, "") for i in range(max(names, default=-1) + 1)], confidences
+    )
     return replace(answer, jpeg=images.encode_jpeg(drawn))
 
 
 def _num_threads(config: ServeConfig) -> int:
     """torch threads of a replica on a CPU: its share of the node's cores. (Ray would leave it one for each CPU reserved.)"""
-    replicas = config.num_replicas.max if isinstance(config.num_replicas, Autoscaling) else config.num_replicas
-    return config.threads_per_replica or max(len(os.sched_getaffinity(0)) // replicas, int(config.num_cpus), 1)
+    replicas = (
+        config.num_replicas.max if isinstance(config.num_replicas, Autoscaling) else config.num_replicas
+    )
+    return config.threads_per_replica or max(
+        len(os.sched_getaffinity(0)) // replicas, int(config.num_cpus), 1
+    )
 
 
 def _set_num_threads(threads: int) -> None:

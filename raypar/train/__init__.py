@@ -39,7 +39,8 @@ def check(config: RunConfig) -> None:
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
-    manifest = Manifest.load(config.dataset_folder)  # first: what follows imports torch and Ultralytics, which takes seconds
+    # first: what follows imports torch and Ultralytics, which takes seconds
+    manifest = Manifest.load(config.dataset_folder)
     verify.check_sizes(config.dataset_folder, manifest, SPLITS)
     from raypar.augment import albu
     from raypar.dataset.stream import recipe_of
@@ -71,7 +72,7 @@ def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
     return num_gpus >= train.min_workers if train.use_gpu == "auto" else train.use_gpu
 
 
-def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:
+def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:  # noqa: PLR0915
     """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
 
     Args:
@@ -117,20 +118,36 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         ray.exceptions.RayActorError,
         ray.exceptions.OutOfMemoryError,
     ) as error:  # two are the controller's
-        chronicle.happened(out, trainer.run_id)  # what the controller has told, before its words are taken away
+        # what the controller has told, before its words are taken away
+        chronicle.happened(out, trainer.run_id)
         cause = launch.cause(trainer.run_id, error)
         chronicle.close(out, trainer.run_id, config.name, "failed", f"failed: {cause}")
-        raise RuntimeError(f"training failed: {cause}; what was saved is in {out.uri}, and the same command goes on from there") from error
+        raise RuntimeError(
+            f"training failed: {cause}; what was saved is in {out.uri}, and the same command goes on from there"
+        ) from error
     finally:
         if cache is not None:
             drop_everywhere(cache)
     if (stopped := (result.return_value or {}).get("stopped")) is not None:
-        chronicle.close(out, trainer.run_id, config.name, "stopped", f"stopped on demand after {stopped:,} images, all of it saved")
-        print(f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there", flush=True)
+        chronicle.close(
+            out,
+            trainer.run_id,
+            config.name,
+            "stopped",
+            f"stopped on demand after {stopped:,} images, all of it saved",
+        )
+        print(
+            f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there",
+            flush=True,
+        )
         raise KeyboardInterrupt
     summary = _finish(out, label)
     chronicle.close(
-        out, trainer.run_id, config.name, "finished", f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}"
+        out,
+        trainer.run_id,
+        config.name,
+        "finished",
+        f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}",
     )
     print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
     return summary
@@ -167,7 +184,9 @@ def _note(text: str) -> None:
 
 def _placed(config: RunConfig, manifest: Manifest) -> RunConfig:
     """The same with a place to augment."""
-    return config.model_copy(update={"train": config.train.model_copy(update={"augment": where_to_augment(config, manifest)})})
+    return config.model_copy(
+        update={"train": config.train.model_copy(update={"augment": where_to_augment(config, manifest)})}
+    )
 
 
 def where_to_augment(config: RunConfig, manifest: Manifest) -> Literal["cpu", "gpu"]:
@@ -200,11 +219,18 @@ def _refuse_on_device(config: RunConfig, manifest: Manifest) -> None:
 
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
     moves_pixels = albu.make(config.train.albumentations, manifest.task).move_pixels
-    refuse(task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=moves_pixels)
+    refuse(
+        task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=moves_pixels
+    )
 
 
 def _trainer(
-    config: RunConfig, model: str | dict[str, Any], manifest: Manifest, cache: CacheSpec | None, run_id: str, label: str
+    config: RunConfig,
+    model: str | dict[str, Any],
+    manifest: Manifest,
+    cache: CacheSpec | None,
+    run_id: str,
+    label: str,
 ) -> launch.Trainer:
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
@@ -228,12 +254,18 @@ def _trainer(
             "model": model,
             "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),
-            "plan": {"row_groups": _row_groups(config, manifest), "seed": config.seed, "global_batch": train.batch},
+            "plan": {
+                "row_groups": _row_groups(config, manifest),
+                "seed": config.seed,
+                "global_batch": train.batch,
+            },
             "cache": None if cache is None else dataclasses.asdict(cache),
         },
         torch_config=network.Network(timeout_s=int(train.collective_timeout_s)),
         scaling_config=ray.train.ScalingConfig(
-            num_workers=train.num_workers if isinstance(train.num_workers, int) else (train.min_workers, train.max_workers),
+            num_workers=train.num_workers
+            if isinstance(train.num_workers, int)
+            else (train.min_workers, train.max_workers),
             elastic_resize_monitor_interval_s=GROW_EVERY_S,
             use_gpu=use_gpu,
             resources_per_worker={"CPU": train.cpus_per_worker or 1, **({"GPU": 1} if use_gpu else {})},
@@ -311,4 +343,6 @@ def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
     then, today = ({**{k: v for k, v in side.items() if k != "yolo"}, **{f"yolo.{k}": v for k, v in side.get("yolo", {}).items()}}
                    for side in (before, now))  # fmt: skip
     names = [*today, *(name for name in then if name.startswith("yolo.") and name not in today)]
-    return ", ".join(f"{n}: {then.get(n)!r} then, {today.get(n)!r} now" for n in names if then.get(n) != today.get(n))
+    return ", ".join(
+        f"{n}: {then.get(n)!r} then, {today.get(n)!r} now" for n in names if then.get(n) != today.get(n)
+    )

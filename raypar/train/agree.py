@@ -28,14 +28,20 @@ class Agreement:
 
     def __init__(self, world_size: int, timeout_s: float):
         self.world_size = world_size
-        self.group: Any = dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size > 1 else None
+        self.group: Any = (
+            dist.new_group(backend="gloo", timeout=timedelta(seconds=timeout_s)) if world_size > 1 else None
+        )
         self._under_way: tuple[Any, Tensor] | None = None
 
     def step(self, wishes: Collection[str]) -> set[str]:
         """Posts this rank's wishes; returns those that any rank had one step ago, the same on every rank."""
         agreed = self.last()
         flags = torch.tensor([int(name in wishes) for name in WISHES], dtype=torch.int32)
-        work = dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True) if self.world_size > 1 else None
+        work = (
+            dist.all_reduce(flags, dist.ReduceOp.MAX, group=self.group, async_op=True)
+            if self.world_size > 1
+            else None
+        )
         self._under_way = work, flags
         return agreed
 

@@ -52,7 +52,10 @@ def curves(x: Sequence[float], series: Series, *, mark: float | None = None, fro
         mark: where a dotted line stands (the best epoch).
         from_zero: whether the vertical axis begins at 0.
     """
-    points = {name: [(a, b) for a, b in zip(x, values, strict=True) if _is_number(b)] for name, values in series.items()}
+    points = {
+        name: [(a, b) for a, b in zip(x, values, strict=True) if _is_number(b)]
+        for name, values in series.items()
+    }
     values = [float(b or 0.0) for each in points.values() for _, b in each]
     if not values:
         return '<p class="muted">no values</p>'
@@ -61,7 +64,9 @@ def curves(x: Sequence[float], series: Series, *, mark: float | None = None, fro
 
     def at(a: float, b: float) -> tuple[float, float]:
         share = (a - first) / (last - first) if last > first else 0.5
-        return LEFT + share * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - (b - low) / (high - low) * (HEIGHT - TOP - BOTTOM)
+        return LEFT + share * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - (b - low) / (high - low) * (
+            HEIGHT - TOP - BOTTOM
+        )
 
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
     for tick in marks:
@@ -69,10 +74,14 @@ def curves(x: Sequence[float], series: Series, *, mark: float | None = None, fro
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>'
                      f'<text x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{number(tick)}</text>')  # fmt: skip
     for tick in sorted({t for t in ticks(first, last, whole=True) if first <= t <= last} | {first}):
-        parts.append(f'<text x="{at(tick, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>')
+        parts.append(
+            f'<text x="{at(tick, low)[0]:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(tick)}</text>'
+        )
     if mark is not None and first <= mark <= last:
         spot = at(mark, low)[0]
-        parts.append(f'<line class="mark" x1="{spot:.1f}" x2="{spot:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>')
+        parts.append(
+            f'<line class="mark" x1="{spot:.1f}" x2="{spot:.1f}" y1="{TOP}" y2="{HEIGHT - BOTTOM}"/>'
+        )
     for i, (name, each) in enumerate(points.items()):
         thinned = each[:: max(1, len(each) // MAX_POINTS)] if len(each) > MAX_POINTS else each
         path = " ".join(f"{px:.1f},{py:.1f}" for px, py in (at(a, float(b or 0.0)) for a, b in thinned))
@@ -96,7 +105,9 @@ def stacked_bar(shares: Mapping[str, float], labels: Mapping[str, str]) -> str:
     total, parts, x = sum(shares.values()) or 1.0, [], 0.0
     for i, (name, amount) in enumerate(shares.items()):
         width = 1000 * amount / total
-        parts.append(f'<rect class="f{i % 5}" x="{x:.2f}" y="0" width="{width:.2f}" height="28"><title>{html.escape(name)}</title></rect>')
+        parts.append(
+            f'<rect class="f{i % 5}" x="{x:.2f}" y="0" width="{width:.2f}" height="28"><title>{html.escape(name)}</title></rect>'
+        )
         x += width
     return f'<svg viewBox="0 0 1000 28" preserveAspectRatio="none" class="bar" role="img">{"".join(parts)}</svg>{_legend(labels)}'
 
@@ -124,7 +135,9 @@ def stacked_columns(x: Sequence[float], series: Series) -> str:
                          f'width="{0.84 * width:.2f}" height="{height:.1f}"/>')  # fmt: skip
     for column in sorted({0, len(shown) // 2, len(shown) - 1}):
         centre = LEFT + (column + 0.5) * width
-        parts.append(f'<text x="{centre:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(x[shown[column]])}</text>')
+        parts.append(
+            f'<text x="{centre:.1f}" y="{HEIGHT - 8}" text-anchor="middle">{number(x[shown[column]])}</text>'
+        )
     return "".join([*parts, "</svg>", _legend(dict.fromkeys(series, ""))])
 
 

@@ -34,7 +34,9 @@ def fold_gradients(loop: Loop) -> None:
     flat = torch.cat([g.reshape(-1) for g in gradients])
     dist.all_reduce(flat)
     flat /= loop.world_size
-    for parameter, gradient, mean in zip(parameters, gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True):
+    for parameter, gradient, mean in zip(
+        parameters, gradients, torch.split(flat, [g.numel() for g in gradients]), strict=True
+    ):
         # A tensor of its own, as after a resume: DDP divides what lies in its buckets, and multiplies what it copies there.
         parameter.grad = torch.empty_like(gradient).copy_(mean.view_as(gradient))
 
@@ -49,7 +51,9 @@ def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
     model = loop.lender.model
     criterion = getattr(model, "criterion", None)
     weights, optimizer = (
-        parallel.captured(model, loop.optimizer) if loop.spread == "fsdp" else (model.state_dict(), loop.optimizer.state_dict())
+        parallel.captured(model, loop.optimizer)
+        if loop.spread == "fsdp"
+        else (model.state_dict(), loop.optimizer.state_dict())
     )
     state = {
         "model": weights,
@@ -58,7 +62,9 @@ def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
         "optimizer": optimizer,
         "scaler": loop.scaler.state_dict(),
         "gradients": parallel.whole_gradients(model) if has_gradients else {},
-        "criterion": {k: v for k, v in vars(criterion).items() if isinstance(v, int | float)} if criterion is not None else {},
+        "criterion": {k: v for k, v in vars(criterion).items() if isinstance(v, int | float)}
+        if criterion is not None
+        else {},
         "stopper": {k: v for k, v in vars(loop.stopper).items() if k != "patience"},
         "best_fitness": loop.best_fitness,
         "last_optimizer_step": loop.last_optimizer_step,
@@ -70,7 +76,15 @@ def capture(loop: Loop, *, has_gradients: bool) -> dict[str, Any]:
 def is_finite(state: dict[str, Any]) -> bool:
     """Whether weights, EMA and optimizer hold numbers only: nothing else may be saved. Scaled gradients (fp16) may overflow: that update is left out."""
     found: list[Tensor] = []
-    _tensors([state["model"], state["ema"], state["optimizer"]["state"], {} if state["scaler"] else state["gradients"]], found)
+    _tensors(
+        [
+            state["model"],
+            state["ema"],
+            state["optimizer"]["state"],
+            {} if state["scaler"] else state["gradients"],
+        ],
+        found,
+    )
     return all(bool(torch.isfinite(t).all()) for t in found if t.is_floating_point())
 
 
@@ -108,7 +122,8 @@ def write(out: Folder, state: dict[str, Any], *, keep: int) -> None:
     name = name_of(state["cursor"])
     out.write(f"{name}/{STATE}", buffer.getbuffer())
     complete = names(out)
-    for old in complete[complete.index(name) + 1 :][keep - 1 :]:  # none that is newer: another process may have written it
+    # none that is newer: another process may have written it
+    for old in complete[complete.index(name) + 1 :][keep - 1 :]:
         out.delete(f"{old}/{STATE}")  # first what makes it complete
         out.delete(old)
 
@@ -139,9 +154,14 @@ def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
         except OSError:
             raise
         except Exception as error:  # torch's or pickle's, of a damaged file
-            print(f"train: {name} cannot be read and is passed over: {' '.join(str(error).split())[:200]}", flush=True)
+            print(
+                f"train: {name} cannot be read and is passed over: {' '.join(str(error).split())[:200]}",
+                flush=True,
+            )
     if found:
-        raise ValueError(f"none of the checkpoints {', '.join(found)} in {out.uri} can be read: restore one, or train.overwrite=true")
+        raise ValueError(
+            f"none of the checkpoints {', '.join(found)} in {out.uri} can be read: restore one, or train.overwrite=true"
+        )
     return None
 
 
@@ -159,5 +179,7 @@ def _on_cpu(value: Any) -> Any:
 def _tensors(value: Any, found: list[Tensor]) -> None:
     if isinstance(value, Tensor):
         found.append(value)
-    for inner in value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ():
+    for inner in (
+        value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    ):
         _tensors(inner, found)

@@ -36,7 +36,11 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]  # Ray is untyped her
     def _count_possible_workers(self, reserved_resources: dict[str, dict[str, float]]) -> int:
         alive = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
         draining = ray._private.state.state.get_draining_nodes()
-        there = {node: resources for node, resources in reserved_resources.items() if node in alive and node not in draining}
+        there = {
+            node: resources
+            for node, resources in reserved_resources.items()
+            if node in alive and node not in draining
+        }
         return largest(
             self.world_sizes,
             super()._count_possible_workers(there),
@@ -51,11 +55,15 @@ class Elastic(ElasticScalingPolicy):  # type: ignore[misc]  # Ray is untyped her
             return decision
         self.waiting_since = self.waiting_since or time.monotonic()
         if time.monotonic() - self.waiting_since > self.placement_timeout_s:
-            raise UnplaceableError(missing(self.placement_timeout_s, f"at least {self.world_sizes[0]} worker(s) are needed"))
+            raise UnplaceableError(
+                missing(self.placement_timeout_s, f"at least {self.world_sizes[0]} worker(s) are needed")
+            )
         time.sleep(0.5)  # the controller asks again at once
         return decision
 
-    def make_decision_for_running_worker_group(self, worker_group_state: Any, worker_group_status: Any) -> Any:
+    def make_decision_for_running_worker_group(
+        self, worker_group_state: Any, worker_group_status: Any
+    ) -> Any:
         """Grows by asking the workers to save and leave. Shrinks at once, when what is left cannot feed so many; lost workers are the
         failure policy's."""
         decision = super().make_decision_for_running_worker_group(worker_group_state, worker_group_status)

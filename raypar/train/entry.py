@@ -25,14 +25,18 @@ def train_loop(config: dict[str, Any]) -> dict[str, Any] | None:
         Exception: one of :mod:`raypar.train.failure`, which says who failed, where and in which stage.
     """
     context = ray.train.get_context()
-    pulse = Pulse(config["run_id"], context.get_world_rank(), context.get_world_size(), context.get_local_rank())
+    pulse = Pulse(
+        config["run_id"], context.get_world_rank(), context.get_world_size(), context.get_local_rank()
+    )
     try:
-        from raypar.train.worker import Worker  # here: Ultralytics must be imported after Ray has set the rank
+        # here: Ultralytics must be imported after Ray has set the rank
+        from raypar.train.worker import Worker
 
         return Worker(config, pulse).run()
     except Exception as error:
         explained = failure.explained(error, pulse)
-        if isinstance(explained, (*failure.TOLD, ValueError)):  # the message says it all; a traceback would bury it
+        # the message says it all; a traceback would bury it
+        if isinstance(explained, (*failure.TOLD, ValueError)):
             logging.getLogger("ray.train.v2._internal.util").setLevel(logging.CRITICAL)
         if explained is error:
             raise

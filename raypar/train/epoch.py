@@ -67,11 +67,16 @@ class Epoch:
         """
         names = sorted({*self.losses, *self.kept.get("losses", {})})
         mine = [float(self.losses[name]) if name in self.losses else 0.0 for name in names]
-        *sums, num_replaced = agreement.sum(torch.tensor([*mine, self.num_replaced], dtype=torch.float64)).tolist()
+        *sums, num_replaced = agreement.sum(
+            torch.tensor([*mine, self.num_replaced], dtype=torch.float64)
+        ).tolist()
         seen = agreement.sum(torch.from_numpy(self.times_seen.copy())).numpy()
         kept = self.kept
         return {
-            "losses": {n: s / agreement.world_size + kept.get("losses", {}).get(n, 0.0) for n, s in zip(names, sums, strict=True)},
+            "losses": {
+                n: s / agreement.world_size + kept.get("losses", {}).get(n, 0.0)
+                for n, s in zip(names, sums, strict=True)
+            },
             "num_steps": self.num_steps + kept.get("num_steps", 0),
             "num_replaced": int(num_replaced) + kept.get("num_replaced", 0),
             "times_seen": seen + kept["times_seen"] if kept else seen,

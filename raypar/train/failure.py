@@ -20,7 +20,8 @@ from raypar.storage import OutOfDiskError, StorageError
 from raypar.train import pulse
 
 START_ATTEMPTS = 3
-ELASTIC_START_S = 15.0  # an elastic run has counted that there is room: when there is none, a node was counted that has gone
+# an elastic run has counted that there is room: when there is none, a node was counted that has gone
+ELASTIC_START_S = 15.0
 MAX_PREEMPTIONS = 100
 # The same again would come of the same settings and the same data: these are not tried again.
 MISTAKES = (ValueError, TypeError, AttributeError, ImportError, NotImplementedError, AssertionError)
@@ -78,7 +79,8 @@ def explained(error: Exception, life: pulse.Pulse) -> Exception:
         return error
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         return OutOfDiskError(f"{life}: {text}")
-    if isinstance(error, ray.exceptions.OutOfMemoryError):  # of a data task, tried again by Ray as often as is allowed
+    # of a data task, tried again by Ray as often as is allowed
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
         return RankError(f"{life}: a task that reads data was killed: {memory_of_node(error)}")
     if is_out_of_memory(error):
         return OutOfMemoryError(f"{life}: {text}; {LESS_MEMORY}")
@@ -116,8 +118,11 @@ def start_attempts(placement_timeout_s: float, *, is_elastic: bool) -> tuple[int
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether torch could not get memory, on whatever device."""
-    words = r"DefaultCPUAllocator|\b(?:cuda|hip)\b.{0,20}\bout of memory"  # also the driver's own: "CUDA error: out of memory"
-    return type(error).__name__ == "OutOfMemoryError" or re.search(words, str(error), re.IGNORECASE) is not None
+    # also the driver's own: "CUDA error: out of memory"
+    words = r"DefaultCPUAllocator|\b(?:cuda|hip)\b.{0,20}\bout of memory"
+    return (
+        type(error).__name__ == "OutOfMemoryError" or re.search(words, str(error), re.IGNORECASE) is not None
+    )
 
 
 def _who_is_silent(life: pulse.Pulse) -> str:
@@ -142,9 +147,19 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
         start_attempts: how often in a row the workers may find no place.
     """
 
-    def __init__(self, failure_config: Any, run_id: str, placement_timeout_s: float, start_attempts: int = START_ATTEMPTS):
+    def __init__(
+        self,
+        failure_config: Any,
+        run_id: str,
+        placement_timeout_s: float,
+        start_attempts: int = START_ATTEMPTS,
+    ):
         super().__init__(failure_config)
-        self.run_id, self.placement_timeout_s, self.start_attempts = run_id, placement_timeout_s, start_attempts
+        self.run_id, self.placement_timeout_s, self.start_attempts = (
+            run_id,
+            placement_timeout_s,
+            start_attempts,
+        )
         self.counts: dict[str, int] = {}
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
@@ -157,13 +172,27 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
         limit = limits.get(kind, 0)
         is_retry = limit < 0 or count <= limit
         is_stop = is_retry and _is_asked_to_stop(self.run_id)
-        then = "training ends, as it was asked to" if is_stop else _what_next(kind, count, limit) if is_retry else "training ends"
-        event = {"time": time.time(), "what": f"{cause}; {then}", "kind": kind, "count": count, "limit": limit}
-        pulse.post(self.run_id, f"failure:{time.time():020.6f}", json.dumps(event))  # the next rank 0, or the driver, keeps it
+        then = (
+            "training ends, as it was asked to"
+            if is_stop
+            else _what_next(kind, count, limit)
+            if is_retry
+            else "training ends"
+        )
+        event = {
+            "time": time.time(),
+            "what": f"{cause}; {then}",
+            "kind": kind,
+            "count": count,
+            "limit": limit,
+        }
+        # the next rank 0, or the driver, keeps it
+        pulse.post(self.run_id, f"failure:{time.time():020.6f}", json.dumps(event))
         if is_retry:
             print(f"train: {cause}; {then}", flush=True)
             pulse.clear(self.run_id, "beat:")
-            pulse.clear(self.run_id, "grow")  # "stop" stays: asked for a moment later, the next workers hear it
+            # "stop" stays: asked for a moment later, the next workers hear it
+            pulse.clear(self.run_id, "grow")
             if is_stop:
                 pulse.post(self.run_id, pulse.ENDED, cause)
         elif kind == "start":
@@ -238,7 +267,8 @@ def diagnosis(error: Exception, beats: dict[int, pulse.Beat]) -> tuple[str, str]
         inner = unwrapped(error.controller_failure)
         if type(inner).__name__ in ("WorkerGroupStartupTimeoutError", "WorkerGroupStartupFailedError"):
             return "start", _first_line(inner)
-        if isinstance(inner, DEAD):  # when all are there and are told to train, which is no part of their start to Ray Train (2.60.0)
+        # when all are there and are told to train, which is no part of their start to Ray Train (2.60.0)
+        if isinstance(inner, DEAD):
             kind, cause = _of_dead("a worker that was starting", inner)
             return "failure" if kind == "lost" else kind, cause
         if isinstance(inner, OSError) and inner.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -268,7 +298,9 @@ def _of_worker(rank: int, failure: Exception, beat: pulse.Beat | None) -> tuple[
         return "not finite", str(failure)
     if isinstance(failure, (*MISTAKES, OutOfMemoryError, OutOfDiskError, StorageError)):
         return "final", f"worker {rank}: {_first_line(failure)}"
-    who = f"worker {rank}" + (f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else "")
+    who = f"worker {rank}" + (
+        f" on {beat.host}, in stage '{beat.stage}' after {beat.cursor} images," if beat else ""
+    )
     held = f"it held {beat.memory_gb:.1f} GB" if beat else ""
     if isinstance(dead, DEAD):
         return _of_dead(who, dead, held)
@@ -311,7 +343,9 @@ def missing(timeout_s: float, cause: str) -> str:
 
 def _first_line(error: BaseException) -> str:
     """The line of an error's text that says most: the last one of a traceback, the first one else; gloo adds a place and a joke."""
-    text = re.sub(r"\[\S+?\.(?:cc|h|cpp):\d+\] | This is typically caused by a remote worker crashing.*", "", str(error))
+    text = re.sub(
+        r"\[\S+?\.(?:cc|h|cpp):\d+\] | This is typically caused by a remote worker crashing.*", "", str(error)
+    )
     lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
     if not lines:
         return type(error).__name__

@@ -33,7 +33,9 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
         found, task = _read_weights(name, key)
     else:
         base = name.rstrip("/").rsplit("/", 1)[-1]
-        raise ValueError(f"{key}: {name} is neither a .yaml nor a .pt: write {base}.yaml to begin from scratch, {base}.pt for weights")
+        raise ValueError(
+            f"{key}: {name} is neither a .yaml nor a .pt: write {base}.yaml to begin from scratch, {base}.pt for weights"
+        )
     if task != wanted:
         raise ValueError(
             f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': write e.g. yolov8n{SUFFIXES.get(wanted, '')}.yaml"
@@ -75,7 +77,10 @@ def _read_weights(name: str, key: str) -> tuple[str, str]:
 def _fetched(uri: str) -> Path:
     """A local copy of weights in a store; it appears whole, for trials of a study fetch it at the same time."""
     folder, base = Folder.holding(uri)
-    path = Path(tempfile.gettempdir()) / f"raypar-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.pt"
+    path = (
+        Path(tempfile.gettempdir())
+        / f"raypar-{os.getuid()}-{hashlib.sha256(uri.encode()).hexdigest()[:12]}.pt"
+    )
     part = path.with_suffix(f".{uuid.uuid4().hex}")
     try:
         folder.download(base, part)

@@ -10,7 +10,9 @@ from typing import Any
 
 import ray
 import ray.train.torch
-from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import get_or_create_autoscaling_coordinator
+from ray.data._internal.cluster_autoscaler.default_autoscaling_coordinator import (
+    get_or_create_autoscaling_coordinator,
+)
 from ray.train.v2._internal import constants
 from ray.train.v2._internal.callbacks import DatasetsCallback
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
@@ -51,7 +53,14 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         """
         is_the_job = ray.get_runtime_context().get_actor_id() is None
         needless = (DatasetsCallback, PlacementGroupCleanerCallback) if is_the_job else (DatasetsCallback,)
-        return [Unstarted(), *(callback for callback in super()._create_default_callbacks() if not isinstance(callback, needless))]
+        return [
+            Unstarted(),
+            *(
+                callback
+                for callback in super()._create_default_callbacks()
+                if not isinstance(callback, needless)
+            ),
+        ]
 
     def fit(self) -> Any:
         """Ray Train's own; a run that was asked to stop has stopped, too, when its workers were lost or placed anew at that moment."""
@@ -73,11 +82,17 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         return int(found[0].removeprefix(checkpoint.PREFIX)) if found else 0
 
     def _initialize_and_run_controller(self, **arguments: Any) -> Any:
-        attempts, seconds = start_attempts(self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled)
+        attempts, seconds = start_attempts(
+            self.placement_timeout_s, is_elastic=self.scaling_config.elasticity_enabled
+        )
         os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(seconds)
-        arguments["failure_policy"] = Policy(self.run_config.failure_config, self.run_id, self.placement_timeout_s, attempts)
+        arguments["failure_policy"] = Policy(
+            self.run_config.failure_config, self.run_id, self.placement_timeout_s, attempts
+        )
         if self.scaling_config.elasticity_enabled:
-            arguments["scaling_policy"] = Elastic(self.scaling_config, self.world_sizes, self.run_id, self.placement_timeout_s)
+            arguments["scaling_policy"] = Elastic(
+                self.scaling_config, self.world_sizes, self.run_id, self.placement_timeout_s
+            )
         # Train's cleaner of placement groups asks for the cluster's state, and without an address it searches this machine: where
         # another Ray runs, or has left its address behind, it dies with a traceback on the screen (Ray 2.60.0).
         os.environ[CLUSTER] = ray.get_runtime_context().gcs_address
@@ -85,7 +100,11 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
         is_main = threading.current_thread() is threading.main_thread()
         before = signal.getsignal(signal.SIGINT) if is_main else None
         try:
-            return _run_controller(self, arguments) if _started_here() else super()._initialize_and_run_controller(**arguments)
+            return (
+                _run_controller(self, arguments)
+                if _started_here()
+                else super()._initialize_and_run_controller(**arguments)
+            )
         finally:
             os.environ.pop(CLUSTER, None)
             if is_main:
@@ -101,7 +120,10 @@ class Trainer(ray.train.torch.TorchTrainer):  # type: ignore[misc]  # Ray is unt
             self.num_interrupts += 1
             if self.num_interrupts > 1:
                 raise KeyboardInterrupt
-            print("train: interrupted: saving a checkpoint, then ending; interrupt again to end at once", flush=True)
+            print(
+                "train: interrupted: saving a checkpoint, then ending; interrupt again to end at once",
+                flush=True,
+            )
             threading.Thread(target=self._ask_to_stop, daemon=True).start()
 
         signal.signal(signal.SIGINT, on_interrupt)
@@ -122,7 +144,8 @@ def _run_controller(trainer: Trainer, arguments: dict[str, Any]) -> Any:
     started cannot be used (Ray 2.60.0, ``DataParallelTrainer._initialize_and_run_controller``)."""
     variables = {"RAY_WARN_BLOCKING_GET_INSIDE_ASYNC": "0", **get_env_vars_to_propagate()}
     controller = ray.remote(num_cpus=0)(Controller).remote(variables, **arguments)
-    coordinator = get_or_create_autoscaling_coordinator()  # the controller would wait for it: now both start side by side
+    # the controller would wait for it: now both start side by side
+    coordinator = get_or_create_autoscaling_coordinator()
     if threading.current_thread() is threading.main_thread():
         trainer._register_sigint_handler(controller)
     ray.get(controller.run.remote())

@@ -28,7 +28,15 @@ IDS = "loggers.json"  # which run of MLflow and of Weights & Biases this one is
 GROUPS = {
     "metrics": ("map50_95", "map50", "precision", "recall", "fitness", "top1", "top5"),
     "seconds": ("wait_s", "step_s", "validate_s", "checkpoint_s"),
-    "run": ("images_per_s", "world_size", "images_seen", "images_missed", "images_repeated", "images_replaced", "all_reduce_ms"),
+    "run": (
+        "images_per_s",
+        "world_size",
+        "images_seen",
+        "images_missed",
+        "images_repeated",
+        "images_replaced",
+        "all_reduce_ms",
+    ),
 }
 GROUP_OF = {name: group for group, names in GROUPS.items() for name in names}
 MLFLOW_STATUS = {"finished": "FINISHED", "stopped": "KILLED", "failed": "FAILED"}
@@ -57,7 +65,10 @@ class Aside:
         self._work.put(None)
         self._thread.join(patience_s)
         if self._thread.is_alive():
-            print(f"train: not everything could be logged within {patience_s:.0f} s; metrics.jsonl has it all", flush=True)
+            print(
+                f"train: not everything could be logged within {patience_s:.0f} s; metrics.jsonl has it all",
+                flush=True,
+            )
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
@@ -69,7 +80,10 @@ class Aside:
             except Exception as error:
                 self.failed.add(name)
                 reason = (str(error).strip().splitlines() or [""])[0][:300]
-                print(f"train: {name} is given up, metrics.jsonl has all metrics: {type(error).__name__}: {reason}", flush=True)
+                print(
+                    f"train: {name} is given up, metrics.jsonl has all metrics: {type(error).__name__}: {reason}",
+                    flush=True,
+                )
 
 
 class Loggers:
@@ -86,7 +100,9 @@ class Loggers:
         self.named: dict[str, TensorBoard | MLflow | Wandb] = {"tensorboard": TensorBoard(out, num_logged)}
         if os.environ.get("MLFLOW_TRACKING_URI") and importlib.util.find_spec("mlflow"):
             self.named["mlflow"] = MLflow(out, name, settings)
-        if (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")) and importlib.util.find_spec("wandb"):
+        if (os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_MODE")) and importlib.util.find_spec(
+            "wandb"
+        ):
             self.named["wandb"] = Wandb(out, name, settings)
 
     def submit_end(self, aside: Aside, how: str) -> None:
@@ -184,7 +200,9 @@ class MLflow:
 
         self.run_id = run_id_of(self.out, "mlflow", create)
         self.client.update_run(self.run_id, status="RUNNING")
-        self.last = max((int(m.step) for m in self.client.get_metric_history(self.run_id, "epoch")), default=0)
+        self.last = max(
+            (int(m.step) for m in self.client.get_metric_history(self.run_id, "epoch")), default=0
+        )
 
     def __call__(self, history: Sequence[Line]) -> None:
         if self.client is None:
@@ -194,7 +212,9 @@ class MLflow:
             if line["epoch"] > self.last:
                 now, epoch = int(time.time() * 1000), line["epoch"]
                 logged = {**values(line), "epoch": float(epoch)}
-                self.client.log_batch(self.run_id, [metric(name, value, now, epoch) for name, value in logged.items()])
+                self.client.log_batch(
+                    self.run_id, [metric(name, value, now, epoch) for name, value in logged.items()]
+                )
                 self.last = epoch
 
     def end(self, how: str) -> None:
@@ -223,7 +243,8 @@ class Wandb:
             if line["epoch"] > self.last:
                 self.run.log({**values(line), "epoch": line["epoch"]}, step=line["epoch"])
                 self.last = line["epoch"]
-        self.out.write_json(IDS, {**self.out.read_json(IDS), "wandb_epoch": self.last})  # offline, the server cannot be asked
+        # offline, the server cannot be asked
+        self.out.write_json(IDS, {**self.out.read_json(IDS), "wandb_epoch": self.last})
 
     def end(self, how: str) -> None:
         if self.run is not None:

@@ -94,9 +94,16 @@ class Loop:
             parallel.synchronise_batch_norm(lender.model, self.device)
         self.model: Any = lender.model
         if self.args.compile:
-            self.model = parallel.compiled(lender.model, self.args.compile, is_multi_scale=bool(self.args.multi_scale), device=self.device)
+            self.model = parallel.compiled(
+                lender.model,
+                self.args.compile,
+                is_multi_scale=bool(self.args.multi_scale),
+                device=self.device,
+            )
         if world_size > 1:
-            self.model = (parallel.spread_fsdp if self.is_sharded else parallel.spread_ddp)(self.model, self.device)
+            self.model = (parallel.spread_fsdp if self.is_sharded else parallel.spread_ddp)(
+                self.model, self.device
+            )
         nominal, batch = self.args.nbs, self.args.batch
         self.nominal_accumulate = min(max(round(nominal / batch), 1), steps_per_epoch * self.args.epochs)
         self.accumulate = self.nominal_accumulate
@@ -129,7 +136,9 @@ class Loop:
         """Puts the model into training mode, with batch-norm statistics of frozen layers held."""
         self.model.train()
         for name, module in self.lender.model.named_modules():
-            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and any(x in name for x in self.lender.freeze_layer_names):
+            if isinstance(module, nn.BatchNorm2d | nn.SyncBatchNorm) and any(
+                x in name for x in self.lender.freeze_layer_names
+            ):
                 module.eval()
 
     def step(self, batch: dict[str, Tensor], global_step: int) -> dict[str, Tensor]:
@@ -146,9 +155,14 @@ class Loop:
         is_update = global_step - self.last_optimizer_step >= self.accumulate
         with nullcontext() if is_update or self.world_size == 1 or self.is_sharded else self.model.no_sync():
             if self.args.multi_scale:
-                random.seed(f"{self.args.seed}:{global_step}")  # Ultralytics draws the size from here: alike on every rank
+                # Ultralytics draws the size from here: alike on every rank
+                random.seed(f"{self.args.seed}:{global_step}")
             batch = self.lender.preprocess_batch(batch, self.precision)
-            images = batch["img"].contiguous(memory_format=torch.channels_last) if self.channels_last else batch["img"]
+            images = (
+                batch["img"].contiguous(memory_format=torch.channels_last)
+                if self.channels_last
+                else batch["img"]
+            )
             with torch.autocast(self.device.type, self.precision, enabled=self.precision != torch.float32):
                 predictions = self.model(images)
             loss, parts = self.lender.model.loss(batch, _float(predictions))
@@ -163,7 +177,9 @@ class Loop:
         criterion: Any = getattr(self.lender.model, "criterion", None)
         if criterion is not None and hasattr(criterion, "update"):
             criterion.update()
-        self.ema.update_attr(self.lender.model, include=["yaml", "nc", "args", "names", "stride", "class_weights"])
+        self.ema.update_attr(
+            self.lender.model, include=["yaml", "nc", "args", "names", "stride", "class_weights"]
+        )
         if self.world_size > 1:  # batch-norm statistics are rank 0's, as in Ultralytics
             for buffer in self.ema.ema.buffers():
                 dist.broadcast(buffer, src=0)
@@ -178,12 +194,16 @@ class Loop:
             group["lr"] = group["initial_lr"] * factor
         if not warmup or global_step > warmup:
             return
-        self.accumulate = max(1, int(np.interp(global_step, [0, warmup], [1, self.nominal_accumulate]).round()))
+        self.accumulate = max(
+            1, int(np.interp(global_step, [0, warmup], [1, self.nominal_accumulate]).round())
+        )
         for group in self.optimizer.param_groups:  # bias lr falls from warmup_bias_lr, all others rise from 0
             start = self.args.warmup_bias_lr * self.lr_scale if group.get("param_group") == "bias" else 0.0
             group["lr"] = float(np.interp(global_step, [0, warmup], [start, group["initial_lr"] * factor]))
             if "momentum" in group:
-                group["momentum"] = float(np.interp(global_step, [0, warmup], [self.args.warmup_momentum, self.args.momentum]))
+                group["momentum"] = float(
+                    np.interp(global_step, [0, warmup], [self.args.warmup_momentum, self.args.momentum])
+                )
 
     def _update(self, global_step: int) -> None:
         self.scaler.unscale_(self.optimizer)

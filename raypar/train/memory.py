@@ -41,8 +41,12 @@ def advice(loop: Any, batch: dict[str, Tensor], *, world_size: int, who: str) ->
         raise OutOfMemoryError(f"{what}: take a smaller train.batch, or more workers")
     fits = largest_that_fits(loop, batch)
     if not fits:
-        raise OutOfMemoryError(f"{what}; not even one image fits: take a smaller train.yolo.imgsz or a smaller train.model")
-    raise OutOfMemoryError(f"{what}; {fits} fit: train.batch={fits * world_size}, more workers, or a smaller train.yolo.imgsz")
+        raise OutOfMemoryError(
+            f"{what}; not even one image fits: take a smaller train.yolo.imgsz or a smaller train.model"
+        )
+    raise OutOfMemoryError(
+        f"{what}; {fits} fit: train.batch={fits * world_size}, more workers, or a smaller train.yolo.imgsz"
+    )
 
 
 def largest_that_fits(loop: Any, batch: dict[str, Tensor]) -> int:

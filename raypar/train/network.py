@@ -54,9 +54,16 @@ class _Backend(Backend):  # type: ignore[misc]
     def on_start(self, worker_group: Any, backend_config: Network) -> None:
         address, port = worker_group.execute_single(0, get_address_and_port)
         worker_group.execute(choose_interface)
-        group = {"backend": backend_config.backend, "world_size": len(worker_group), "timeout_s": backend_config.timeout_s}
+        group = {
+            "backend": backend_config.backend,
+            "world_size": len(worker_group),
+            "timeout_s": backend_config.timeout_s,
+        }
         ray.get(
-            [worker_group.execute_single_async(rank, join, address, port, world_rank=rank, **group) for rank in range(len(worker_group))]
+            [
+                worker_group.execute_single_async(rank, join, address, port, world_rank=rank, **group)
+                for rank in range(len(worker_group))
+            ]
         )
 
     def on_shutdown(self, worker_group: Any, backend_config: Network) -> None:

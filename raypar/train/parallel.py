@@ -38,8 +38,11 @@ def compiled(model: nn.Module, mode: bool | str, *, is_multi_scale: bool, device
 def spread_ddp(model: Any, device: torch.device) -> nn.Module:
     """Every rank holds the whole model; gradients are averaged at the last step before an update."""
     ids = [device.index] if device.type == "cuda" else None
-    no_buffers: dict[str, Any] = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}  # renamed in torch 2.13
-    return nn.parallel.DistributedDataParallel(model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers)
+    # renamed in torch 2.13
+    no_buffers: dict[str, Any] = {"forward_sync_buffers" if TORCH_2_13 else "broadcast_buffers": False}
+    return nn.parallel.DistributedDataParallel(
+        model, device_ids=ids, gradient_as_bucket_view=True, **no_buffers
+    )
 
 
 def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
@@ -55,7 +58,8 @@ def spread_fsdp(model: Any, device: torch.device) -> nn.Module:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")  # outputs are views; no loss writes into them
+    # outputs are views; no loss writes into them
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module")
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     for layer in model.model:
         if any(True for _ in layer.parameters()):
@@ -95,11 +99,14 @@ def assert_synchronised(model: nn.Module, rank: int) -> None:
         RuntimeError: they differ.
     """
     flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)  # of the bit patterns, so order of summation is irrelevant
+    # of the bit patterns, so order of summation is irrelevant
+    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)
     every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(every, mine)
     if any(int(other) != int(mine) for other in every):
-        raise RuntimeError(f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised")
+        raise RuntimeError(
+            f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised"
+        )
 
 
 def fused(optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> torch.optim.Optimizer:
@@ -114,7 +121,9 @@ def fused(optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> torch
     if kind not in (torch.optim.Adam, torch.optim.AdamW) and (kind is not torch.optim.SGD or is_scaled):
         return optimizer
     known = inspect.signature(kind).parameters
-    groups = [{k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in optimizer.param_groups]
+    groups = [
+        {k: v for k, v in group.items() if k not in ("fused", "foreach")} for group in optimizer.param_groups
+    ]
     arguments = {k: v for k, v in optimizer.defaults.items() if k in known and k not in ("fused", "foreach")}
     return kind(groups, **arguments, fused=True)
 
@@ -124,15 +133,20 @@ def captured(model: nn.Module, optimizer: torch.optim.Optimizer) -> tuple[dict[s
     from torch.distributed.checkpoint import state_dict as sharded
 
     options = sharded.StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return sharded.get_model_state_dict(model, options=options), sharded.get_optimizer_state_dict(model, optimizer, options=options)
+    return sharded.get_model_state_dict(model, options=options), sharded.get_optimizer_state_dict(
+        model, optimizer, options=options
+    )
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]) -> None:
+def restore(
+    model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[str, Any], state: dict[str, Any]
+) -> None:
     """Every rank takes its share of what :func:`captured` gave, whatever the number of ranks was."""
     from torch.distributed.checkpoint import state_dict as sharded
 
     options = sharded.StateDictOptions(full_state_dict=True)
-    sharded.set_model_state_dict(model, dict(weights), options=options)  # copies: it puts shares in place of what it is given
+    # copies: it puts shares in place of what it is given
+    sharded.set_model_state_dict(model, dict(weights), options=options)
     own: dict[str, Any] = {
         "state": {n: dict(v) for n, v in state["state"].items()},
         "param_groups": [dict(group) for group in state["param_groups"]],
@@ -142,7 +156,11 @@ def restore(model: nn.Module, optimizer: torch.optim.Optimizer, weights: dict[st
 
 def whole_gradients(model: nn.Module) -> dict[str, Tensor]:
     """Gradients that wait for more steps, whole, by the parameters' names. All ranks must call."""
-    return {n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)() for n, p in model.named_parameters() if p.grad is not None}
+    return {
+        n: getattr(p.grad, "full_tensor", lambda g=p.grad: g)()
+        for n, p in model.named_parameters()
+        if p.grad is not None
+    }
 
 
 def set_gradient(parameter: nn.Parameter, gradient: Tensor) -> None:

@@ -22,11 +22,15 @@ def settle_buckets(loop: Any) -> None:
         return
     buffers = {name: value.clone() for name, value in loop.lender.model.named_buffers()}
     loop.start_epoch()
-    for _ in range(2):  # the new layout comes with the second one; gradients that a resume brings must find it there
+    # the new layout comes with the second one; gradients that a resume brings must find it there
+    for _ in range(2):
         with torch.autocast(loop.device.type, loop.precision, enabled=loop.precision != torch.float32):
             outputs = loop.model(torch.zeros(IMAGES, 3, SIDE, SIDE, device=loop.device))
-        total: Any = torch.stack([value.float().sum() for value in _tensors(outputs) if value.requires_grad]).sum()
-        nothing = [p.flatten()[:0].sum() for p in loop.lender.model.parameters() if p.requires_grad]  # some are used by the loss alone
+        total: Any = torch.stack(
+            [value.float().sum() for value in _tensors(outputs) if value.requires_grad]
+        ).sum()
+        # some are used by the loss alone
+        nothing = [p.flatten()[:0].sum() for p in loop.lender.model.parameters() if p.requires_grad]
         (total + torch.stack(nothing).sum()).backward()
         loop.optimizer.zero_grad(set_to_none=True)
     for name, value in loop.lender.model.named_buffers():

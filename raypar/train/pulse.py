@@ -16,7 +16,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
-WORDS = ("stop", "grow")  # that rank 0 listens for; each has a key of its own, so that none takes another's place
+# that rank 0 listens for; each has a key of its own, so that none takes another's place
+WORDS = ("stop", "grow")
 ENDED = "ended"  # asked to stop, a run ended without its workers, which were to be placed anew
 BEAT_S = 1.0
 COMPLAIN_EVERY_S = 60.0
@@ -158,7 +159,8 @@ class Pulse:
                 self._complain()
                 if self.on_beat is not None:
                     self.on_beat(self)
-            except Exception:  # the store is away for a while; what matters fails elsewhere, with a better reason
+            # the store is away for a while; what matters fails elsewhere, with a better reason
+            except Exception:
                 continue
 
     def _beat(self) -> None:

@@ -54,7 +54,10 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
     for key, value in yolo.items():
         if key not in DEFAULT_CFG_DICT:
             near = difflib.get_close_matches(key, DEFAULT_CFG_DICT, n=1)
-            raise ValueError(f"train.yolo.{key}: Ultralytics has no such setting" + (f"; did you mean '{near[0]}'?" if near else ""))
+            raise ValueError(
+                f"train.yolo.{key}: Ultralytics has no such setting"
+                + (f"; did you mean '{near[0]}'?" if near else "")
+            )
         if key in NOT_YET and value not in (None, False, DEFAULT_CFG_DICT[key]):
             raise ValueError(f"train.yolo.{key}={value!r} is not supported: {NOT_YET[key]}")
     if owned.get("task") == "classify":
@@ -70,7 +73,9 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
     if args.epochs < 1:
         raise ValueError(f"train.yolo.epochs={args.epochs}: at least 1 is needed")
     if not isinstance(args.imgsz, int) or args.imgsz < 1:
-        raise ValueError(f"train.yolo.imgsz={args.imgsz}: one whole number of px, for training images are squares")
+        raise ValueError(
+            f"train.yolo.imgsz={args.imgsz}: one whole number of px, for training images are squares"
+        )
     args.imgsz = math.ceil(args.imgsz / STRIDE) * STRIDE  # as Ultralytics' check_imgsz
     return args
 
@@ -96,9 +101,15 @@ def optimizer_of(args: SimpleNamespace, num_images: int) -> type[torch.optim.Opt
     level = LOGGER.level
     LOGGER.setLevel("WARNING")
     try:
-        return type(BaseTrainer.build_optimizer(trainer, model, name=args.optimizer, iterations=iterations(args, num_images)))
+        return type(
+            BaseTrainer.build_optimizer(
+                trainer, model, name=args.optimizer, iterations=iterations(args, num_images)
+            )
+        )
     except NotImplementedError as error:
-        raise ValueError(f"train.yolo.optimizer: {' '.join(str(error).split()).split(' Request ')[0]}") from error
+        raise ValueError(
+            f"train.yolo.optimizer: {' '.join(str(error).split()).split(' Request ')[0]}"
+        ) from error
     finally:
         LOGGER.setLevel(level)
 
@@ -112,7 +123,11 @@ def refuse_for_fsdp(args: SimpleNamespace, num_images: int) -> None:
     if not issubclass(optimizer_of(args, num_images), MuSGD):
         return
     steps, is_auto = iterations(args, num_images), str(args.optimizer).lower() == "auto"
-    chosen = f"train.yolo.optimizer=auto takes MuSGD for {steps:,} steps" if is_auto else "train.yolo.optimizer=MuSGD"
+    chosen = (
+        f"train.yolo.optimizer=auto takes MuSGD for {steps:,} steps"
+        if is_auto
+        else "train.yolo.optimizer=MuSGD"
+    )
     raise ValueError(f"train.parallel=fsdp: {chosen}, and that needs whole matrices: "
                      "write train.yolo.optimizer=SGD train.yolo.lr0=0.01, or train.yolo.optimizer=AdamW train.yolo.lr0=0.001")  # fmt: skip
 
@@ -139,13 +154,29 @@ class Lender:
         return super().__new__(LENDERS[manifest.task] if cls is Lender else cls)
 
     def __init__(
-        self, yolo: dict[str, Any], *, model: str | dict[str, Any], manifest: Manifest, batch: int, seed: int, device: torch.device
+        self,
+        yolo: dict[str, Any],
+        *,
+        model: str | dict[str, Any],
+        manifest: Manifest,
+        batch: int,
+        seed: int,
+        device: torch.device,
     ):
         self.manifest = manifest
         name = model if isinstance(model, str) else model.get("yaml_file", "yolov8n.yaml")
-        save_dir = Path(tempfile.gettempdir(), f"raypar-{os.getuid()}")  # always the same: Ultralytics leaves an args.yaml there
+        # always the same: Ultralytics leaves an args.yaml there
+        save_dir = Path(tempfile.gettempdir(), f"raypar-{os.getuid()}")
         args = settings(
-            yolo, model=name, data="raypar", batch=batch, seed=seed, device="cpu", save_dir=save_dir, mode="train", task=manifest.task
+            yolo,
+            model=name,
+            data="raypar",
+            batch=batch,
+            seed=seed,
+            device="cpu",
+            save_dir=save_dir,
+            mode="train",
+            task=manifest.task,
         )
         super().__init__(overrides=vars(args))  # type: ignore[call-arg]  # of Ultralytics' trainer
         self.device = device
@@ -161,7 +192,9 @@ class Lender:
             raise ValueError(f"train.yolo.imgsz={self.args.imgsz}: {name} needs a multiple of {self.stride}")
         self._freeze()
 
-    def preprocess_batch(self, batch: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
+    def preprocess_batch(
+        self, batch: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32
+    ) -> dict[str, torch.Tensor]:
         """To the device; uint8 images become numbers of ``dtype`` in [0, 1].
 
         The values are those of Ultralytics' ``preprocess_batch`` under autocast, without its float32 images: less than half of the memory traffic.
@@ -190,7 +223,9 @@ class Lender:
         layers = freeze if isinstance(freeze, list) else range(freeze) if isinstance(freeze, int) else []
         self.freeze_layer_names = [f"model.{x}." for x in layers] + [".dfl"]
         for name, parameter in self.model.named_parameters():
-            parameter.requires_grad = parameter.dtype.is_floating_point and not any(x in name for x in self.freeze_layer_names)
+            parameter.requires_grad = parameter.dtype.is_floating_point and not any(
+                x in name for x in self.freeze_layer_names
+            )
         if not any(p.requires_grad for p in self.model.parameters()):
             raise ValueError(f"train.yolo.freeze={freeze} leaves nothing to train")
 
@@ -220,7 +255,9 @@ LENDERS: dict[str, type[Lender]] = {
 }  # fmt: skip
 
 
-def weights_file(ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, metrics: dict[str, float]) -> bytes:
+def weights_file(
+    ema: torch.nn.Module, args: SimpleNamespace, *, epoch: int, metrics: dict[str, float]
+) -> bytes:
     """``best.pt`` / ``last.pt`` as Ultralytics' own trainer leaves them: fp16 EMA weights that ``ultralytics.YOLO`` loads and runs.
 
     The format is that of ``BaseTrainer.save_model`` followed by ``strip_optimizer`` (8.4.190).
@@ -251,4 +288,8 @@ def staged(model: str | dict[str, Any], out: Folder) -> Iterator[str | dict[str,
         yield model
         return
     with tempfile.TemporaryDirectory(prefix="raypar-") as folder:
-        yield str(patiently(lambda: out.download(model, f"{folder}/{model}"), f"read {out.shown(model)}", out.patience_s))
+        yield str(
+            patiently(
+                lambda: out.download(model, f"{folder}/{model}"), f"read {out.shown(model)}", out.patience_s
+            )
+        )

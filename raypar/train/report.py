@@ -17,7 +17,12 @@ from raypar.train import charts
 
 REPORT, EVENTS, ENVIRONMENT, PER_CLASS = "report.html", "events.jsonl", "environment.json", "per_class.json"
 MAX_PICTURE_BYTES = 4 << 20  # of one contact sheet: larger ones stay beside the page
-STAGES = {"wait_s": "wait for data", "step_s": "steps", "validate_s": "validation", "checkpoint_s": "checkpoints"}
+STAGES = {
+    "wait_s": "wait for data",
+    "step_s": "steps",
+    "validate_s": "validation",
+    "checkpoint_s": "checkpoints",
+}
 STATES = {"finished": "good", "running": "going", "stopped": "going", "failed": "bad"}
 STYLE = """
 :root{--ink:#1d2733;--muted:#66727f;--grid:#e3e8ed;--page:#f4f6f8;--card:#fff;--good:#00795a;--going:#0072B2;--bad:#b3460a}
@@ -80,13 +85,18 @@ def page(name: str, state: str, history: Sequence[Mapping[str, Any]], *, setting
         "": _tiles(history, best),
         "Curves": _curves(history, best),
         "Where the time went": _times(history),
-        "Classes" + (f' <span class="muted">at epoch {best["epoch"]}, the best one</span>' if best else ""): _classes(per_class),
+        "Classes"
+        + (f' <span class="muted">at epoch {best["epoch"]}, the best one</span>' if best else ""): _classes(
+            per_class
+        ),
         "What the model saw": _pictures(pictures),
         "What happened": _events(events),
         "Settings": _table(_flat(settings)),
         "Environment": _table(environment),
     }
-    body = "".join((f"<h2>{title}</h2>\n" if title else "") + f"{text}\n" for title, text in sections.items() if text)
+    body = "".join(
+        (f"<h2>{title}</h2>\n" if title else "") + f"{text}\n" for title, text in sections.items() if text
+    )
     title = html.escape(f"{name}: training")
     return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">'
             f"<title>{title}</title><style>{STYLE}{charts.STYLE}{LEGEND_COLOURS}</style></head>\n<body><main>"
@@ -106,8 +116,16 @@ def _tiles(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str
         "workers": str(last["world_size"]), "images seen": f"{last['images_seen']:,}",
     }  # fmt: skip
     if "map50_95" not in best and "top1" in best:
-        shown = {"top-1, best": _score(best["top1"]), "top-5, then": _score(best.get("top5")), **dict(list(shown.items())[2:])}
-    return '<div class="tiles">' + "".join(f'<div class="card"><b>{v}</b><span>{k}</span></div>' for k, v in shown.items()) + "</div>"
+        shown = {
+            "top-1, best": _score(best["top1"]),
+            "top-5, then": _score(best.get("top5")),
+            **dict(list(shown.items())[2:]),
+        }
+    return (
+        '<div class="tiles">'
+        + "".join(f'<div class="card"><b>{v}</b><span>{k}</span></div>' for k, v in shown.items())
+        + "</div>"
+    )
 
 
 def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str:
@@ -125,11 +143,17 @@ def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> st
         ("Precision and recall", of(precision="precision", recall="recall"), True),
     ]
     losses = [name.removeprefix("train/") for name in names if name.startswith("train/")]
-    plots += [(f"{loss.removesuffix('_loss')} loss", of(training=f"train/{loss}", validation=f"val/{loss}"), False) for loss in losses]
+    plots += [
+        (f"{loss.removesuffix('_loss')} loss", of(training=f"train/{loss}", validation=f"val/{loss}"), False)
+        for loss in losses
+    ]
     plots.append(("Images per second", of(**{"images/s": "images_per_s"}), True))
     groups = of(**{name.removeprefix("lr/"): name for name in names if name.startswith("lr/")})
-    different = {values: label for label, values in ((label, tuple(v)) for label, v in groups.items())}  # equal ones are one curve
-    rates = {label if len(different) > 1 else "all parameters": list(values) for values, label in different.items()}
+    # equal ones are one curve
+    different = {values: label for label, values in ((label, tuple(v)) for label, v in groups.items())}
+    rates = {
+        label if len(different) > 1 else "all parameters": list(values) for values, label in different.items()
+    }
     plots.append(("Learning rate", rates, True))
     if len({line["world_size"] for line in history}) > 1:
         plots.append(("Workers", of(workers="world_size"), True))
@@ -138,7 +162,9 @@ def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> st
         for title, series, from_zero in plots
         if series
     )
-    each: dict[str, list[float | None]] = {label: [line.get(key, 0.0) for line in history] for key, label in STAGES.items()}
+    each: dict[str, list[float | None]] = {
+        label: [line.get(key, 0.0) for line in history] for key, label in STAGES.items()
+    }
     seconds = f'<div class="card"><h3>Seconds of each epoch</h3>{charts.stacked_columns(epochs, each)}</div>'
     return f'<div class="grid">{"".join(cards)}{seconds}</div><p class="muted">Over epochs; the dotted line is the best one.</p>'
 
@@ -150,7 +176,11 @@ def _times(history: Sequence[Mapping[str, Any]]) -> str:
     total = sum(seconds.values()) or 1.0
     labels = {label: f"{_clock(amount)} ({amount / total:.0%})" for label, amount in seconds.items()}
     reduced = [float(line["all_reduce_ms"]) for line in history if line.get("all_reduce_ms")]
-    note = f'<p class="muted">Gradients travel {reduced[-1]:.1f} ms a backward pass, as DDP samples it.</p>' if reduced else ""
+    note = (
+        f'<p class="muted">Gradients travel {reduced[-1]:.1f} ms a backward pass, as DDP samples it.</p>'
+        if reduced
+        else ""
+    )
     return f'<div class="card"><h3>Rank 0, all epochs</h3>{charts.stacked_bar(seconds, labels)}{note}</div>'
 
 
@@ -158,13 +188,20 @@ def _classes(per_class: Sequence[Mapping[str, Any]]) -> str:
     if not per_class:
         return ""
     columns = {"map50_95": "mAP 50-95", "map50": "mAP 50", "precision": "precision", "recall": "recall"}
-    head = '<th>class</th><th class="n">boxes</th>' + "".join(f'<th class="n">{label}</th>' for label in columns.values())
+    head = '<th>class</th><th class="n">boxes</th>' + "".join(
+        f'<th class="n">{label}</th>' for label in columns.values()
+    )
     rows = []
     for row in sorted(per_class, key=lambda row: -(row.get("map50_95") or -1.0)):
         share = 100 * float(row.get("map50_95") or 0.0)
         meter = f'<span class="meter"><i class="f0" style="width:{share:.1f}%"></i></span>'
-        cells = "".join(f'<td class="n">{_score(row.get(key))}{meter if key == "map50_95" else ""}</td>' for key in columns)
-        rows.append(f'<tr><td>{html.escape(str(row["class_name"]))}</td><td class="n">{row["num_boxes"]:,}</td>{cells}</tr>')
+        cells = "".join(
+            f'<td class="n">{_score(row.get(key))}{meter if key == "map50_95" else ""}</td>'
+            for key in columns
+        )
+        rows.append(
+            f'<tr><td>{html.escape(str(row["class_name"]))}</td><td class="n">{row["num_boxes"]:,}</td>{cells}</tr>'
+        )
     return f'<div class="card scroll"><table><tr>{head}</tr>{"".join(rows)}</table></div>'
 
 
@@ -191,7 +228,8 @@ def _table(values: Mapping[str, Any]) -> str:
     if not values:
         return ""
     rows = "".join(
-        f'<tr><th>{html.escape(key)}</th><td class="wide">{html.escape(_text(value))}</td></tr>' for key, value in values.items()
+        f'<tr><th>{html.escape(key)}</th><td class="wide">{html.escape(_text(value))}</td></tr>'
+        for key, value in values.items()
     )
     return f'<div class="card scroll"><table>{rows}</table></div>'
 
@@ -216,12 +254,24 @@ def _score(value: Any) -> str:
 def _clock(seconds: float) -> str:
     minutes, left = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {left:02d} s" if minutes else f"{seconds:.1f} s"
+    return (
+        f"{hours} h {minutes:02d} min"
+        if hours
+        else f"{minutes} min {left:02d} s"
+        if minutes
+        else f"{seconds:.1f} s"
+    )
 
 
 def _short(seconds: float) -> str:
     """For a tile, which has room for few characters."""
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+    return (
+        f"{seconds:.0f} s"
+        if seconds < 100
+        else f"{seconds / 60:.0f} min"
+        if seconds < 6000
+        else f"{seconds / 3600:.1f} h"
+    )
 
 
 def _time(seconds: float) -> str:
@@ -229,7 +279,11 @@ def _time(seconds: float) -> str:
 
 
 def _sheets(out: Folder) -> list[str]:
-    sizes = {name: size for name, size in out.sizes().items() if name.startswith("batch_") and name.endswith(".png")}
+    sizes = {
+        name: size
+        for name, size in out.sizes().items()
+        if name.startswith("batch_") and name.endswith(".png")
+    }
     small = [name for name, size in sizes.items() if size <= MAX_PICTURE_BYTES]
     return sorted(small, key=lambda name: (len(name), name))
 

@@ -17,7 +17,9 @@ if TYPE_CHECKING:
 def introduce(worker: Worker) -> None:
     """What is about to be done."""
     if worker.rank == 0:
-        found = "starting" if worker.cursor == 0 else f"resuming after {worker.cursor} of {worker.total} images"
+        found = (
+            "starting" if worker.cursor == 0 else f"resuming after {worker.cursor} of {worker.total} images"
+        )
         print(f"{worker.label}: {found}; {worker.plan.num_images} images, {worker.plan.steps_per_epoch} steps of {worker.plan.global_batch} an epoch, "
               f"{worker.args.epochs} epochs; {worker.world_size} worker(s) on {worker.loop.device.type}, {torch.get_num_threads()} threads, "
               f"{str(worker.precision).removeprefix('torch.')}, {type(worker.loop.optimizer).__name__}"
@@ -37,9 +39,13 @@ def epoch(worker: Worker, line: dict[str, Any], is_best: bool) -> None:
     """What came of an epoch."""
     if worker.rank != 0:
         return
-    losses = " ".join(f"{k.removeprefix('train/')} {v:.3f}" for k, v in line.items() if k.startswith("train/"))
+    losses = " ".join(
+        f"{k.removeprefix('train/')} {v:.3f}" for k, v in line.items() if k.startswith("train/")
+    )
     rate = line["images_per_s"]
-    seconds = (worker.total - worker.cursor) / rate + (worker.args.epochs - line["epoch"]) * line["validate_s"]
+    seconds = (worker.total - worker.cursor) / rate + (worker.args.epochs - line["epoch"]) * line[
+        "validate_s"
+    ]
     scores = scores_of(line) or "not validated"
     print(f"{worker.label}: epoch {line['epoch']}/{worker.args.epochs} {losses} {scores}{' (best)' if is_best else ''} "
           f"{rate:.1f} images/s, {clock(seconds)} left", flush=True)  # fmt: skip

@@ -97,7 +97,9 @@ class Validator:
                 class_ids = np.asarray(row["class_ids"], np.int32) * (0 if self.args.single_cls else 1)
                 boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
                 images.append(row["image"])
-                labels.append(Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"]))))
+                labels.append(
+                    Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"])))
+                )
             yield images, labels
 
 
@@ -105,14 +107,26 @@ class JudgedValidator:
     """One rank's part of the validation split of another task, by Ultralytics' own validator; arguments as of :class:`Validator`."""
 
     def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
-        self.dataset, self.split, self.args, self.batch = dataset, lender.manifest.split("val"), lender.args, batch
+        self.dataset, self.split, self.args, self.batch = (
+            dataset,
+            lender.manifest.split("val"),
+            lender.args,
+            batch,
+        )
         self.rows = contiguous_share(self.split.num_images, rank, world_size)
         self.judge = Judge(lender.manifest, lender.args, Path(lender.args.save_dir))
 
     def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
         """Metrics of the whole split, equal on every rank; with ``val/...`` losses. Arguments as of :class:`Validator`."""
         stride = max(int(model.stride.max()), 32)
-        detector = Detector(model, list(self.judge.names.values()), imgsz=self.args.imgsz, stride=stride, device=device, pad=0.5)
+        detector = Detector(
+            model,
+            list(self.judge.names.values()),
+            imgsz=self.args.imgsz,
+            stride=stride,
+            device=device,
+            pad=0.5,
+        )
         self.judge.clear(model)
         losses: dict[str, float] = {}
         for table in tables(self.dataset, self.split, self.rows, self.batch):
@@ -152,16 +166,27 @@ def tables(dataset: Folder, split: Split, rows: range, batch: int) -> Iterator[p
         yield waiting[0]
 
 
-def _loss(model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device) -> dict[str, float]:
+def _loss(
+    model: Any, raw: Any, group: Letterboxed, labels: list[Labels], device: torch.device
+) -> dict[str, float]:
     """The criterion's parts, as means over a group of equally letterboxed images."""
     height, width = group.images.shape[2:]
-    boxes = [label.boxes_xyxy * gain + np.tile(pad, 2) for label, gain, pad in zip(labels, group.gains, group.pads, strict=True)]
-    xyxy = torch.from_numpy(np.concatenate(boxes).astype(np.float32).reshape(-1, 4)) / torch.tensor([width, height, width, height])
+    boxes = [
+        label.boxes_xyxy * gain + np.tile(pad, 2)
+        for label, gain, pad in zip(labels, group.gains, group.pads, strict=True)
+    ]
+    xyxy = torch.from_numpy(np.concatenate(boxes).astype(np.float32).reshape(-1, 4)) / torch.tensor(
+        [width, height, width, height]
+    )
     batch = {
         "img": torch.empty(len(labels), 0, device=device),  # criteria read the number of images from it
-        "cls": torch.from_numpy(np.concatenate([label.class_ids for label in labels]).astype(np.float32)).view(-1, 1).to(device),
+        "cls": torch.from_numpy(np.concatenate([label.class_ids for label in labels]).astype(np.float32))
+        .view(-1, 1)
+        .to(device),
         "bboxes": torch.cat([(xyxy[:, :2] + xyxy[:, 2:]) / 2, xyxy[:, 2:] - xyxy[:, :2]], 1).to(device),
-        "batch_idx": torch.repeat_interleave(torch.arange(len(labels)), torch.tensor([len(x.class_ids) for x in labels]))
+        "batch_idx": torch.repeat_interleave(
+            torch.arange(len(labels)), torch.tensor([len(x.class_ids) for x in labels])
+        )
         .float()
         .to(device),
     }
@@ -178,7 +203,9 @@ def _join(scorer: Scorer, losses: dict[str, float], num_images: int, expected: i
     return {**whole.compute(), **means}
 
 
-def gathered(state: Any, losses: dict[str, float], num_images: int, expected: int) -> tuple[list[Any], dict[str, float]]:
+def gathered(
+    state: Any, losses: dict[str, float], num_images: int, expected: int
+) -> tuple[list[Any], dict[str, float]]:
     """What every rank has found, in their order, and ``val/...`` losses as means over all images; the same answer everywhere.
 
     Args:
@@ -195,4 +222,6 @@ def gathered(state: Any, losses: dict[str, float], num_images: int, expected: in
     if total != expected:
         raise RuntimeError(f"validation saw {total} images of {expected}")
     names = dict.fromkeys(name for _, part, _ in parts for name in part)
-    return [state for state, _, _ in parts], {f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names}
+    return [state for state, _, _ in parts], {
+        f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names
+    }

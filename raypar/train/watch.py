@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from raypar.train.worker import Worker
 
 REPORT_EVERY_S = 60.0
-FINISHED_PATIENCE_S, LEAVING_PATIENCE_S = 60.0, 10.0  # with loggers, at the end; a spot node is taken away within half a minute
+# with loggers, at the end; a spot node is taken away within half a minute
+FINISHED_PATIENCE_S, LEAVING_PATIENCE_S = 60.0, 10.0
 TAGS = ("run", "rank")
 PREFIX = "raypar_train_"
 GAUGES = {
@@ -60,7 +61,9 @@ class Figures:
         self.rank, self.model = rank, model
         tags = {"run": run, "rank": str(rank)}
         self.gauges = {name: Gauge(PREFIX + name, text, TAGS) for name, text in GAUGES.items()}
-        self.counters = {name: Counter(PREFIX + name, text, (*TAGS, "stage")) for name, text in COUNTERS.items()}
+        self.counters = {
+            name: Counter(PREFIX + name, text, (*TAGS, "stage")) for name, text in COUNTERS.items()
+        }
         for metric in (*self.gauges.values(), *self.counters.values()):
             metric.set_default_tags(tags)
         self._told: dict[str, float] = {}
@@ -77,7 +80,9 @@ class Figures:
         self.gauges["memory_gigabytes"].set(life.memory_gb())
         if self.rank != 0:  # the others would say the same
             return
-        self._marks = [mark for mark in self._marks if mark[0] > time.monotonic() - RATE_OVER_S] + [(time.monotonic(), life.cursor)]
+        self._marks = [mark for mark in self._marks if mark[0] > time.monotonic() - RATE_OVER_S] + [
+            (time.monotonic(), life.cursor)
+        ]
         (since, seen), (now, cursor) = self._marks[0], self._marks[-1]
         if now > since:
             self.gauges["images_per_second"].set(max(0, cursor - seen) / (now - since))
@@ -100,7 +105,8 @@ def all_reduce_s(model: Any) -> float | None:
     """Seconds that the gradients of a backward pass travel, as DDP measures them itself in some of its steps; nothing when it has not."""
     if not hasattr(model, "_get_ddp_logging_data"):
         return None
-    took = model._get_ddp_logging_data().get("avg_backward_comm_time", 0)  # ns; sampled in the first ten steps and each hundredth
+    # ns; sampled in the first ten steps and each hundredth
+    took = model._get_ddp_logging_data().get("avg_backward_comm_time", 0)
     return float(took) / 1e9 if took else None
 
 
@@ -121,8 +127,12 @@ class Watch:
         if worker.rank != 0:
             return
         self.aside, self.drawn_at, self.is_ended = Aside(), time.monotonic(), False
-        self.loggers = Loggers(worker.out, self.name, {**worker.train, "seed": worker.args.seed}, num_logged=len(worker.history))
-        begun = "started" if worker.cursor == 0 else f"went on after {worker.cursor:,} of {worker.total:,} images"
+        self.loggers = Loggers(
+            worker.out, self.name, {**worker.train, "seed": worker.args.seed}, num_logged=len(worker.history)
+        )
+        begun = (
+            "started" if worker.cursor == 0 else f"went on after {worker.cursor:,} of {worker.total:,} images"
+        )
         self.aside.submit("events.jsonl", lambda: chronicle.happened(
             self.out, run_id, f"{begun}: {worker.world_size} worker(s), {worker.loop.device.type}, {_precision(worker)}"))  # fmt: skip
         self.aside.submit("environment.json", self._write_environment)
@@ -134,7 +144,12 @@ class Watch:
         epoch_s, self.line_at = now - self.line_at, now
         return {"epoch_s": epoch_s, **({} if took is None else {"all_reduce_ms": 1e3 * took})}
 
-    def epoch(self, line: dict[str, Any], history: Sequence[dict[str, Any]], per_class: Sequence[dict[str, Any]] | None) -> None:
+    def epoch(
+        self,
+        line: dict[str, Any],
+        history: Sequence[dict[str, Any]],
+        per_class: Sequence[dict[str, Any]] | None,
+    ) -> None:
         """An epoch has ended.
 
         Args:
@@ -167,15 +182,30 @@ class Watch:
 
     def _write_environment(self) -> None:
         worker = self.worker
-        hosts = [f"rank {beat.rank}: {beat.host}, local rank {beat.local_rank}" for beat in pulse.beats(self.run_id)]
-        device = torch.cuda.get_device_name(worker.loop.device) if worker.loop.device.type == "cuda" else worker.loop.device.type
-        self.out.write_json(chronicle.ENVIRONMENT, chronicle.environment(device, _precision(worker), torch.get_num_threads(), hosts))
+        hosts = [
+            f"rank {beat.rank}: {beat.host}, local rank {beat.local_rank}"
+            for beat in pulse.beats(self.run_id)
+        ]
+        device = (
+            torch.cuda.get_device_name(worker.loop.device)
+            if worker.loop.device.type == "cuda"
+            else worker.loop.device.type
+        )
+        self.out.write_json(
+            chronicle.ENVIRONMENT,
+            chronicle.environment(device, _precision(worker), torch.get_num_threads(), hosts),
+        )
 
 
 def used(worker: Worker) -> dict[str, Any]:
     """The settings that this worker trains with, laid out as in a run file: those of Ultralytics as its trainer holds them."""
-    plain = {k: v for k, v in vars(worker.args).items() if isinstance(v, bool | int | float | str | list | None)}
-    return {"seed": worker.args.seed, "train": {**worker.train, "batch": worker.plan.global_batch, "yolo": plain}}
+    plain = {
+        k: v for k, v in vars(worker.args).items() if isinstance(v, bool | int | float | str | list | None)
+    }
+    return {
+        "seed": worker.args.seed,
+        "train": {**worker.train, "batch": worker.plan.global_batch, "yolo": plain},
+    }
 
 
 def _precision(worker: Worker) -> str:
@@ -200,7 +230,9 @@ class Bar:
             self._thread.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._ended.set()
         if self._thread.is_alive():
             self._thread.join(timeout=5)

@@ -51,46 +51,69 @@ NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finit
 class Worker:
     """One rank."""
 
-    def __init__(self, config: dict[str, Any], pulse: Pulse):
+    def __init__(self, config: dict[str, Any], pulse: Pulse):  # noqa: PLR0915
         quiet_ray()
-        logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)  # it names it so: each report
+        # it names it so: each report
+        logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
         context = ray.train.get_context()
         self.pulse = pulse
         self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
         cached = ultralytics.utils.RANK
-        assert cached == (self.rank if self.world_size > 1 else -1), f"Ultralytics was imported too early: it took rank {cached}"
+        assert cached == (self.rank if self.world_size > 1 else -1), (
+            f"Ultralytics was imported too early: it took rank {cached}"
+        )
         ultralytics.utils.LOGGER.setLevel("WARNING")
         self.train, self.label = config["train"], config["label"]
         train = self.train
         self.device = ray.train.torch.get_device()
 
         patience_s = train["storage_timeout_s"]
-        self.out, dataset = Folder(config["folder"], patience_s) / "train", Folder(config["dataset"], patience_s)
+        self.out, dataset = (
+            Folder(config["folder"], patience_s) / "train",
+            Folder(config["dataset"], patience_s),
+        )
         manifest = patiently(lambda: Manifest.load(dataset), f"read {dataset.shown(MANIFEST)}", patience_s)
         self.args = settings(train["yolo"], batch=train["batch"], seed=config["seed"], task=manifest.task)
         self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
         cache = CacheSpec(**config["cache"]) if config["cache"] else None
-        self.cache = None if cache is None else node_cache(cache)  # held open: as long as a worker lives, nobody sweeps it away
+        # held open: as long as a worker lives, nobody sweeps it away
+        self.cache = None if cache is None else node_cache(cache)
         self.spec = StreamSpec.of(
             dataset, manifest.split("train"), self.plan, recipe_of(vars(self.args), manifest),
             mosaic_epochs=self.args.epochs - self.args.close_mosaic, albumentations=train["albumentations"],
             world_size=self.world_size, cache=cache)  # fmt: skip
         self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
         state = self._find_state()
-        self.stream = iter(()) if self.is_finished else self._stream(self.spec)  # first: its processes start while the model is built
+        # first: its processes start while the model is built
+        self.stream = iter(()) if self.is_finished else self._stream(self.spec)
 
         with staged(config["model"], self.out) as model:
-            lender = Lender(train["yolo"], model=model, manifest=manifest, batch=train["batch"], seed=config["seed"], device=self.device)
+            lender = Lender(
+                train["yolo"],
+                model=model,
+                manifest=manifest,
+                batch=train["batch"],
+                seed=config["seed"],
+                device=self.device,
+            )
         if config["init_from"]:
             with staged(config["init_from"], self.out) as weights:
                 lender.model.load(load_checkpoint(weights)[0], verbose=False)
-        cores = len(os.sched_getaffinity(0))  # set now: building Ultralytics' trainer sets the number of threads too
+        # set now: building Ultralytics' trainer sets the number of threads too
+        cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
-        epochs, self.args, self.class_names = self.args.epochs, lender.args, list(lender.data["names"].values())
-        self.precision = pick_precision(train["precision"], self.device, is_sharded=train["parallel"] == "fsdp")
+        epochs, self.args, self.class_names = (
+            self.args.epochs,
+            lender.args,
+            list(lender.data["names"].values()),
+        )
+        self.precision = pick_precision(
+            train["precision"], self.device, is_sharded=train["parallel"] == "fsdp"
+        )
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
                          world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
-        self.args.epochs = epochs  # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
+        # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
+        self.args.epochs = epochs
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
                                         batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
         self.saver = Saver(patience_s) if self.rank == 0 else None
@@ -113,7 +136,9 @@ class Worker:
         if name is not None:
             state = found[1] if found else checkpoint.load(self.out, name, self.out.patience_s)
         self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
-        self.cursor, self.history, self.is_finished = (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
+        self.cursor, self.history, self.is_finished = (
+            (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
+        )
         self.pulse.cursor = self.cursor
         self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
         self._keep_time(self.history)
@@ -123,7 +148,10 @@ class Worker:
         """With ``time``: how many epochs there will be, and when mosaic is closed, as rank 0 counts it. All ranks must call."""
         if hours := self.args.time:
             self.args.epochs, mosaic_epochs = self.agreement.from_rank_zero(
-                (budget.epochs_within(hours, history, self.args.epochs), budget.mosaic_within(hours, history, self.args.close_mosaic))
+                (
+                    budget.epochs_within(hours, history, self.args.epochs),
+                    budget.mosaic_within(hours, history, self.args.close_mosaic),
+                )
             )
             if mosaic_epochs != self.spec.mosaic_epochs:
                 self.spec = replace(self.spec, mosaic_epochs=mosaic_epochs)
@@ -163,11 +191,17 @@ class Worker:
             self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
-            if self.cursor == first_cursor + self.plan.global_batch and self.world_size > 1 and not self.loop.is_sharded:
+            if (
+                self.cursor == first_cursor + self.plan.global_batch
+                and self.world_size > 1
+                and not self.loop.is_sharded
+            ):
                 parallel.assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
             learnt = self.agreement.step(self._wishes(parts))  # what was wished a step ago
-            self.asked |= learnt - {"save"} if self.saved_cursor == self.cursor - self.plan.global_batch else learnt
+            self.asked |= (
+                learnt - {"save"} if self.saved_cursor == self.cursor - self.plan.global_batch else learnt
+            )
             if "nan" in self.asked:
                 self._go_back()
             if batch.step == self.plan.steps_per_epoch - 1:
@@ -210,7 +244,8 @@ class Worker:
             shown = batch if batch.images.size else replace(batch, images=tensors["img"].cpu().numpy())
             sheet = pictures.training_batch(shown, self.class_names)
             self.watch.aside.submit(f"batch_{step}.png", partial(self.out.write, f"batch_{step}.png", sheet))
-        torch.manual_seed(hash((self.args.seed, step, self.rank)))  # for models that draw (dropout): a resume draws alike
+        # for models that draw (dropout): a resume draws alike
+        torch.manual_seed(hash((self.args.seed, step, self.rank)))
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
         self.epoch.stepped(parts, batch)
@@ -266,13 +301,22 @@ class Worker:
         say.epoch(self, line, is_best)
         return stop
 
-    def _save_epoch(self, line: dict[str, Any], is_best: bool, *, is_finished: bool, has_gradients: bool) -> None:
+    def _save_epoch(
+        self, line: dict[str, Any], is_best: bool, *, is_finished: bool, has_gradients: bool
+    ) -> None:
         """Weights, metrics and a checkpoint, written beside the next epoch's first steps; then Ray Train is told."""
         history, files = [*self.history, line], dict[str, Any]()
         if self.rank == 0:
-            weights = weights_file(self.loop.ema.ema, self.args, epoch=line["epoch"] - 1, metrics={k: line[k] for k in line if "map" in k})
+            weights = weights_file(
+                self.loop.ema.ema,
+                self.args,
+                epoch=line["epoch"] - 1,
+                metrics={k: line[k] for k in line if "map" in k},
+            )
             names = ("last.pt", "best.pt")[: 1 + is_best]
-            files = {f"write {self.out.shown(name)}": partial(self.out.write, name, weights) for name in names}
+            files = {
+                f"write {self.out.shown(name)}": partial(self.out.write, name, weights) for name in names
+            }
             files[f"write {self.out.shown('metrics.jsonl')}"] = lambda: pictures.tables(self.out, history)
         self._save(None, is_finished=is_finished, has_gradients=has_gradients, line=line, before=files)
         self.pulse.stage = "report"
@@ -300,7 +344,12 @@ class Worker:
         if self.saver is not None:
             for what, do in (before or {}).items():
                 self.saver.submit(what, do)
-            state |= {"cursor": self.cursor, "history": self.history, "is_finished": is_finished, "epoch": epoch}
+            state |= {
+                "cursor": self.cursor,
+                "history": self.history,
+                "is_finished": is_finished,
+                "epoch": epoch,
+            }
             self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip
         self.saved_at, self.saved_cursor = time.monotonic(), self.cursor
@@ -318,7 +367,8 @@ class Worker:
         if self.saver is not None:
             self.saver.flush()
         self.watch.end("stopped")
-        self.agreement.any(False)  # nobody leaves before everything is written: the first who does ends them all
+        # nobody leaves before everything is written: the first who does ends them all
+        self.agreement.any(False)
         if "stop" in reasons:
             return True
         raise failure.Restart("preempted" if "preempted" in reasons else "grow")
@@ -343,8 +393,12 @@ class Worker:
                 f"{what}; that makes {len(self.broken)} times, train.max_nan_restarts={limit}, each at half the learning rate: lower "
                 f"train.yolo.lr0 (now {self.args.lr0:g}), raise train.yolo.warmup_epochs, or use train.precision=fp32, and add train.overwrite=true"
             )
-        raise failure.NotFiniteError(f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate")
+        raise failure.NotFiniteError(
+            f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate"
+        )
 
     def _read_broken(self) -> list[dict[str, Any]]:
         out, what = self.out, f"read {self.out.shown(NAN_RESTARTS)}"
-        return patiently(lambda: out.read_json(NAN_RESTARTS) if out.exists(NAN_RESTARTS) else [], what, out.patience_s)
+        return patiently(
+            lambda: out.read_json(NAN_RESTARTS) if out.exists(NAN_RESTARTS) else [], what, out.patience_s
+        )

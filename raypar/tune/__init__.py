@@ -29,7 +29,8 @@ QUIET_TUNE = {
     "TUNE_DISABLE_SIGINT_HANDLER": "1",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
-METRICS = {"detect": ("",), "obb": ("",), "segment": ("", "mask_"), "pose": ("", "pose_")}  # what the names of a task's metrics begin with
+# what the names of a task's metrics begin with
+METRICS = {"detect": ("",), "obb": ("",), "segment": ("", "mask_"), "pose": ("", "pose_")}
 OPTUNA = "tune.search=optuna: Optuna is not installed: pip install optuna, or write tune.search=random"
 
 
@@ -44,12 +45,16 @@ def check(config: RunConfig) -> str:
     if not isinstance(config.train.num_workers, int):
         raise ValueError("train.num_workers: trials that grow would take each other's place: write a number")
     if not config.train.yolo.get("val", True):
-        raise ValueError("train.yolo.val=false: a trial that is not validated cannot be compared: leave it out")
+        raise ValueError(
+            "train.yolo.val=false: a trial that is not validated cannot be compared: leave it out"
+        )
     if section.search == "optuna" and find_spec("optuna") is None:
         raise ValueError(OPTUNA)
     known = _metrics(Manifest.load(config.dataset_folder).task)
     if section.metric not in known:
-        raise ValueError(f"tune.metric: {section.metric} is no metric of this task: there are {', '.join(known)}")
+        raise ValueError(
+            f"tune.metric: {section.metric} is no metric of this task: there are {', '.join(known)}"
+        )
     epochs = _epochs(config)
     if section.scheduler == "asha" and section.grace_epochs > epochs:
         raise ValueError(
@@ -84,15 +89,24 @@ def run(config: RunConfig) -> dict[str, Any]:
     records = study.read(config)
     over = sum(map(study.is_over, records))
     if over >= section.num_trials and over == len(records):
-        print(f"tune: {out.uri} is complete; raise tune.num_trials for more trials, tune.overwrite=true begins anew", flush=True)
+        print(
+            f"tune: {out.uri} is complete; raise tune.num_trials for more trials, tune.overwrite=true begins anew",
+            flush=True,
+        )
     else:
         if over:
-            print(f"tune: {over} of {section.num_trials} trials are over already; {len(records) - over} go on", flush=True)
-        verify.check_sums(config.dataset_folder, Manifest.load(config.dataset_folder), train.SPLITS)  # once, and not by each trial
+            print(
+                f"tune: {over} of {section.num_trials} trials are over already; {len(records) - over} go on",
+                flush=True,
+            )
+        # once, and not by each trial
+        verify.check_sums(config.dataset_folder, Manifest.load(config.dataset_folder), train.SPLITS)
         _search(config, records)
     best = study.best_of(records)
     if best is None:
-        raise RuntimeError(f"no trial finished: {records[-1]['error']}; all of them: {out.uri}/{study.TRIALS}")
+        raise RuntimeError(
+            f"no trial finished: {records[-1]['error']}; all of them: {out.uri}/{study.TRIALS}"
+        )
     summary = report.write(config, records, best)
     out.write_json(SUMMARY, summary)
     return summary
@@ -110,12 +124,17 @@ def _search(config: RunConfig, records: list[dict[str, Any]]) -> None:
     num_concurrent = section.max_concurrent or room(config)
     has_optuna = _has_optuna(config)
     if section.search == "auto" and not has_optuna:
-        print("tune: Optuna is not installed, so settings are drawn at random (pip install optuna)", flush=True)
+        print(
+            "tune: Optuna is not installed, so settings are drawn at random (pip install optuna)", flush=True
+        )
     print(f"tune: {section.num_trials} trials of {epochs} epochs, {num_concurrent} at a time, by {'optuna' if has_optuna else 'random'}"
           + (f"; asha may stop one after {section.grace_epochs} epochs" if section.scheduler == "asha" else ""), flush=True)  # fmt: skip
     due = section.num_trials - sum(map(study.is_over, records))
-    searcher = study.Study(config, epochs, study.make_optuna(config, records) if has_optuna else None, records, str(Path.cwd()))
-    here = f"node:{ray.util.get_node_ip_address()}"  # trials see the files of this node; their workers go anywhere
+    searcher = study.Study(
+        config, epochs, study.make_optuna(config, records) if has_optuna else None, records, str(Path.cwd())
+    )
+    # trials see the files of this node; their workers go anywhere
+    here = f"node:{ray.util.get_node_ip_address()}"
     os.environ |= QUIET_TUNE
     with tempfile.TemporaryDirectory(prefix="raypar-tune-") as folder, _Interrupt(searcher) as interrupt:
         ray.tune.Tuner(
@@ -172,7 +191,10 @@ class _Interrupt:
         if self.searcher.is_interrupted:
             raise KeyboardInterrupt
         self.searcher.is_interrupted = True
-        print("tune: interrupted: the trials save their checkpoints, then all ends; interrupt again to end at once", flush=True)
+        print(
+            "tune: interrupted: the trials save their checkpoints, then all ends; interrupt again to end at once",
+            flush=True,
+        )
         threading.Thread(target=self._ask_to_stop, daemon=True).start()
 
     def _ask_to_stop(self) -> None:
@@ -206,4 +228,11 @@ def _metrics(task: str) -> list[str]:
     """Metrics that can be compared, by task."""
     if task == "classify":
         return ["fitness", "top1", "top5"]
-    return ["fitness", *(f"{prefix}{name}" for prefix in METRICS[task] for name in ("map50_95", "map50", "precision", "recall"))]
+    return [
+        "fitness",
+        *(
+            f"{prefix}{name}"
+            for prefix in METRICS[task]
+            for name in ("map50_95", "map50", "precision", "recall")
+        ),
+    ]

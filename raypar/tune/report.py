@@ -12,7 +12,8 @@ from raypar.config import RunConfig
 from raypar.runfile import Dumper, put
 
 BEST, TABLE, PICTURE = "best.yaml", "trials.csv", "trials.png"
-COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00"}  # told apart by colour-blind eyes (Okabe and Ito, 2008)
+# told apart by colour-blind eyes (Okabe and Ito, 2008)
+COLOURS = {"finished": "#0072B2", "stopped": "#999999", "failed": "#D55E00"}
 MAX_SHOWN, COLUMNS = 8, 3
 Record = dict[str, Any]
 
@@ -46,7 +47,9 @@ def table(records: list[Record], metric: str) -> str:
     keys = list(records[0]["params"])
     text = io.StringIO()
     rows = csv.writer(text, lineterminator="\n")
-    rows.writerow(["trial", "state", metric, "best_epoch", "epochs", "seconds", "own_settings", *keys, "error"])
+    rows.writerow(
+        ["trial", "state", metric, "best_epoch", "epochs", "seconds", "own_settings", *keys, "error"]
+    )
     for r in records:
         rows.writerow([r["trial"], r["state"], r["score"], r["best_epoch"], r["epochs"], r["seconds"] and round(r["seconds"], 1),
                        r["own_settings"], *(r["params"][key] for key in keys), r["error"]])  # fmt: skip
@@ -55,12 +58,26 @@ def table(records: list[Record], metric: str) -> str:
 
 def screen(records: list[Record], best: Record, metric: str) -> list[str]:
     """The study on one screen: how many trials, the best of them, and why others failed."""
-    counts = ", ".join(f"{n} {state}" for state in COLOURS if (n := sum(r["state"] == state for r in records)))
+    counts = ", ".join(
+        f"{n} {state}" for state in COLOURS if (n := sum(r["state"] == state for r in records))
+    )
     unproven = sum(r["own_settings"] is None and r["state"] != "failed" for r in records)
-    proof = f"; {unproven} did not say which settings they used" if unproven else "; each used its own settings"
+    proof = (
+        f"; {unproven} did not say which settings they used" if unproven else "; each used its own settings"
+    )
     keys = list(best["params"])
-    scored = sorted((r for r in records if r["score"] is not None), key=lambda r: (r["state"] != "finished", -r["score"]))
-    rows = [["trial", metric, "epochs", "state", *(key.removeprefix("train.").removeprefix("yolo.") for key in keys)]]
+    scored = sorted(
+        (r for r in records if r["score"] is not None), key=lambda r: (r["state"] != "finished", -r["score"])
+    )
+    rows = [
+        [
+            "trial",
+            metric,
+            "epochs",
+            "state",
+            *(key.removeprefix("train.").removeprefix("yolo.") for key in keys),
+        ]
+    ]
     rows += [[r["trial"], f"{r['score']:.4f}", str(r["epochs"]), r["state"], *(_short(r["params"][key]) for key in keys)]
              for r in scored[:MAX_SHOWN]]  # fmt: skip
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
@@ -92,10 +109,18 @@ def picture(config: RunConfig, records: list[Record], best: Record) -> bytes:
     axes[0].step([i for i, _ in so_far], [s for _, s in so_far], where="post", color="#555555", linewidth=1)
     for axis, key in zip(axes, [None, *space], strict=False):
         for state, colour in COLOURS.items():
-            points = [(i if key is None else r["params"][key], r["score"]) for i, r in shown if r["state"] == state]
+            points = [
+                (i if key is None else r["params"][key], r["score"]) for i, r in shown if r["state"] == state
+            ]
             if key is not None and space[key].kind == "choice":
                 points = [(str(x), y) for x, y in points]
-            axis.scatter([x for x, _ in points], [y for _, y in points], s=22, color=colour, label=state if points else None)
+            axis.scatter(
+                [x for x, _ in points],
+                [y for _, y in points],
+                s=22,
+                color=colour,
+                label=state if points else None,
+            )
         x_best = records.index(best) if key is None else best["params"][key]
         axis.scatter([str(x_best) if key is not None and space[key].kind == "choice" else x_best], [best["score"]],
                      s=110, facecolors="none", edgecolors="#009E73", linewidths=2)  # fmt: skip

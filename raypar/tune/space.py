@@ -40,7 +40,9 @@ def check(config: RunConfig) -> None:
     """
     space = config.tune.space
     if not space:
-        raise ValueError("tune.space is empty: write settings and what to draw them from, e.g. train.yolo.lr0: {loguniform: [1e-4, 1e-1]}")
+        raise ValueError(
+            "tune.space is empty: write settings and what to draw them from, e.g. train.yolo.lr0: {loguniform: [1e-4, 1e-1]}"
+        )
     mistakes = [f"tune.space.{key}: {why}" for key in space if (why := _refusal(key))]
     mistakes += [f"tune.space.train.yolo.{name}: train.yolo.optimizer=auto chooses it itself: name one, e.g. train.yolo.optimizer=SGD"
                  for name in train.IGNORED_BY_AUTO if f"train.yolo.{name}" in space and "auto" in _optimizers(config)]  # fmt: skip
@@ -75,7 +77,10 @@ def _refusal(key: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = [*SEARCHED, *(f"train.yolo.{name}" for name in runfile.yolo_settings() if name not in OWNED_BY_RAYPAR)]
+    known = [
+        *SEARCHED,
+        *(f"train.yolo.{name}" for name in runfile.yolo_settings() if name not in OWNED_BY_RAYPAR),
+    ]
     return "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(key, known, n=1))
 
 
@@ -85,7 +90,9 @@ def _try(config: RunConfig, key: str, domain: Domain) -> str:
         try:
             train.check(with_params(config, {key: value}))
         except ValueError as error:
-            reason = next((str(e["msg"]) for e in error.errors()), "") if hasattr(error, "errors") else str(error)
+            reason = (
+                next((str(e["msg"]) for e in error.errors()), "") if hasattr(error, "errors") else str(error)
+            )
             return f"tune.space.{key}: {value!r} cannot be had: {' '.join(reason.removeprefix('Value error, ').split())}"
     return ""
 
@@ -93,7 +100,10 @@ def _try(config: RunConfig, key: str, domain: Domain) -> str:
 def _probes(domain: Domain) -> Iterator[Any]:
     rng = np.random.default_rng(0)
     seen: set[Any] = set()
-    for value in [*domain.edges, *(domain.draw(rng) for _ in range(0 if domain.kind == "choice" else NUM_PROBES))]:
+    for value in [
+        *domain.edges,
+        *(domain.draw(rng) for _ in range(0 if domain.kind == "choice" else NUM_PROBES)),
+    ]:
         if value not in seen:
             yield value
         seen.add(value)
@@ -114,7 +124,12 @@ def with_params(config: RunConfig, params: dict[str, Any]) -> RunConfig:
 def trial_run(config: RunConfig, name: str, params: dict[str, Any]) -> RunConfig:
     """The run of a trial: its own folder below ``tune``, the study's dataset, its own settings."""
     value = with_params(config, params).model_dump(mode="json")
-    value |= {"name": name, "storage": (config.folder / "tune").uri, "dataset": config.dataset_folder.uri, "prepare": None}
+    value |= {
+        "name": name,
+        "storage": (config.folder / "tune").uri,
+        "dataset": config.dataset_folder.uri,
+        "prepare": None,
+    }
     value["train"]["overwrite"] = False
     del value["tune"]
     return RunConfig.model_validate(value)

@@ -69,7 +69,12 @@ def make_optuna(config: RunConfig, records: list[Record]) -> Any:
         key: ray.tune.choice(d.arguments) if d.kind == "choice" else getattr(ray.tune, d.kind)(*d.arguments)
         for key, d in config.tune.space.items()
     }
-    search = OptunaSearch(OptunaSearch.convert_search_space(domains), metric="score", mode="max", seed=config.seed + 1_000 * len(records))
+    search = OptunaSearch(
+        OptunaSearch.convert_search_space(domains),
+        metric="score",
+        mode="max",
+        seed=config.seed + 1_000 * len(records),
+    )
     for record in filter(is_over, records):
         _tell(search, record)
     return search
@@ -93,7 +98,13 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     def __init__(self, config: RunConfig, epochs: int, optuna: Any, records: list[Record], folder: str):
         super().__init__(metric="score", mode="max")
-        self.run, self.epochs, self.optuna, self.records, self.folder = config, epochs, optuna, records, folder
+        self.run, self.epochs, self.optuna, self.records, self.folder = (
+            config,
+            epochs,
+            optuna,
+            records,
+            folder,
+        )
         self.waiting = [record for record in records if not is_over(record)]
         self.running: dict[str, Record] = {}  # by Tune's id
         self.asked: set[str] = set()  # of these Optuna waits for an answer
@@ -106,7 +117,10 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         record["scores"] = []  # it will tell all its epochs again
         self.running[trial_id] = record
         run = space.trial_run(self.run, record["trial"], record["params"])
-        patiently(lambda: run.folder.write("run.yaml", runfile.dump(run) + runfile.written_by()), "write a trial's run.yaml")
+        patiently(
+            lambda: run.folder.write("run.yaml", runfile.dump(run) + runfile.written_by()),
+            "write a trial's run.yaml",
+        )
         self.write()
         print(f"tune: {record['trial']} of {self.run.tune.num_trials}: {shown(record['params'])}", flush=True)
         return {"run": run.model_dump(mode="json"), "epochs": self.epochs, "metric": self.run.tune.metric, "folder": self.folder,
@@ -130,7 +144,9 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
             record |= {"score": score, "best_epoch": result["best_epoch"], "epochs": result["epoch"]}
             record["scores"].append([result["epoch"], score])
 
-    def on_trial_complete(self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False) -> None:
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
         record = self.running[trial_id]
         if result and "epoch" in result:
             self.on_trial_result(trial_id, result)
@@ -138,14 +154,22 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
         if self.is_interrupted and (result or {}).get("state", "stopped") == "stopped":
             return  # it is to go on another time
         state = "failed" if error else (result or {}).get("state", "stopped")
-        record |= {"state": state, "seconds": time.time() - record["began"], "error": (result or {}).get("error")}
+        record |= {
+            "state": state,
+            "seconds": time.time() - record["began"],
+            "error": (result or {}).get("error"),
+        }
         if error:
-            record["error"] = f"its process was lost more often than train.max_failures={self.run.train.max_failures} allows"
+            record["error"] = (
+                f"its process was lost more often than train.max_failures={self.run.train.max_failures} allows"
+            )
         self._prove(record)
         if self.optuna is not None:
             if trial_id in self.asked:
                 has_failed = record["state"] == "failed" or record["score"] is None
-                self.optuna.on_trial_complete(trial_id, None if has_failed else {"score": record["score"]}, error=has_failed)
+                self.optuna.on_trial_complete(
+                    trial_id, None if has_failed else {"score": record["score"]}, error=has_failed
+                )
             else:
                 _tell(self.optuna, record)
         self.write()
@@ -166,8 +190,14 @@ class Study(Searcher):  # type: ignore[misc]  # Ray is untyped here
 
     def _say(self, record: Record) -> None:
         metric, best = self.run.tune.metric, best_of(self.records)
-        what = {"finished": "finished", "stopped": "stopped early", "failed": f"failed: {record['error']}"}[record["state"]]
-        scored = f"; {metric} {record['score']:.4f} after {record['epochs']} epochs" if record["score"] is not None else ""
+        what = {"finished": "finished", "stopped": "stopped early", "failed": f"failed: {record['error']}"}[
+            record["state"]
+        ]
+        scored = (
+            f"; {metric} {record['score']:.4f} after {record['epochs']} epochs"
+            if record["score"] is not None
+            else ""
+        )
         leader = f"; the best so far is {best['trial']} with {best['score']:.4f}" if best else ""
         print(f"tune: {record['trial']} {what}{scored}{leader}", flush=True)
 

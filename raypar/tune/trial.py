@@ -35,7 +35,8 @@ class Trial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped here
 
     def setup(self, config: dict[str, Any]) -> None:
         quiet_ray()
-        os.chdir(config["folder"])  # Tune has gone to one of its own; paths in the run are relative to the driver's
+        # Tune has gone to one of its own; paths in the run are relative to the driver's
+        os.chdir(config["folder"])
         self.run_config = RunConfig.model_validate(config["run"])
         self.run_id, self.epochs, self.metric = config["run_id"], config["epochs"], config["metric"]
         self.out = self.run_config.folder / "train"
@@ -51,7 +52,10 @@ class Trial(ray.tune.Trainable):  # type: ignore[misc]  # Ray is untyped here
         except KeyboardInterrupt:  # asked to stop by cleanup()
             self.outcome = {"state": "stopped"}
         except BaseException as error:
-            self.outcome = {"state": "failed", "error": " ".join(str(error).split())[:500] or type(error).__name__}
+            self.outcome = {
+                "state": "failed",
+                "error": " ".join(str(error).split())[:500] or type(error).__name__,
+            }
 
     def step(self) -> dict[str, Any]:
         """Waits for an epoch, or for the end; an epoch that is the last one is told with the end."""

@@ -25,16 +25,24 @@ from test_augment_gpu import SIZE, differences, filled, jpeg, picture, window_of
 
 EVERYTHING = {"mosaic": 0.7, "mixup": 0.5, "cutmix": 0.7, "scale": 0.5, "translate": 0.2, "hsv_h": 0.015, "hsv_s": 0.7, "hsv_v": 0.4,
               "fliplr": 0.5, "flipud": 0.5, "bgr": 0.5}  # fmt: skip
-RECIPES = {"upright": Recipe(SIZE, **EVERYTHING), "turned": Recipe(SIZE, **EVERYTHING, degrees=20, shear=5, perspective=0.001)}
+RECIPES = {
+    "upright": Recipe(SIZE, **EVERYTHING),
+    "turned": Recipe(SIZE, **EVERYTHING, degrees=20, shear=5, perspective=0.001),
+}
 HWS = [(96, 72), (64, 96), (96, 96), (20, 30), (80, 96)]
-kernels = pytest.mark.parametrize("is_fused", [False, pytest.param(True, marks=pytest.mark.skipif(not fused.IS_HERE, reason="no Triton"))])
+kernels = pytest.mark.parametrize(
+    "is_fused", [False, pytest.param(True, marks=pytest.mark.skipif(not fused.IS_HERE, reason="no Triton"))]
+)
 recipes = pytest.mark.parametrize("name", RECIPES)
 
 
 def prepared(recipe: Recipe, seed: int, num_images: int = 16) -> tuple[Table, Ring, np.ndarray]:
     """A packed batch, a ring on the GPU, and the CPU renderer's batch."""
     sources = window_of(seed, HWS)
-    samples = [draw(recipe, generator(seed, 0, i), i % len(HWS), len(HWS), mosaic_on=i % 4 < 3) for i in range(num_images)]
+    samples = [
+        draw(recipe, generator(seed, 0, i), i % len(HWS), len(HWS), mosaic_on=i % 4 < 3)
+        for i in range(num_images)
+    ]
     expected = np.empty((num_images, 3, SIZE, SIZE), np.uint8)
     renderer = Renderer(recipe)
     cuts = [renderer.render(sample, sources, out).cut for sample, out in zip(samples, expected, strict=True)]
@@ -57,7 +65,9 @@ def test_pixels_are_those_of_the_cpu_renderer(name: str, is_fused: bool) -> None
 def test_a_floating_channels_last_batch_has_the_same_values(name: str, is_fused: bool) -> None:
     table, ring, _ = prepared(RECIPES[name], 0)
     as_bytes = GpuRenderer(RECIPES[name], "cuda", is_fused=is_fused).render(table, ring)
-    made = GpuRenderer(RECIPES[name], "cuda", is_fused=is_fused, dtype=torch.bfloat16, channels_last=True).render(table, ring)
+    made = GpuRenderer(
+        RECIPES[name], "cuda", is_fused=is_fused, dtype=torch.bfloat16, channels_last=True
+    ).render(table, ring)
     assert made.is_contiguous(memory_format=torch.channels_last)
     assert (made.float() * 255 - as_bytes.float()).abs().max() <= 0.51  # bfloat16 has 8 bits
 
@@ -105,12 +115,21 @@ def test_batches_made_on_a_side_stream_are_whole_when_they_are_used() -> None:
     renderer, sources = GpuRenderer(recipe, "cuda"), window_of(0, HWS)
     ring, slots = filled(recipe, sources, "cuda")
     hws = [ring.hws[slot] for slot in slots]
-    tables = [pack(recipe, [draw(recipe, generator(0, e, i), i % 5, 5, mosaic_on=True) for i in range(32)], hws, slots) for e in range(40)]
+    tables = [
+        pack(
+            recipe,
+            [draw(recipe, generator(0, e, i), i % 5, 5, mosaic_on=True) for i in range(32)],
+            hws,
+            slots,
+        )
+        for e in range(40)
+    ]
     expected = [renderer.render(table, ring).float().sum() for table in tables]
     busy = torch.randn(2048, 2048, device="cuda")
     found = []
     for batch in prefetched(tables, lambda table: renderer.render(table, ring), "cuda"):
-        busy = busy @ busy / 2048  # the model: the batch waits in the stream, and its memory must not be given away
+        # the model: the batch waits in the stream, and its memory must not be given away
+        busy = busy @ busy / 2048
         found.append(batch.float().sum())
     assert torch.equal(torch.stack(found), torch.stack(expected))
 
@@ -129,7 +148,9 @@ def test_without_nvjpeg_the_same_images_come_from_the_host(monkeypatch: pytest.M
     assert np.abs(luma(first) - luma(second)).mean() <= 1
 
 
-def test_where_triton_cannot_compile_the_torch_program_renders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_triton_cannot_compile_the_torch_program_renders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 

@@ -29,19 +29,33 @@ WARM, HEARD = 4, 4  # steps
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
 def test_a_step_waits_for_the_device_in_ultralytics_only(optimizer: str, precision: torch.dtype) -> None:
-    manifest = Manifest(task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * 8)}, source="")
-    lender = Lender({**YOLO, "optimizer": optimizer}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=DEVICE)
+    manifest = Manifest(
+        task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * 8)}, source=""
+    )
+    lender = Lender(
+        {**YOLO, "optimizer": optimizer},
+        model="yolov8n.yaml",
+        manifest=manifest,
+        batch=BATCH,
+        seed=0,
+        device=DEVICE,
+    )
     loop = Loop(lender, num_images=BATCH * 8, steps_per_epoch=8, precision=precision)
     loop.start_epoch()
     epoch, finite, rows = Epoch(BATCH * 8), FiniteWatch(), np.arange(BATCH)
-    given = (Batch(0, step, 0, np.empty((BATCH, 3, 0, 0), np.uint8), *3 * [np.empty(0)], rows) for step in range(WARM + HEARD))  # type: ignore[arg-type]
+    given = (
+        Batch(0, step, 0, np.empty((BATCH, 3, 0, 0), np.uint8), *3 * [np.empty(0)], rows)
+        for step in range(WARM + HEARD)
+    )  # type: ignore[arg-type]
     places: list[str] = []
 
     def hear(message: Warning | str, *_: object) -> None:
         """Whose line it is that waits: the innermost one outside of torch."""
         if "called a synchronizing" in str(message):
             mine = [
-                frame for frame in traceback.extract_stack()[:-1] if "/torch/" not in frame.filename and frame.filename != warnings.__file__
+                frame
+                for frame in traceback.extract_stack()[:-1]
+                if "/torch/" not in frame.filename and frame.filename != warnings.__file__
             ]
             places.append(f"{mine[-1].filename}:{mine[-1].lineno}")
 
@@ -60,10 +74,13 @@ def test_a_step_waits_for_the_device_in_ultralytics_only(optimizer: str, precisi
         finally:
             torch.cuda.set_sync_debug_mode("default")
     theirs = [place for place in places if "/ultralytics/" in place]
-    print(f"{len(theirs) / HEARD:.0f} a step in Ultralytics: {sorted({'/'.join(place.split('/')[-2:]) for place in theirs})}")
+    print(
+        f"{len(theirs) / HEARD:.0f} a step in Ultralytics: {sorted({'/'.join(place.split('/')[-2:]) for place in theirs})}"
+    )
     assert theirs, "else nothing was heard"
     mine = [place for place in places if place not in theirs]
-    if precision == torch.float16 and optimizer == "SGD":  # GradScaler asks, once an update, whether it may step
+    # GradScaler asks, once an update, whether it may step
+    if precision == torch.float16 and optimizer == "SGD":
         assert len(mine) <= HEARD
         assert len({*mine}) <= 1
     else:

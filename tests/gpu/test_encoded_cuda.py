@@ -30,7 +30,12 @@ def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:
 
 
 def shown(spec: StreamSpec, device: str, first_step: int = 0) -> list[Rendered]:
-    dealt = (batch for item in spec.plan.items() for block in encoded_blocks(spec, item) for batch in unpack(pack(block)))
+    dealt = (
+        batch
+        for item in spec.plan.items()
+        for block in encoded_blocks(spec, item)
+        for batch in unpack(pack(block))
+    )
     return [
         (batch, {name: tensor.cpu() for name, tensor in tensors.items()})
         for batch, tensors in rendered(dealt, Feed(spec, device, to_tensors), first_step)
@@ -42,7 +47,8 @@ def shown(spec: StreamSpec, device: str, first_step: int = 0) -> list[Rendered]:
 def test_a_stream_is_rendered_as_on_cpu_tensors_from_any_step(
     folder: Path, more: dict[str, float], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ring, "has_nvjpeg", lambda device: False)  # one decoder: what two of them differ by is another test's
+    # one decoder: what two of them differ by is another test's
+    monkeypatch.setattr(ring, "has_nvjpeg", lambda device: False)
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=12, window_images=8)
     spec = replace(spec, recipe=Recipe(32, **EVERYTHING, **more), mosaic_epochs=10)  # type: ignore[arg-type]
     expected, got = shown(spec, "cpu"), shown(spec, "cuda")

@@ -18,13 +18,30 @@ from tests.runs import final_state, lines, train_folder, with_train
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
-    ray.init(address="local", num_cpus=4, num_gpus=1, include_dashboard=False, logging_level="warning", object_store_memory=512 << 20)
+    ray.init(
+        address="local",
+        num_cpus=4,
+        num_gpus=1,
+        include_dashboard=False,
+        logging_level="warning",
+        object_store_memory=512 << 20,
+    )
     config = RunConfig.model_validate(
         {
             "name": "cuda",
             "storage": str(tmp_path_factory.mktemp("runs")),
-            "prepare": {"format": "shapes", "shapes": {"train": 48, "val": 16, "height": 120, "width": 160}, "rows_per_group": 16},
-            "train": {"model": "yolov8n.yaml", "num_workers": 1, "use_gpu": True, "batch": 8, "yolo": {"epochs": 2, "imgsz": 96}},
+            "prepare": {
+                "format": "shapes",
+                "shapes": {"train": 48, "val": 16, "height": 120, "width": 160},
+                "rows_per_group": 16,
+            },
+            "train": {
+                "model": "yolov8n.yaml",
+                "num_workers": 1,
+                "use_gpu": True,
+                "batch": 8,
+                "yolo": {"epochs": 2, "imgsz": 96},
+            },
         }
     )
     raypar.prepare.run(config)

@@ -26,32 +26,56 @@ def prepared(tmp_path: Path) -> RunConfig:
         {
             "name": "damage",
             "storage": str(tmp_path),
-            "prepare": {"format": "shapes", "shapes": {"train": 24, "val": 8, "height": 64, "width": 80}, "rows_per_group": 8},
-            "train": {"model": "yolov8n.yaml", "use_gpu": False, "batch": 8, "yolo": {"epochs": 1, "imgsz": 64}},
+            "prepare": {
+                "format": "shapes",
+                "shapes": {"train": 24, "val": 8, "height": 64, "width": 80},
+                "rows_per_group": 8,
+            },
+            "train": {
+                "model": "yolov8n.yaml",
+                "use_gpu": False,
+                "batch": 8,
+                "yolo": {"epochs": 1, "imgsz": 64},
+            },
         }
     )
     raypar.prepare.run(config)
     return config
 
 
-def test_rows_that_cannot_be_decoded_are_in_the_log_and_the_metrics(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_rows_that_cannot_be_decoded_are_in_the_log_and_the_metrics(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     config = prepared(tmp_path)
     folder = Path(config.folder.uri) / "dataset"
     table = pq.read_table(folder / "train/00000.parquet")
     images = [b"no image" if i in (3, 11, 17) else data for i, data in enumerate(table["image"].to_pylist())]
     sink = io.BytesIO()
-    pq.write_table(table.set_column(1, table.schema.field("image"), pa.array(images, pa.binary())), sink, row_group_size=8)
+    pq.write_table(
+        table.set_column(1, table.schema.field("image"), pa.array(images, pa.binary())),
+        sink,
+        row_group_size=8,
+    )
     (folder / "train/00000.parquet").write_bytes(sink.getvalue())
-    manifest = json.loads((folder / MANIFEST).read_text())  # made to agree: as if prepare had let them through
-    manifest["splits"]["train"]["shards"][0] |= {"num_bytes": len(sink.getvalue()), "sha256": hashlib.sha256(sink.getvalue()).hexdigest()}
+    # made to agree: as if prepare had let them through
+    manifest = json.loads((folder / MANIFEST).read_text())
+    manifest["splits"]["train"]["shards"][0] |= {
+        "num_bytes": len(sink.getvalue()),
+        "sha256": hashlib.sha256(sink.getvalue()).hexdigest(),
+    }
     (folder / MANIFEST).write_text(json.dumps(manifest))
     raypar.train.run(config)
-    (line,) = [json.loads(text) for text in (Path(config.folder.uri) / "train/metrics.jsonl").read_text().splitlines()]
+    (line,) = [
+        json.loads(text)
+        for text in (Path(config.folder.uri) / "train/metrics.jsonl").read_text().splitlines()
+    ]
     assert line["images_replaced"] == 3
     assert "3 image(s) of epoch 1 cannot be decoded" in capfd.readouterr().out
 
 
-def test_a_damaged_shard_stops_train_and_evaluate_at_start(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_weights: Path) -> None:
+def test_a_damaged_shard_stops_train_and_evaluate_at_start(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_weights: Path
+) -> None:
     config = prepared(tmp_path)
     dataset = config.folder / "dataset"
     (shard,) = Manifest.load(dataset).split("val").shards
@@ -64,7 +88,9 @@ def test_a_damaged_shard_stops_train_and_evaluate_at_start(tmp_path: Path, capsy
     with pytest.raises(ValueError, match=f"shard {shard.path} is altered"):
         raypar.train.run(config)
     with pytest.raises(ValueError, match=f"shard {shard.path} is altered"):
-        raypar.evaluate.run(RunConfig.model_validate(config.model_dump() | {"evaluate": {"weights": str(tiny_weights)}}))
+        raypar.evaluate.run(
+            RunConfig.model_validate(config.model_dump() | {"evaluate": {"weights": str(tiny_weights)}})
+        )
     dataset.write(shard.path, bytes(data[:-5]))
     capsys.readouterr()
     for verb in ("train", "evaluate"):

@@ -45,7 +45,12 @@ def as_yolo_dataset(config: RunConfig, root: Path) -> Path:
             boxes = [row["boxes_xywhn"][4 * j : 4 * j + 4] for j in range(len(row["class_ids"]))]
             lines = [" ".join(map(str, [c, *box])) for c, box in zip(row["class_ids"], boxes, strict=True)]
             (root / "labels" / "val" / f"{stem}.txt").write_text("\n".join(lines))
-    data = {"path": str(root), "train": "images/val", "val": "images/val", "names": dict(enumerate(manifest.class_names))}
+    data = {
+        "path": str(root),
+        "train": "images/val",
+        "val": "images/val",
+        "names": dict(enumerate(manifest.class_names)),
+    }
     (root / "data.yaml").write_text(yaml.safe_dump(data))
     return root / "data.yaml"
 
@@ -55,11 +60,24 @@ def result(trained_run: RunConfig, ray_4_cpus: None) -> dict[str, Any]:
     return raypar.evaluate.run(with_evaluate(trained_run, num_workers=2, batch=5))
 
 
-def test_numbers_are_those_of_yolo_val(trained_run: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
+def test_numbers_are_those_of_yolo_val(
+    trained_run: RunConfig, result: dict[str, Any], tmp_path: Path
+) -> None:
     data = as_yolo_dataset(trained_run, tmp_path / "data")
     weights = f"{trained_run.folder.uri}/train/best.pt"
     theirs = (
-        YOLO(weights).val(data=str(data), imgsz=96, batch=1, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path)).box
+        YOLO(weights)
+        .val(
+            data=str(data),
+            imgsz=96,
+            batch=1,
+            plots=False,
+            verbose=False,
+            workers=0,
+            device="cpu",
+            project=str(tmp_path),
+        )
+        .box
     )
     assert result["map50_95"] == pytest.approx(theirs.map, abs=0.003)
     assert result["map50"] == pytest.approx(theirs.map50, abs=0.003)
@@ -83,9 +101,17 @@ def test_what_it_leaves(trained_run: RunConfig, result: dict[str, Any]) -> None:
         "images_per_s",
     } <= result.keys()
     assert all(0 <= result[key] <= 1 for key in ("map50_95", "map50", "precision", "recall"))
-    assert [row["class_name"] for row in result["per_class"]] == list(Manifest.load(trained_run.folder / "dataset").class_names)
+    assert [row["class_name"] for row in result["per_class"]] == list(
+        Manifest.load(trained_run.folder / "dataset").class_names
+    )
     pictures = {path.name for path in folder.glob("*.png")}
-    assert {"BoxPR_curve.png", "BoxF1_curve.png", "confusion_matrix.png", "confusion_matrix_normalized.png", "detections.png"} <= pictures
+    assert {
+        "BoxPR_curve.png",
+        "BoxF1_curve.png",
+        "confusion_matrix.png",
+        "confusion_matrix_normalized.png",
+        "detections.png",
+    } <= pictures
     assert decode((folder / "detections.png").read_bytes()).std() > 10
 
 
@@ -106,19 +132,28 @@ def test_other_settings_are_another_result(trained_run: RunConfig, result: dict[
     assert train["num_images"] == 48
 
 
-def test_an_image_that_cannot_be_read_is_left_out_and_listed(trained_run: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_read_is_left_out_and_listed(
+    trained_run: RunConfig, result: dict[str, Any], tmp_path: Path
+) -> None:
     copied = with_evaluate(trained_run.model_copy(update={"storage": str(tmp_path)}))
-    shutil.copytree(trained_run.folder.uri, copied.folder.uri, ignore=shutil.ignore_patterns("evaluate", "checkpoint_*"))
+    shutil.copytree(
+        trained_run.folder.uri, copied.folder.uri, ignore=shutil.ignore_patterns("evaluate", "checkpoint_*")
+    )
     (shard,) = Manifest.load(copied.folder / "dataset").split("val").shards
     path = f"{copied.folder.uri}/dataset/{shard.path}"
     table = pq.read_table(path)
     images = table["image"].to_pylist()
     images[3] = b"no image"
-    table = table.set_column(table.schema.get_field_index("image"), table.schema.field("image"), pa.array(images, pa.binary()))
+    table = table.set_column(
+        table.schema.get_field_index("image"), table.schema.field("image"), pa.array(images, pa.binary())
+    )
     pq.write_table(table, path, row_group_size=shard.row_groups[0])
     manifest = json.loads((copied.folder / "dataset").read(MANIFEST))  # as if it had been prepared so
     data = Path(path).read_bytes()
-    manifest["splits"]["val"]["shards"][0] |= {"num_bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    manifest["splits"]["val"]["shards"][0] |= {
+        "num_bytes": len(data),
+        "sha256": hashlib.sha256(data).hexdigest(),
+    }
     (copied.folder / "dataset").write_json(MANIFEST, manifest)
     found = raypar.evaluate.run(copied)
     assert (found["num_images"], found["num_unreadable"]) == (15, 1)

@@ -20,12 +20,17 @@ pytestmark = pytest.mark.usefixtures("ray_4_cpus")
 
 
 def config_for(storage: Path, weights: Path, **export: Any) -> RunConfig:
-    return RunConfig.model_validate({"name": "e", "storage": str(storage), "export": {"weights": str(weights), **export}})
+    return RunConfig.model_validate(
+        {"name": "e", "storage": str(storage), "export": {"weights": str(weights), **export}}
+    )
 
 
 def pictures() -> list[Any]:
     rng = np.random.default_rng(3)
-    return [rng.integers(0, 256, (h, w, 3), np.uint8).repeat(16, 0).repeat(16, 1) for h, w in ((7, 9), (12, 5), (10, 10))]
+    return [
+        rng.integers(0, 256, (h, w, 3), np.uint8).repeat(16, 0).repeat(16, 1)
+        for h, w in ((7, 9), (12, 5), (10, 10))
+    ]
 
 
 @pytest.mark.parametrize("is_dynamic", [True, False])
@@ -52,7 +57,9 @@ def test_onnx_detects_what_the_weights_detect(
     assert "is complete" in capsys.readouterr().out
 
 
-def test_an_export_that_differs_is_refused_and_nothing_is_left(tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_differs_is_refused_and_nothing_is_left(
+    tiny_weights: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The exporter is made to export other weights: the task must see it. Run in this process, where it can be replaced."""
     import torch
     from ultralytics import YOLO
@@ -78,7 +85,10 @@ class Fixed:
 
     def __init__(self, boxes: Any, class_ids: Any, confidences: Any):
         self.found = Detections(
-            np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (99, 99)
+            np.array(boxes, np.float32).reshape(-1, 4),
+            np.array(class_ids, np.int32),
+            np.array(confidences, np.float32),
+            (99, 99),
         )
 
     def __call__(self, images: list[Any], **thresholds: float) -> list[Detections]:

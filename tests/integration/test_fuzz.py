@@ -81,7 +81,13 @@ def absurd_png(data: bytes, rng: Rng) -> bytes:
     ihdr = b"IHDR" + width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([8, 2, 0, 0, 0])
     chunk = (13).to_bytes(4, "big") + ihdr + zlib.crc32(ihdr).to_bytes(4, "big")
     body = b"IDAT" + zlib.compress(b"\0" * 100)
-    return b"\x89PNG\r\n\x1a\n" + chunk + (len(body) - 4).to_bytes(4, "big") + body + zlib.crc32(body).to_bytes(4, "big")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk
+        + (len(body) - 4).to_bytes(4, "big")
+        + body
+        + zlib.crc32(body).to_bytes(4, "big")
+    )
 
 
 def absurd_jpeg(data: bytes, rng: Rng) -> bytes:
@@ -183,7 +189,18 @@ def write_files(root: Path, count: int, seed: int) -> list[Record]:
 
 def write_shards(dataset: Folder, records: list[Record]) -> list[ShardReport]:
     return [
-        write_shard(ShardJob(dataset, f"train/{i:05d}.parquet", "train", "yolo", 3, tuple(records[i : i + SHARD_FILES]), 16, MAX_PIXELS))
+        write_shard(
+            ShardJob(
+                dataset,
+                f"train/{i:05d}.parquet",
+                "train",
+                "yolo",
+                3,
+                tuple(records[i : i + SHARD_FILES]),
+                16,
+                MAX_PIXELS,
+            )
+        )
         for i in range(0, len(records), SHARD_FILES)
     ]
 
@@ -211,7 +228,9 @@ def check_account(rows: list[dict[str, Any]], rejected: list[dict[str, str]], na
 def spec_of(dataset: Folder, split: Split) -> StreamSpec:
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
     plan = Plan(groups, seed=0, global_batch=8, epochs=1, window_images=64)
-    recipe = Recipe(imgsz=64, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5)
+    recipe = Recipe(
+        imgsz=64, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5
+    )
     return StreamSpec.of(dataset, split, plan, recipe, mosaic_epochs=1, albumentations=[], world_size=1)
 
 
@@ -221,12 +240,17 @@ def test_damaged_files_never_stop_a_shard_and_the_stream_shows_what_is_left(tmp_
     reports = write_shards(dataset, records)
     shards = tuple(report.shard for report in reports if report.shard)
     rows = [row for shard in shards for row in pq.read_table(f"{dataset.path}/{shard.path}").to_pylist()]
-    check_account(rows, [line for report in reports for line in report.rejected], {record.image_id for record in records})
+    check_account(
+        rows,
+        [line for report in reports for line in report.rejected],
+        {record.image_id for record in records},
+    )
     assert len(rows) > NUM_FILES // 20
     assert sum(report.num_repaired for report in reports) > NUM_FILES // 200
     spec = spec_of(dataset, Split(shards=shards, num_images=len(rows)))
     batches = [batch for item in spec.plan.items() for batch in render(spec, item)]
-    assert sum(batch.num_replaced for batch in batches) == 0  # prepare lets nothing through that cannot be decoded
+    # prepare lets nothing through that cannot be decoded
+    assert sum(batch.num_replaced for batch in batches) == 0
     assert sorted({int(row) for batch in batches for row in batch.rows}) == list(range(len(rows)))
     assert all(np.isfinite(batch.boxes_xywhn).all() for batch in batches)
 
@@ -239,13 +263,20 @@ def test_rows_damaged_after_prepare_are_replaced_alike_each_time_and_counted(tmp
     records = []
     for number in range(200):
         out = io.BytesIO()
-        Image.fromarray(rng.integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(out, "PNG" if number % 2 else "JPEG")
+        Image.fromarray(rng.integers(0, 255, (40, 50, 3)).astype(np.uint8)).save(
+            out, "PNG" if number % 2 else "JPEG"
+        )
         (folder / f"{number}.png").write_bytes(out.getvalue())
         records.append(Record(f"{number}.png", str(folder / f"{number}.png"), str(folder / "none.txt")))
-    report = write_shard(ShardJob(dataset, "train/0.parquet", "train", "yolo", 3, tuple(records), 16, MAX_PIXELS))
+    report = write_shard(
+        ShardJob(dataset, "train/0.parquet", "train", "yolo", 3, tuple(records), 16, MAX_PIXELS)
+    )
     assert report.shard is not None
     table = pq.read_table(f"{dataset.path}/train/0.parquet")
-    images = [IMAGE_DAMAGE[rng.integers(2, 8)](image, rng) if rng.random() < 0.5 else image for image in table["image"].to_pylist()]
+    images = [
+        IMAGE_DAMAGE[rng.integers(2, 8)](image, rng) if rng.random() < 0.5 else image
+        for image in table["image"].to_pylist()
+    ]
     num_bad = sum(not is_decodable(image) for image in images)
     assert num_bad > 20
     damaged = table.set_column(1, table.schema.field("image"), pa.array(images, pa.binary()))
@@ -307,7 +338,10 @@ def test_coco_annotations_of_any_value_are_read_or_refused() -> None:
     for number in range(1000):
         rng = np.random.default_rng([2, number])
 
-        boxes = [[coordinate(rng) for _ in range(rng.choice([4, 4, 4, 4, 3, 5]))] for _ in range(int(rng.integers(0, 4)))]
+        boxes = [
+            [coordinate(rng) for _ in range(rng.choice([4, 4, 4, 4, 3, 5]))]
+            for _ in range(int(rng.integers(0, 4)))
+        ]
         boxes += [VALUES[rng.integers(len(VALUES))]] if rng.random() < 0.2 else []
         record = Record("a", "a", ((40, 50), [(int(rng.integers(-1, 4)), box) for box in boxes]))
         if refused := reason(lambda record=record: coco.read_labels(record, 3, (40, 50))):  # type: ignore[misc]
@@ -333,7 +367,11 @@ def test_voc_annotations_of_any_bytes_are_read_or_refused(tmp_path: Path) -> Non
     num_read = 0
     for number in range(500):
         rng = np.random.default_rng([3, number])
-        damaged = [flip_bits, cut_short, blank_a_part][rng.integers(3)](clean.encode(), rng) if rng.random() < 0.8 else clean.encode()
+        damaged = (
+            [flip_bits, cut_short, blank_a_part][rng.integers(3)](clean.encode(), rng)
+            if rng.random() < 0.8
+            else clean.encode()
+        )
         (tmp_path / "a.xml").write_bytes(bombs[number] if number < len(bombs) else damaged)
         refused = reason(lambda: voc.read_labels(record, 2, (40, 50)))
         assert len(refused) < 400
@@ -347,7 +385,8 @@ def test_prepare_takes_a_folder_of_damaged_files(tmp_path: Path) -> None:
     records = write_files(root, NUM_THROUGH_RAY, seed=1)
     (root / "images" / "val").mkdir()
     Image.new("RGB", (50, 40)).save(root / "images" / "val" / "good.png")
-    (root / "images" / "train" / "again").symlink_to(root / "images" / "train")  # two loops: 2^40 folders, to who follows them
+    # two loops: 2^40 folders, to who follows them
+    (root / "images" / "train" / "again").symlink_to(root / "images" / "train")
     (root / "images" / "train" / "and_again").symlink_to(root / "images")
     not_utf8 = Path(os.fsdecode(os.fsencode(root / "images" / "train") + b"/caf\xe9.png"))
     Image.new("RGB", (50, 40)).save(not_utf8)
@@ -362,7 +401,13 @@ def test_prepare_takes_a_folder_of_damaged_files(tmp_path: Path) -> None:
     manifest = raypar.prepare.run(config)
     folder = Path(config.folder.uri) / "dataset"
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
-    rows = [row for shard in manifest.splits["train"].shards for row in pq.read_table(folder / shard.path).to_pylist()]
-    check_account(rows, rejected, {record.image_id for record in records} | {not_utf8.name, "and_again/val/good.png"})
+    rows = [
+        row
+        for shard in manifest.splits["train"].shards
+        for row in pq.read_table(folder / shard.path).to_pylist()
+    ]
+    check_account(
+        rows, rejected, {record.image_id for record in records} | {not_utf8.name, "and_again/val/good.png"}
+    )
     assert Manifest.load(config.folder / "dataset").num_rejected == len(rejected)
     assert {yolo.label_path(record.image_path) for record in records} == {record.labels for record in records}

@@ -53,7 +53,9 @@ def result(config: RunConfig) -> dict[str, Any]:
 
 def shards(config: RunConfig, split: str = "train") -> pa.Table:
     folder = config.folder / "dataset"
-    return pa.concat_tables(pq.read_table(f"{folder.uri}/{shard.path}") for shard in Manifest.load(folder).split(split).shards)
+    return pa.concat_tables(
+        pq.read_table(f"{folder.uri}/{shard.path}") for shard in Manifest.load(folder).split(split).shards
+    )
 
 
 def folder_of(config: RunConfig) -> Path:
@@ -76,10 +78,16 @@ def test_numbers_are_those_of_the_parquet(config: RunConfig, result: dict[str, A
     assert found["num_boxes"] == sum(per_class.values())
     assert found["num_backgrounds"] == sum(not row["class_ids"] for row in rows)
     assert [row["num_boxes"] for row in found["per_class"]] == [per_class[i] for i in range(len(names))]
-    assert [row["num_images"] for row in found["per_class"]] == [sum(i in row["class_ids"] for row in rows) for i in range(len(names))]
+    assert [row["num_images"] for row in found["per_class"]] == [
+        sum(i in row["class_ids"] for row in rows) for i in range(len(names))
+    ]
     assert found["max_boxes_per_image"] == max(len(row["class_ids"]) for row in rows)
     assert (found["height"], found["width"]) == ([120, 120], [160, 160])
-    sides = [(w * 160 * h * 120) ** 0.5 * 96 / 160 for row in rows for w, h in np.reshape(row["boxes_xywhn"], (-1, 4))[:, 2:]]
+    sides = [
+        (w * 160 * h * 120) ** 0.5 * 96 / 160
+        for row in rows
+        for w, h in np.reshape(row["boxes_xywhn"], (-1, 4))[:, 2:]
+    ]
     assert found["median_box_px"] == pytest.approx(np.median(sides), rel=0.1)
     assert list(found["box_sizes"].values()) == np.histogram(sides, [0, 2, 8, 32, 96, 1e9])[0].tolist()
     assert np.sum(found["box_centres"]) == found["num_boxes"]
@@ -94,7 +102,14 @@ def test_augmented_samples_are_those_that_training_renders(config: RunConfig, re
     for i in range(6):
         mine = batch.image_index == i
         image = np.ascontiguousarray(batch.images[i].transpose(1, 2, 0))
-        drawn.append(boxes_on(image, xywhn_to_xyxy(batch.boxes_xywhn[mine], (96, 96)), batch.class_ids[mine], manifest.class_names))
+        drawn.append(
+            boxes_on(
+                image,
+                xywhn_to_xyxy(batch.boxes_xywhn[mine], (96, 96)),
+                batch.class_ids[mine],
+                manifest.class_names,
+            )
+        )
     ids = shards(config)["image_id"].to_pylist()
     expected = contact_sheet(drawn, [ids[row] for row in batch.rows[:6]], columns=2)
     sheet = decode((folder_of(config) / "samples_augmented.png").read_bytes())
@@ -125,7 +140,9 @@ def test_speed(result: dict[str, Any]) -> None:
     assert set(speed["stages_cpu_ms_per_image"]) == set(STAGES)
     stages = speed["stages_cpu_ms_per_image"]
     assert all(stages[name] > 0 for name in ("read", "decode", "render", "pack"))
-    assert sum(stages.values()) == pytest.approx(speed["cpu_ms_per_image"], rel=1.0), "the stages are the whole, about"
+    assert sum(stages.values()) == pytest.approx(speed["cpu_ms_per_image"], rel=1.0), (
+        "the stages are the whole, about"
+    )
     needed = speed["cpus_for_images_per_s"]
     assert list(needed) == ["500", "1000", "2000"]
     assert needed["500"] <= needed["1000"] <= 2 * needed["500"]
@@ -133,7 +150,9 @@ def test_speed(result: dict[str, Any]) -> None:
     assert "limits" in speed["verdict"]
 
 
-def test_complete_output_is_kept(config: RunConfig, result: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+def test_complete_output_is_kept(
+    config: RunConfig, result: dict[str, Any], capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder_of(config).iterdir()}
     assert raypar.inspect.run(config) == result
     assert "inspect.overwrite=true inspects anew" in capsys.readouterr().out
@@ -186,7 +205,9 @@ def test_a_missing_shard_is_named(config: RunConfig, tmp_path: Path) -> None:
 
 
 def test_one_image(tmp_path: Path) -> None:
-    tiny = make_config(tmp_path, prepare={"format": "shapes", "shapes": {"train": 1, "val": 1}}, inspect={"seconds": 0.2})
+    tiny = make_config(
+        tmp_path, prepare={"format": "shapes", "shapes": {"train": 1, "val": 1}}, inspect={"seconds": 0.2}
+    )
     raypar.prepare.run(tiny)
     found = raypar.inspect.run(tiny)
     assert found["statistics"]["num_images"] == 1
@@ -195,13 +216,19 @@ def test_one_image(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb", "classify"])
 def test_other_tasks(task: str, tmp_path: Path) -> None:
-    prepare = {"format": "shapes", "task": task, "shapes": {"train": 20, "val": 2, "height": 120, "width": 160}}
+    prepare = {
+        "format": "shapes",
+        "task": task,
+        "shapes": {"train": 20, "val": 2, "height": 120, "width": 160},
+    }
     other = make_config(tmp_path, prepare=prepare, inspect={"seconds": 0, "num_samples": 4})
     raypar.prepare.run(other)
     raypar.inspect.check(other)
     found, rows = raypar.inspect.run(other), shards(other).to_pylist()
     per_class = Counter(i for row in rows for i in row.get("class_ids", ()))
-    images = Counter(i for row in rows for i in (set(row["class_ids"]) if "class_ids" in row else [row["class_id"]]))
+    images = Counter(
+        i for row in rows for i in (set(row["class_ids"]) if "class_ids" in row else [row["class_id"]])
+    )
     assert [row["num_boxes"] for row in found["statistics"]["per_class"]] == [per_class[i] for i in range(4)]
     assert [row["num_images"] for row in found["statistics"]["per_class"]] == [images[i] for i in range(4)]
     assert bool(found["statistics"]["num_boxes"]) == (task != "classify")

@@ -48,7 +48,11 @@ def free_ports(count: int) -> list[int]:
 
 def environment() -> dict[str, str]:
     """Without PYTHONPATH: raypar must come with the job."""
-    kept = {k: v for k, v in os.environ.items() if not k.startswith("RAY_") and k not in ("PYTHONPATH", "YOLO_OFFLINE")}
+    kept = {
+        k: v
+        for k, v in os.environ.items()
+        if not k.startswith("RAY_") and k not in ("PYTHONPATH", "YOLO_OFFLINE")
+    }
     path = os.pathsep.join([str(Path(sys.executable).parent), kept["PATH"]])
     return {**kept, "PATH": path, "RAY_AUTH_MODE": "disabled", "RAY_USAGE_STATS_ENABLED": "0"}
 
@@ -113,11 +117,15 @@ def submit(address: str, *entrypoint: str) -> subprocess.CompletedProcess[str]:
         "--",
         *entrypoint,
     ]
-    return subprocess.run(command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500, check=False)
+    return subprocess.run(
+        command, cwd=REPOSITORY, env=environment(), capture_output=True, text=True, timeout=500, check=False
+    )
 
 
 def test_the_checkout_travels(address: str) -> None:
-    code = "import ray; ray.init(); print(ray.get(ray.remote(lambda: __import__('raypar').__file__).remote()))"
+    code = (
+        "import ray; ray.init(); print(ray.get(ray.remote(lambda: __import__('raypar').__file__).remote()))"
+    )
     done = submit(address, "python", "-c", code)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "working_dir_files" in done.stdout, "a worker took another raypar than the job's"
@@ -137,6 +145,16 @@ def test_prepare_and_train_as_jobs(address: str, tmp_path: Path) -> None:
     assert line["images_seen"] == 32
     assert list((run / "train").glob("checkpoint_*"))
 
-    refused = submit(address, "python", "-m", "raypar", "train", "jobs/demo.yaml", f"storage={tmp_path}", *TINY, "train.use_gpu=true")
+    refused = submit(
+        address,
+        "python",
+        "-m",
+        "raypar",
+        "train",
+        "jobs/demo.yaml",
+        f"storage={tmp_path}",
+        *TINY,
+        "train.use_gpu=true",
+    )
     assert refused.returncode == 1, "a failed command is a failed job"
     assert "error: 2 GPUs are needed, the cluster (1 node(s)) has 0" in refused.stdout + refused.stderr

@@ -50,7 +50,13 @@ class Site:
 
     def __init__(self, detector: Detector, keys: tuple[str, ...] = ()) -> None:
         self.detector, self.confs = detector, list[float]()
-        api = build_api(self.detect, self.detect, self.info, Limits(max_image_bytes=500_000), [digest(key) for key in keys])
+        api = build_api(
+            self.detect,
+            self.detect,
+            self.info,
+            Limits(max_image_bytes=500_000),
+            [digest(key) for key in keys],
+        )
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
         self.server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
@@ -59,18 +65,31 @@ class Site:
     async def detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer:
         self.confs.append(conf)
         try:
-            (found,) = await asyncio.to_thread(self.detector, [image], conf=[conf], iou=[iou], max_det=[max_det])
+            (found,) = await asyncio.to_thread(
+                self.detector, [image], conf=[conf], iou=[iou], max_det=[max_det]
+            )
         except ValueError as error:
             raise BadImageError(str(error)) from error
-        rows = zip(found.class_ids.tolist(), found.confidences.tolist(), found.boxes_xyxy.tolist(), strict=True)
+        rows = zip(
+            found.class_ids.tolist(), found.confidences.tolist(), found.boxes_xyxy.tolist(), strict=True
+        )
         names, (height, width) = self.detector.class_names, found.image_hw
-        objects = [{"class_id": i, "class_name": names[i], "confidence": sure, "box_xyxy": box} for i, sure, box in rows]
+        objects = [
+            {"class_id": i, "class_name": names[i], "confidence": sure, "box_xyxy": box}
+            for i, sure, box in rows
+        ]
         model, size = {"name": "tiny", "sha256": "0" * 64}, {"height": height, "width": width}
         return Answer({"model": model, "image": size, "detections": objects}, batch_size=1, forward_s=0.01)
 
     async def info(self) -> dict[str, Any]:
         names = self.detector.class_names
-        return {"name": "tiny", "sha256": "0" * 64, "task": "detect", "class_names": names, "imgsz": self.detector.imgsz}
+        return {
+            "name": "tiny",
+            "sha256": "0" * 64,
+            "task": "detect",
+            "class_names": names,
+            "imgsz": self.detector.imgsz,
+        }
 
     def __enter__(self) -> Site:
         self.thread.start()
@@ -118,7 +137,9 @@ def num_boxes(browser: Chrome) -> int:
     return int(element(browser, "canvas").get_attribute("data-boxes") or 0)
 
 
-def test_a_chosen_image_shows_the_detectors_boxes(browser: Chrome, site: Site, detector: Detector, image: bytes, tmp_path: Path) -> None:
+def test_a_chosen_image_shows_the_detectors_boxes(
+    browser: Chrome, site: Site, detector: Detector, image: bytes, tmp_path: Path
+) -> None:
     path = tmp_path / "grey.png"
     path.write_bytes(image)
     (expected,) = detector([image], conf=0.25)
@@ -134,12 +155,17 @@ def test_a_chosen_image_shows_the_detectors_boxes(browser: Chrome, site: Site, d
     assert element(browser, "rows").text.splitlines() == rows[:ROWS_SHOWN]
     assert element(browser, "status").text.startswith(f"{len(expected.boxes_xyxy)} objects in ")
     assert "tiny" in element(browser, "model").text
-    assert (element(browser, "canvas").get_property("width"), element(browser, "canvas").get_property("height")) == IMAGE_HW[::-1]
+    assert (
+        element(browser, "canvas").get_property("width"),
+        element(browser, "canvas").get_property("height"),
+    ) == IMAGE_HW[::-1]
     assert browser.get_log("browser") == []  # no error, and nothing that the page's policy refused
     left, top, right, bottom = expected.boxes_xyxy[0].clip(0, [IMAGE_HW[1] - 1, IMAGE_HW[0] - 1] * 2)
     for x, y in ((right, (top + bottom) / 2), ((left + right) / 2, bottom)):
         near = [browser.execute_script(PIXEL, int(x) + dx, int(y) + dy) for dx in (-1, 0) for dy in (-1, 0)]
-        assert any(max(colour[:3]) - min(colour[:3]) > 30 for colour in near), f"no line at {x:.0f}, {y:.0f}: {near}"
+        assert any(max(colour[:3]) - min(colour[:3]) > 30 for colour in near), (
+            f"no line at {x:.0f}, {y:.0f}: {near}"
+        )
 
 
 @pytest.mark.parametrize("script", [DROP, PASTE], ids=["drop", "paste"])
@@ -196,10 +222,15 @@ def test_a_key_is_asked_for_and_used(browser: Chrome, detector: Detector, image:
 
 
 def test_it_fits_a_narrow_screen(browser: Chrome, site: Site, image: bytes) -> None:
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True})
+    browser.execute_cdp_cmd(
+        "Emulation.setDeviceMetricsOverride",
+        {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True},
+    )
     try:
         open_page(browser, site)
-        browser.execute_script(DROP, list(encode_png(np.full((300, 1500, 3), 128, np.uint8))), "wide.png", "image/png")
+        browser.execute_script(
+            DROP, list(encode_png(np.full((300, 1500, 3), 128, np.uint8))), "wide.png", "image/png"
+        )
         until(lambda: num_boxes(browser))
         assert browser.execute_script("return document.documentElement.scrollWidth") <= 360
     finally:

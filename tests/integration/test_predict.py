@@ -45,14 +45,18 @@ def config_for(storage: Path, weights: Path, source: Path | str, **predict: Any)
 
 
 def table(config: RunConfig) -> pa.Table:
-    return pa.concat_tables([pq.read_table(path) for path in sorted((Path(config.folder.uri) / "predict").glob("*.parquet"))])
+    return pa.concat_tables(
+        [pq.read_table(path) for path in sorted((Path(config.folder.uri) / "predict").glob("*.parquet"))]
+    )
 
 
 def share_found(ours: tuple[np.ndarray, np.ndarray, np.ndarray], others: Detections) -> float:
     """How many of our boxes the others have too. Not all: an untrained model gives neighbours equal confidences, and where a
     convolution's last bit depends on the batch, NMS keeps another one of them."""
     boxes, class_ids, confidences = ours
-    is_near = (np.abs(boxes[:, None] - others.boxes_xyxy[None]) < 0.05).all(2) & (np.abs(confidences[:, None] - others.confidences) < 1e-4)
+    is_near = (np.abs(boxes[:, None] - others.boxes_xyxy[None]) < 0.05).all(2) & (
+        np.abs(confidences[:, None] - others.confidences) < 1e-4
+    )
     return float((is_near & (class_ids[:, None] == others.class_ids)).any(1).mean())
 
 
@@ -60,7 +64,11 @@ def test_a_folder(images: Path, tiny_weights: Path, tmp_path: Path) -> None:
     config = config_for(tmp_path, tiny_weights, images, num_workers=2, batch=7)
     summary = raypar.predict.run(config)
     rows = {row["image_id"]: row for row in table(config).to_pylist()}
-    files = {path.relative_to(images).as_posix(): path for path in images.rglob("*") if path.suffix.lower() in (".jpg", ".png")}
+    files = {
+        path.relative_to(images).as_posix(): path
+        for path in images.rglob("*")
+        if path.suffix.lower() in (".jpg", ".png")
+    }
     assert rows.keys() == files.keys() - {"broken.jpg"}
     assert (summary["num_images"], summary["num_rejected"], len(table(config))) == (NUM_IMAGES, 1, NUM_IMAGES)
     folder = Path(config.folder.uri) / "predict"
@@ -75,10 +83,17 @@ def test_a_folder(images: Path, tiny_weights: Path, tmp_path: Path) -> None:
         boxes, class_ids = np.reshape(row["boxes_xyxy"], (-1, 4)), np.array(row["class_ids"])
         assert share_found((boxes, class_ids, np.array(row["confidences"])), alone) > 0.95
         assert abs(len(boxes) - len(alone.boxes_xyxy)) <= 0.05 * len(boxes)
-    assert summary["num_boxes"] == sum(len(row["class_ids"]) for row in rows.values()) == sum(summary["boxes_per_class"].values()) > 0
+    assert (
+        summary["num_boxes"]
+        == sum(len(row["class_ids"]) for row in rows.values())
+        == sum(summary["boxes_per_class"].values())
+        > 0
+    )
 
 
-def test_only_what_is_missing_is_done_again(images: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_only_what_is_missing_is_done_again(
+    images: Path, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = config_for(tmp_path, tiny_weights, images)
     first = raypar.predict.run(config)
     folder = Path(config.folder.uri) / "predict"
@@ -110,7 +125,9 @@ def test_the_datasets_own_shards(trained_run: RunConfig) -> None:
     assert summary["num_images"] == len(set(ids)) == 16
 
 
-def test_names_of_sources(images: Path, trained_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_names_of_sources(
+    images: Path, trained_run: RunConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ids(source: str) -> set[str]:
         found = list_source(source, trained_run.folder)
         return {entry.image_id or entry.name for piece in found.pieces for entry in piece}
@@ -136,7 +153,9 @@ def test_names_of_sources(images: Path, trained_run: RunConfig, tmp_path: Path, 
             list_source(wrong, trained_run.folder)
 
 
-def test_cuts_are_the_same_every_time_and_follow_the_files(images: Path, trained_run: RunConfig, tmp_path: Path) -> None:
+def test_cuts_are_the_same_every_time_and_follow_the_files(
+    images: Path, trained_run: RunConfig, tmp_path: Path
+) -> None:
     once, twice = (list_source(str(images), trained_run.folder) for _ in range(2))
     assert once == twice
     assert [len(piece) for piece in once.pieces] == [16, 16, 9]

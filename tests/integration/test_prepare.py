@@ -40,7 +40,9 @@ def config_of(tmp_path: Path, **prepare: Any) -> RunConfig:
 
 def shapes_config(tmp_path: Path, **prepare: Any) -> RunConfig:
     counts = {"train": 50, "val": 10, "test": 5, "height": 48, "width": 64}
-    return config_of(tmp_path, **({"format": "shapes", "shapes": counts, "rows_per_group": 8, "shard_mb": 0.02} | prepare))
+    return config_of(
+        tmp_path, **({"format": "shapes", "shapes": counts, "rows_per_group": 8, "shard_mb": 0.02} | prepare)
+    )
 
 
 def dataset_folder(config: RunConfig) -> Path:
@@ -75,14 +77,18 @@ def yolo_tree(root: Path, files: dict[str, tuple[bytes | None, str | None]]) -> 
     """A data.yaml over train files {name: (bytes, label text)}, and a val split of one good image."""
     for split, items in {"train": files, "val": {"ok.jpg": (picture(), BOX_LINE)}}.items():
         for name, (data, labels) in items.items():
-            image, label = root / "images" / split / name, (root / "labels" / split / name).with_suffix(".txt")
+            image, label = (
+                root / "images" / split / name,
+                (root / "labels" / split / name).with_suffix(".txt"),
+            )
             image.parent.mkdir(parents=True, exist_ok=True)
             label.parent.mkdir(parents=True, exist_ok=True)
             if data is not None:
                 image.write_bytes(data)
             if labels is not None:
                 label.write_text(labels)
-    names = "".join(f"./images/train/{name}\n" for name in files)  # a list, so that a missing file is listed too
+    # a list, so that a missing file is listed too
+    names = "".join(f"./images/train/{name}\n" for name in files)
     (root / "train.txt").write_text(names)
     (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [thing]\n")
     return str(root / "data.yaml")
@@ -96,7 +102,14 @@ def test_layout_is_that_of_the_docstring(tmp_path: Path) -> None:
     assert files_under(folder) == sorted([*shards, "manifest.json", "rejected.jsonl"])
     assert all(re.fullmatch(r"(train|val|test)/\d{5}\.parquet", shard) for shard in shards)
     drawing = raypar.prepare.__doc__ or ""
-    for name in ("dataset/", "train/00000.parquet", "val/00000.parquet", "test/00000.parquet", "rejected.jsonl", "manifest.json"):
+    for name in (
+        "dataset/",
+        "train/00000.parquet",
+        "val/00000.parquet",
+        "test/00000.parquet",
+        "rejected.jsonl",
+        "manifest.json",
+    ):
         assert name in drawing
         assert name == "dataset/" or (folder / name).is_file()
     assert len(manifest.splits["train"].shards) > 1
@@ -106,7 +119,11 @@ def test_layout_is_that_of_the_docstring(tmp_path: Path) -> None:
 def test_shards_are_what_the_manifest_says(tmp_path: Path) -> None:
     config = shapes_config(tmp_path)
     manifest = raypar.prepare.run(config)
-    assert {name: split.num_images for name, split in manifest.splits.items()} == {"train": 50, "val": 10, "test": 5}
+    assert {name: split.num_images for name, split in manifest.splits.items()} == {
+        "train": 50,
+        "val": 10,
+        "test": 5,
+    }
     for name, split in manifest.splits.items():
         for shard in split.shards:
             data = (dataset_folder(config) / shard.path).read_bytes()
@@ -116,8 +133,13 @@ def test_shards_are_what_the_manifest_says(tmp_path: Path) -> None:
             groups = [file.metadata.row_group(i) for i in range(file.num_row_groups)]
             assert tuple(group.num_rows for group in groups) == shard.row_groups
             assert all(rows == 8 for rows in shard.row_groups[:-1])
-            columns = {groups[0].column(i).path_in_schema: groups[0].column(i).compression for i in range(groups[0].num_columns)}
-            assert {path for path, compression in columns.items() if compression == "UNCOMPRESSED"} == {"image"}
+            columns = {
+                groups[0].column(i).path_in_schema: groups[0].column(i).compression
+                for i in range(groups[0].num_columns)
+            }
+            assert {path for path, compression in columns.items() if compression == "UNCOMPRESSED"} == {
+                "image"
+            }
             assert set(columns.values()) == {"UNCOMPRESSED", "ZSTD"}
         rows = rows_of(config, name)
         class_ids = [class_id for row in rows for class_id in row["class_ids"]]
@@ -145,7 +167,11 @@ def test_rows_are_the_pictures_of_their_seed_and_two_runs_are_equal(tmp_path: Pa
 def test_bccd(tmp_path: Path, bccd: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = config_of(tmp_path, source=str(bccd), format="voc")
     manifest = raypar.prepare.run(config)
-    assert {name: split.num_images for name, split in manifest.splits.items()} == {"train": 205, "val": 87, "test": 72}
+    assert {name: split.num_images for name, split in manifest.splits.items()} == {
+        "train": 205,
+        "val": 87,
+        "test": 72,
+    }
     assert manifest.num_rejected == 0
     assert (dataset_folder(config) / "rejected.jsonl").read_text() == ""
     assert manifest.class_names == ("Platelets", "RBC", "WBC")
@@ -177,7 +203,8 @@ def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
         "cut.png": ((png[: len(png) * 2 // 3], BOX_LINE), "truncated"),
         "tiny.jpg": ((picture(size=(80, 9)), BOX_LINE), "less than 10"),
         "huge.png": ((picture("PNG", (200, 100)), BOX_LINE), "max_pixels"),
-        "undecoded.png": ((picture("PNG", (200, 100))[:-60], BOX_LINE), "max_pixels"),  # cut: a decoder would have said so
+        # cut: a decoder would have said so
+        "undecoded.png": ((picture("PNG", (200, 100))[:-60], BOX_LINE), "max_pixels"),
         "class.jpg": ((jpeg, "1 0.5 0.5 0.1 0.1"), "class 1"),
         "nan.jpg": ((jpeg, "0 nan 0.5 0.1 0.1"), "finite"),
         "line.jpg": ((jpeg, "0 0.5 0.5"), "3 columns"),
@@ -191,13 +218,18 @@ def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
         listed.write("./images/train/good.jpg\n")
     config = config_of(tmp_path, source=source, max_rejected=0.9, max_pixels=19_999)
     manifest = raypar.prepare.run(config)
-    rejected = [json.loads(line) for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()]
+    rejected = [
+        json.loads(line) for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()
+    ]
     reasons = {line["image_id"]: line for line in rejected}
     assert set(reasons) == {*bad, "good.jpg"}
     assert "listed twice" in reasons["good.jpg"]["reason"]
     for name, (_, reason) in bad.items():
         assert reason in reasons[name]["reason"]
-        assert (reasons[name]["split"], reasons[name]["file"]) == ("train", str(tmp_path / "source" / "images" / "train" / name))
+        assert (reasons[name]["split"], reasons[name]["file"]) == (
+            "train",
+            str(tmp_path / "source" / "images" / "train" / name),
+        )
     rows = {row["image_id"]: row for row in rows_of(config, "train")}
     assert set(rows) == set(good)
     assert manifest.num_rejected == len(rejected) == len(bad) + 1
@@ -209,7 +241,9 @@ def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
     assert rows["tail.jpg"]["image"] != jpeg
     assert rows["tail.jpg"]["image"].endswith(b"\xff\xd9")
     np.testing.assert_allclose(rows["good.jpg"]["boxes_xywhn"], BOX_XYWHN, atol=1e-6)
-    np.testing.assert_allclose(rows["clipped.jpg"]["boxes_xywhn"], [0.965, 0.5, 0.07, 0.1, *BOX_XYWHN], atol=1e-6)
+    np.testing.assert_allclose(
+        rows["clipped.jpg"]["boxes_xywhn"], [0.965, 0.5, 0.07, 0.1, *BOX_XYWHN], atol=1e-6
+    )
     for row in rows.values():
         assert decode(row["image"]).shape == (row["height"], row["width"], 3)
 
@@ -217,7 +251,9 @@ def test_damaged_files_are_all_accounted_for(tmp_path: Path) -> None:
 @pytest.mark.parametrize("kind", ["JPEG", "PNG"])
 def test_exif_rotation_is_baked_in(tmp_path: Path, kind: str) -> None:
     suffix = {"JPEG": "jpg", "PNG": "png"}[kind]
-    files: dict[str, tuple[bytes | None, str | None]] = {f"{o}.{suffix}": (picture(kind, exif=exif(o)), BOX_LINE) for o in (1, 3, 6, 8)}
+    files: dict[str, tuple[bytes | None, str | None]] = {
+        f"{o}.{suffix}": (picture(kind, exif=exif(o)), BOX_LINE) for o in (1, 3, 6, 8)
+    }
     config = config_of(tmp_path, source=yolo_tree(tmp_path / "source", files))
     manifest = raypar.prepare.run(config)
     assert manifest.num_repaired == 3
@@ -235,7 +271,8 @@ def test_exif_rotation_is_baked_in(tmp_path: Path, kind: str) -> None:
         with Image.open(io.BytesIO(row["image"])) as stored:
             assert stored.format == kind
             assert stored.getexif().get(0x0112, 1) == 1
-        np.testing.assert_allclose(row["boxes_xywhn"], BOX_XYWHN, atol=1e-6)  # labels are for the upright image, as in Ultralytics
+        # labels are for the upright image, as in Ultralytics
+        np.testing.assert_allclose(row["boxes_xywhn"], BOX_XYWHN, atol=1e-6)
         if orientation == 1:
             assert row["image"] == files[row["image_id"]][0]
 
@@ -244,25 +281,40 @@ def test_sixteen_bits_are_cut_as_opencv_cuts_them_when_a_rotation_is_baked_in(tm
     values = np.linspace(0, 65535, 60 * 80).reshape(60, 80).astype(np.uint16)
     out = io.BytesIO()
     Image.fromarray(values).save(out, "PNG", exif=exif(6))
-    config = config_of(tmp_path, source=yolo_tree(tmp_path / "source", {"deep.png": (out.getvalue(), BOX_LINE)}))
+    config = config_of(
+        tmp_path, source=yolo_tree(tmp_path / "source", {"deep.png": (out.getvalue(), BOX_LINE)})
+    )
     raypar.prepare.run(config)
     expected = np.rot90(values >> 8, -1)
-    np.testing.assert_array_equal(decode(rows_of(config, "train")[0]["image"]), np.repeat(expected[..., None], 3, axis=2))
+    np.testing.assert_array_equal(
+        decode(rows_of(config, "train")[0]["image"]), np.repeat(expected[..., None], 3, axis=2)
+    )
 
 
 def test_too_many_rejected_is_an_error_without_a_manifest(tmp_path: Path) -> None:
-    files: dict[str, tuple[bytes | None, str | None]] = {f"{i}.jpg": (picture() if i else b"x", BOX_LINE) for i in range(4)}
+    files: dict[str, tuple[bytes | None, str | None]] = {
+        f"{i}.jpg": (picture() if i else b"x", BOX_LINE) for i in range(4)
+    }
     source = yolo_tree(tmp_path / "source", files)
-    with pytest.raises(ValueError, match=r"1 of 5 images .*max_rejected=0.05 allows 0.*1 x not an image.*rejected\.jsonl") as caught:
+    with pytest.raises(
+        ValueError, match=r"1 of 5 images .*max_rejected=0.05 allows 0.*1 x not an image.*rejected\.jsonl"
+    ) as caught:
         raypar.prepare.run(config_of(tmp_path, source=source))
     assert "\n" not in str(caught.value)
     config = config_of(tmp_path, source=source, max_rejected=0.2)
     kept = {"parts/train/00000.json", "rejected.jsonl", "train/00000.parquet"}
-    assert kept <= set(files_under(dataset_folder(config))) <= kept | {"parts/val/00000.json", "val/00000.parquet"}  # val may not be tried
+    # val may not be tried
+    assert (
+        kept
+        <= set(files_under(dataset_folder(config)))
+        <= kept | {"parts/val/00000.json", "val/00000.parquet"}
+    )
     assert raypar.prepare.run(config).num_rejected == 1  # 1 of 5 is just allowed
 
 
-def test_finished_dataset_is_kept_unless_overwritten(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_finished_dataset_is_kept_unless_overwritten(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     config = shapes_config(tmp_path)
     manifest = raypar.prepare.run(config)
     shard = dataset_folder(config) / "train" / "00000.parquet"
@@ -277,7 +329,9 @@ def test_finished_dataset_is_kept_unless_overwritten(tmp_path: Path, capsys: pyt
     assert not (dataset_folder(config) / "stray.txt").exists()
 
 
-def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = shapes_config(tmp_path)
     written = shards.write
 
@@ -317,8 +371,12 @@ def prepared_again(config: RunConfig, monkeypatch: pytest.MonkeyPatch) -> tuple[
         return raypar.prepare.run(config), done
 
 
-def test_what_a_stopped_run_finished_is_kept_unless_it_is_of_something_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    files: dict[str, tuple[bytes | None, str | None]] = {f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(60)}
+def test_what_a_stopped_run_finished_is_kept_unless_it_is_of_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files: dict[str, tuple[bytes | None, str | None]] = {
+        f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(60)
+    }
     source = yolo_tree(tmp_path / "source", files)
     config = config_of(tmp_path, source=source, rows_per_group=4, shard_mb=0.005)
     expected, first = prepared_again(config, monkeypatch)
@@ -357,9 +415,15 @@ def test_what_a_stopped_run_finished_is_kept_unless_it_is_of_something_else(tmp_
     assert len(prepared_again(other, monkeypatch)[1]) == len(first)
 
 
-def test_a_killed_driver_loses_only_the_shards_that_were_not_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_driver_loses_only_the_shards_that_were_not_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     config = config_of(
-        tmp_path, format="shapes", shapes={"train": 1500, "val": 10, "height": 240, "width": 320}, rows_per_group=16, shard_mb=0.6
+        tmp_path,
+        format="shapes",
+        shapes={"train": 1500, "val": 10, "height": 240, "width": 320},
+        rows_per_group=16,
+        shard_mb=0.6,
     )
     (tmp_path / "run.yaml").write_text(runfile.dump(config))
     command = [sys.executable, "-m", "raypar", "prepare", str(tmp_path / "run.yaml")]
@@ -384,8 +448,12 @@ def test_a_killed_driver_loses_only_the_shards_that_were_not_whole(tmp_path: Pat
     assert sorted(ids) == [f"{i:06d}.jpg" for i in range(1500)]
 
 
-def test_append_adds_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    files: dict[str, tuple[bytes | None, str | None]] = {f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(30)}
+def test_append_adds_what_is_new(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    files: dict[str, tuple[bytes | None, str | None]] = {
+        f"{i:03d}.jpg": (picture() if i else b"not an image", BOX_LINE) for i in range(30)
+    }
     root = tmp_path / "source"
     source = yolo_tree(root, files)
     options = {"source": source, "rows_per_group": 4, "shard_mb": 0.005, "append": True, "max_rejected": 0.1}
@@ -399,7 +467,8 @@ def test_append_adds_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
     shutil.rmtree(root)
     more = {f"{i:03d}.jpg": (picture(size=(100, 60)), BOX_LINE * 1) for i in range(20, 45)}
-    yolo_tree(root, {**more, "bad.jpg": (b"", BOX_LINE)})  # 20 to 29 are there already, though they look otherwise now
+    # 20 to 29 are there already, though they look otherwise now
+    yolo_tree(root, {**more, "bad.jpg": (b"", BOX_LINE)})
     manifest, written = prepared_again(config, monkeypatch)
     old = [shard.path for shard in before.splits["train"].shards]
     assert not set(written) & set(old)
@@ -408,8 +477,13 @@ def test_append_adds_what_is_new(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert manifest.splits["train"].boxes_per_class == (29 + 15,)
     assert manifest.splits["val"] == before.splits["val"]
     assert rows_of(config, "train")[:29] == rows
-    assert sorted(row["image_id"] for row in rows_of(config, "train")[29:]) == [f"{i:03d}.jpg" for i in range(30, 45)]
-    rejected = [json.loads(line)["image_id"] for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()]
+    assert sorted(row["image_id"] for row in rows_of(config, "train")[29:]) == [
+        f"{i:03d}.jpg" for i in range(30, 45)
+    ]
+    rejected = [
+        json.loads(line)["image_id"]
+        for line in (dataset_folder(config) / "rejected.jsonl").read_text().splitlines()
+    ]
     assert rejected == ["000.jpg", "bad.jpg"]
     assert manifest.num_rejected == 2
     assert Manifest.load(config.folder / "dataset") == manifest
@@ -434,7 +508,10 @@ def test_source_without_a_single_box_is_an_error(tmp_path: Path) -> None:
         ({"source": "/nowhere/data.yaml"}, "does not exist"),
         ({"source": "/nowhere", "format": "coco"}, "does not exist"),
         ({"source": "/nowhere", "format": "voc"}, "does not exist"),
-        ({"source": "s3://bucket/data.yaml?endpoint_override=127.0.0.1:9&scheme=http"}, "s3://bucket/data.yaml cannot be reached"),
+        (
+            {"source": "s3://bucket/data.yaml?endpoint_override=127.0.0.1:9&scheme=http"},
+            "s3://bucket/data.yaml cannot be reached",
+        ),
     ],
 )
 def test_check_says_what_is_wrong(prepare: dict[str, Any] | None, message: str) -> None:

@@ -45,7 +45,9 @@ def yolo_tree(root: Path, text: str, bad: str, **values: Any) -> str:
             label = root / "labels" / split / f"{i}.txt"
             label.parent.mkdir(parents=True, exist_ok=True)
             label.write_text(bad if i == 2 else "" if i == 3 else text)
-    (root / "data.yaml").write_text(json.dumps({"train": "images/train", "val": "images/val", "names": ["cat", "dog"]} | values))
+    (root / "data.yaml").write_text(
+        json.dumps({"train": "images/train", "val": "images/val", "names": ["cat", "dog"]} | values)
+    )
     return str(root / "data.yaml")
 
 
@@ -55,10 +57,16 @@ def through_ray(config: RunConfig, manifest: Manifest) -> list[Batch]:
     groups = tuple(rows for shard in split.shards for rows in shard.row_groups)
     plan = Plan(row_groups=groups, seed=0, epochs=2, global_batch=4, window_images=4)
     recipe = recipe_of(vars(get_cfg(overrides={"imgsz": 64})), manifest)
-    spec = StreamSpec.of(config.folder / "dataset", split, plan, recipe, mosaic_epochs=1, albumentations=None, world_size=1)
+    spec = StreamSpec.of(
+        config.folder / "dataset", split, plan, recipe, mosaic_epochs=1, albumentations=None, world_size=1
+    )
     items = list(plan.items(0))
     (shard,) = _start(spec, items)
-    batches = [b for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0) for b in unpack(table)]
+    batches = [
+        b
+        for table in shard.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0)
+        for b in unpack(table)
+    ]
     here = [batch for item in items for batch in render(spec, item)]
     assert pack(batches).equals(pack(here))
     return batches
@@ -68,17 +76,28 @@ def through_ray(config: RunConfig, manifest: Manifest) -> list[Batch]:
     ("task", "values", "bad", "reason"),
     [
         ("segment", {}, "0 0.5 0.5 0.1 0.1\n", "labels are boxes, prepare.task=segment needs polygons"),
-        ("pose", {"kpt_shape": [2, 3], "flip_idx": [1, 0]}, "0 0.5 0.5 0.1 0.1\n", "a label line has 5 columns, 'kpt_shape' asks for 11"),
+        (
+            "pose",
+            {"kpt_shape": [2, 3], "flip_idx": [1, 0]},
+            "0 0.5 0.5 0.1 0.1\n",
+            "a label line has 5 columns, 'kpt_shape' asks for 11",
+        ),
     ],
     ids=["segment", "pose"],
 )
-def test_yolo_labels_of_a_task_to_batches(tmp_path: Path, task: str, values: dict[str, Any], bad: str, reason: str) -> None:
+def test_yolo_labels_of_a_task_to_batches(
+    tmp_path: Path, task: str, values: dict[str, Any], bad: str, reason: str
+) -> None:
     source = yolo_tree(tmp_path / "source", TEXTS[task], bad, **values)
-    config = config_of(tmp_path, source=source, task="auto" if task == "pose" else task, max_rejected=0.2, rows_per_group=4)
+    config = config_of(
+        tmp_path, source=source, task="auto" if task == "pose" else task, max_rejected=0.2, rows_per_group=4
+    )
     manifest = raypar.prepare.run(config)
     folder = Path(config.folder.uri) / "dataset"
     assert manifest.task == task
-    assert (manifest.keypoint_shape, manifest.flip_idx) == (((2, 3), (1, 0)) if task == "pose" else (None, ()))
+    assert (manifest.keypoint_shape, manifest.flip_idx) == (
+        ((2, 3), (1, 0)) if task == "pose" else (None, ())
+    )
     assert Manifest.load(config.folder / "dataset") == manifest
     assert manifest.splits["train"].num_images == 11
     rejected = [json.loads(line) for line in (folder / "rejected.jsonl").read_text().splitlines()]
@@ -96,7 +115,9 @@ def test_folders_of_classes_to_batches(tmp_path: Path) -> None:
             for i in range(count):
                 write_image(tmp_path / "source" / split / name / f"{i}.jpg")
     (tmp_path / "source" / "train" / "emu" / "broken.jpg").write_bytes(b"no image")
-    config = config_of(tmp_path, source=str(tmp_path / "source"), format="folders", max_rejected=0.1, rows_per_group=4)
+    config = config_of(
+        tmp_path, source=str(tmp_path / "source"), format="folders", max_rejected=0.1, rows_per_group=4
+    )
     manifest = raypar.prepare.run(config)
     assert (manifest.task, manifest.class_names) == ("classify", ("cat", "dog", "emu"))
     assert manifest.splits["train"].boxes_per_class == (5, 5, 5)

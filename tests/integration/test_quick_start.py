@@ -48,7 +48,14 @@ def run(ray_4_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_layout(run: Path) -> None:
-    for name in ("run.yaml", "dataset/manifest.json", "dataset/rejected.jsonl", "train/best.pt", "train/last.pt", "train/results.csv"):
+    for name in (
+        "run.yaml",
+        "dataset/manifest.json",
+        "dataset/rejected.jsonl",
+        "train/best.pt",
+        "train/last.pt",
+        "train/results.csv",
+    ):
         assert (run / name).is_file(), name
     for pattern in (
         "dataset/train/*.parquet",
@@ -65,7 +72,17 @@ def test_layout(run: Path) -> None:
 
 def test_metrics(run: Path) -> None:
     metrics = json.loads((run / "evaluate/metrics.json").read_text())
-    assert {"map50_95", "map50", "precision", "recall", "num_images", "per_class", "weights", "split", "images_per_s"} <= set(metrics)
+    assert {
+        "map50_95",
+        "map50",
+        "precision",
+        "recall",
+        "num_images",
+        "per_class",
+        "weights",
+        "split",
+        "images_per_s",
+    } <= set(metrics)
     assert metrics["num_images"] == 12
     (line,) = map(json.loads, (run / "train/metrics.jsonl").read_text().splitlines())
     assert {"images_per_s", "world_size", "images_seen", "wait_s", "step_s", "validate_s"} <= set(line)
@@ -74,7 +91,9 @@ def test_metrics(run: Path) -> None:
 
 def test_predictions(run: Path) -> None:
     table = pq.ParquetDataset([str(p) for p in sorted(run.glob("predict/*.parquet"))]).read()
-    assert {"image_id", "height", "width", "boxes_xyxy", "class_ids", "confidences"} <= set(table.column_names)
+    assert {"image_id", "height", "width", "boxes_xyxy", "class_ids", "confidences"} <= set(
+        table.column_names
+    )
     assert table.num_rows == 12
     assert len(set(table["image_id"].to_pylist())) == 12
 
@@ -85,7 +104,9 @@ def test_ultralytics_loads_the_weights(run: Path) -> None:
     assert list(YOLO(run / "train/best.pt").names.values()) == ["circle", "square", "triangle", "star"]
 
 
-def test_again_keeps_what_is_complete(run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_again_keeps_what_is_complete(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "run.yaml"}
     for _, *arguments in quick_start():
@@ -94,7 +115,9 @@ def test_again_keeps_what_is_complete(run: Path, capfd: pytest.CaptureFixture[st
     assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "run.yaml"} == before
 
 
-def test_dry_runs_of_a_finished_run(run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dry_runs_of_a_finished_run(
+    run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(REPOSITORY)
     for verb in set(cli.VERBS) - {"tune"}:  # it has no search space
         assert cli.main([verb, "jobs/demo.yaml", f"storage={run.parent}", *SMALLER, "--dry-run"]) == 0
@@ -102,7 +125,13 @@ def test_dry_runs_of_a_finished_run(run: Path, capfd: pytest.CaptureFixture[str]
 
 
 def test_more_gpus_than_the_cluster_has(run: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    settings = [f"storage={run.parent}", *SMALLER, "train.num_workers=8", "train.use_gpu=true", "train.overwrite=true"]
+    settings = [
+        f"storage={run.parent}",
+        *SMALLER,
+        "train.num_workers=8",
+        "train.use_gpu=true",
+        "train.overwrite=true",
+    ]
     assert cli.main(["train", str(REPOSITORY / "jobs/demo.yaml"), *settings]) == 2
     error = capfd.readouterr().err
     assert "error: 8 GPUs are needed, the cluster (1 node(s)) has 0" in error

@@ -32,11 +32,17 @@ def look(browser: Chrome, page: Path) -> tuple[dict[str, Any], list[str]]:
     seen = browser.execute_script(LOOK)
     faults = [entry["message"] for entry in browser.get_log("browser")]
     events = (json.loads(entry["message"])["message"] for entry in browser.get_log("performance"))
-    asked = [event["params"]["request"]["url"] for event in events if event["method"] == "Network.requestWillBeSent"]
+    asked = [
+        event["params"]["request"]["url"]
+        for event in events
+        if event["method"] == "Network.requestWillBeSent"
+    ]
     assert page.as_uri() in asked, "requests are logged"
     faults += [f"asks for {url}" for url in asked if url != page.as_uri() and not url.startswith("data:")]
     faults += [
-        f"{name} is not seen" for name, kind, natural, shown in seen["pictures"] if kind != "data:image/png;" or not (natural and shown)
+        f"{name} is not seen"
+        for name, kind, natural, shown in seen["pictures"]
+        if kind != "data:image/png;" or not (natural and shown)
     ]
     if seen["width"] > browser.get_window_size()["width"]:
         faults.append(f"it is {seen['width']} px wide")
@@ -58,7 +64,9 @@ def test_a_trainings_report(browser: Chrome, page: Path, trained_run: RunConfig)
     for name, num_points, length in seen["curves"]:
         assert num_points == len(history) == 2, name
         assert length > 100, f"{name} spans the axis"
-    assert [name for name, *_ in seen["pictures"]] == sorted(path.name for path in page.parent.glob("batch_*.png"))
+    assert [name for name, *_ in seen["pictures"]] == sorted(
+        path.name for path in page.parent.glob("batch_*.png")
+    )
     assert seen["pictures"], "what the model saw is shown"
     for text in ("finished", "Where the time went", "star", "What happened", "yolov8n.yaml"):
         assert text in seen["text"]
@@ -85,4 +93,6 @@ def test_an_inspections_report(browser: Chrome, tmp_path: Path) -> None:
     seen, faults = look(browser, tmp_path / "report.html")
     assert faults == []
     assert [name for name, *_ in seen["pictures"]] == ["Statistics", "Samples"]
-    assert browser.execute_script("const pre = document.querySelector('pre'); return pre.scrollWidth <= pre.clientWidth"), "no line is cut"
+    assert browser.execute_script(
+        "const pre = document.querySelector('pre'); return pre.scrollWidth <= pre.clientWidth"
+    ), "no line is cut"

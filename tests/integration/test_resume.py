@@ -68,7 +68,9 @@ class Job:
 
     def kill(self) -> None:
         """SIGKILLs it and everything that it started, found by session and by parentage."""
-        family = psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        family = (
+            psutil.Process(self.process.pid).children(recursive=True) if self.process.poll() is None else []
+        )
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -102,7 +104,8 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
     assert resumed > IMAGES
     assert resumed % IMAGES
     assert re.search(
-        r"worker \d on .*, in stage '.*' after \d+ images, is lost: its process died without a word.*; failure 1 of 3", first.text()
+        r"worker \d on .*, in stage '.*' after \d+ images, is lost: its process died without a word.*; failure 1 of 3",
+        first.text(),
     )
 
     second = Job(disturbed, tmp_path)
@@ -121,7 +124,16 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
     raypar.train.run(undisturbed)
     assert [e["epoch"] for e in lines(disturbed)] == list(range(1, EPOCHS + 1))
     a, b = final_state(undisturbed), final_state(disturbed)
-    for part in ("model", "ema", "ema_updates", "optimizer", "gradients", "stopper", "best_fitness", "cursor"):
+    for part in (
+        "model",
+        "ema",
+        "ema_updates",
+        "optimizer",
+        "gradients",
+        "stopper",
+        "best_fitness",
+        "cursor",
+    ):
         assert_same_bits(a[part], b[part], part)
     for ours, theirs in zip(lines(disturbed), lines(undisturbed), strict=True):
         assert (ours["images_missed"], ours["images_repeated"]) == (0, 0)
@@ -134,7 +146,15 @@ def test_a_loss_that_is_no_number_goes_back_and_ends_with_advice(
     ray_4_cpus: None, trained_run: RunConfig, settings: dict[str, Any]
 ) -> None:
     yolo = settings["yolo"] | {"box": 1e39}  # more than fp32 holds
-    config = with_train(trained_run, "diverging", **{**settings, "num_workers": 1, "yolo": yolo}, max_nan_restarts=1, max_failures=0)
-    with pytest.raises(RuntimeError, match=r"not finite in epoch 1, .*; that makes 2 times.*lower train.yolo.lr0"):
+    config = with_train(
+        trained_run,
+        "diverging",
+        **{**settings, "num_workers": 1, "yolo": yolo},
+        max_nan_restarts=1,
+        max_failures=0,
+    )
+    with pytest.raises(
+        RuntimeError, match=r"not finite in epoch 1, .*; that makes 2 times.*lower train.yolo.lr0"
+    ):
         raypar.train.run(config)
     assert len(json.loads((train_folder(config) / "nan_restarts.json").read_text())) == 2

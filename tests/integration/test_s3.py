@@ -79,8 +79,18 @@ def run_of(storage: str, **train: Any) -> RunConfig:
         {
             "name": "bucket",
             "storage": storage,
-            "prepare": {"format": "shapes", "shapes": {"train": 24, "val": 8, "height": 64, "width": 80}, "rows_per_group": 8},
-            "train": {"model": "yolov8n.yaml", "use_gpu": False, "batch": 8, "yolo": {"epochs": 1, "imgsz": 64}, **train},
+            "prepare": {
+                "format": "shapes",
+                "shapes": {"train": 24, "val": 8, "height": 64, "width": 80},
+                "rows_per_group": 8,
+            },
+            "train": {
+                "model": "yolov8n.yaml",
+                "use_gpu": False,
+                "batch": 8,
+                "yolo": {"epochs": 1, "imgsz": 64},
+                **train,
+            },
             "evaluate": {"use_gpu": False},
             "predict": {"use_gpu": False},
         }
@@ -111,7 +121,10 @@ def test_a_store_that_does_not_come_back_is_named(link: Link, endpoint: str) -> 
     saver = Saver(0.0)  # one attempt: the client tries by itself for some seconds
     link.cut()
     try:
-        saver.submit(f"write {out.shown('checkpoint_0000000008')}", lambda: checkpoint.write(out, {"cursor": 8}, keep=2))
+        saver.submit(
+            f"write {out.shown('checkpoint_0000000008')}",
+            lambda: checkpoint.write(out, {"cursor": 8}, keep=2),
+        )
         with pytest.raises(StorageError) as caught:
             saver.flush()
     finally:
@@ -158,8 +171,13 @@ def test_a_folder_is_a_folder_in_a_bucket_too(endpoint: str, tmp_path: Path) -> 
 
 
 @pytest.mark.usefixtures("ray_with_s3")
-def test_prepare_train_evaluate_and_predict_in_a_bucket(link: Link, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    config, local = run_of("s3://runs/all", yolo={"epochs": 3, "imgsz": 64}, storage_timeout_s=60), run_of(str(tmp_path))
+def test_prepare_train_evaluate_and_predict_in_a_bucket(
+    link: Link, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, local = (
+        run_of("s3://runs/all", yolo={"epochs": 3, "imgsz": 64}, storage_timeout_s=60),
+        run_of(str(tmp_path)),
+    )
     manifest = raypar.prepare.run(config)
     assert manifest == raypar.prepare.run(local)  # the same shards to the byte, by their checksums
     outage = Outage(link, config.folder / "train", capfd)
@@ -175,9 +193,13 @@ def test_prepare_train_evaluate_and_predict_in_a_bucket(link: Link, tmp_path: Pa
     assert np.isfinite(metrics["map50_95"])
     assert raypar.predict.run(config)["num_images"] == 8
     names = (config.folder).list(recursive=True)
-    assert {"dataset/manifest.json", "train/metrics.jsonl", "train/results.png", "evaluate/metrics.json", "predict/00000.parquet"} <= {
-        *names
-    }
+    assert {
+        "dataset/manifest.json",
+        "train/metrics.jsonl",
+        "train/results.png",
+        "evaluate/metrics.json",
+        "predict/00000.parquet",
+    } <= {*names}
     assert not list(tmp_path.parent.glob("s3*"))
 
     dataset = config.folder / "dataset"
@@ -194,13 +216,16 @@ def test_prepare_train_evaluate_and_predict_in_a_bucket(link: Link, tmp_path: Pa
 
 @pytest.mark.usefixtures("ray_with_s3")
 def test_the_uri_may_name_the_server(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")  # the driver's: the workers' names the server
+    # the driver's: the workers' names the server
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     config = run_of(f"s3://runs/named?endpoint_override={endpoint}&scheme=http")
     manifest = raypar.prepare.run(config)
     dataset = config.folder / "dataset"
     assert Manifest.load(dataset) == manifest
     verify.check_sums(dataset, manifest, ("train", "val"))
-    assert json.loads(dataset.read(verify.VERIFIED)).keys() == {s.path for split in manifest.splits.values() for s in split.shards}
+    assert json.loads(dataset.read(verify.VERIFIED)).keys() == {
+        s.path for split in manifest.splits.values() for s in split.shards
+    }
 
 
 def error_of(storage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -219,7 +244,9 @@ def test_a_missing_bucket_is_named(endpoint: str, tmp_path: Path, capsys: pytest
     assert "there is no bucket 'nowhere'" in error_of("s3://nowhere/runs", tmp_path, capsys)
 
 
-def test_a_server_that_is_not_there_is_said(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_server_that_is_not_there_is_said(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with socket.socket() as unused:
         unused.bind(("127.0.0.1", 0))
         uri = f"s3://runs/x?endpoint_override=127.0.0.1:{unused.getsockname()[1]}&scheme=http"
@@ -247,7 +274,9 @@ def test_a_wrong_key_is_said(endpoint: str, tmp_path: Path, capsys: pytest.Captu
     server = HTTPServer(("127.0.0.1", 0), Refusal)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        said = error_of(f"s3://runs/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys)
+        said = error_of(
+            f"s3://runs/x?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys
+        )
     finally:
         server.shutdown()
     assert "ACCESS_DENIED" in said or "INVALID_ACCESS_KEY" in said.upper()
@@ -261,7 +290,13 @@ def source_tree(root: Path) -> Path:
     annotations = []
     for i, split in enumerate(["train"] * 12 + ["val"] * 8):
         path = root / "JPEGImages" / split / f"{i:02d}.png"
-        for folder in (path.parent, root / "images" / split, root / "labels" / split, root / "Annotations" / split, root / "annotations"):
+        for folder in (
+            path.parent,
+            root / "images" / split,
+            root / "labels" / split,
+            root / "Annotations" / split,
+            root / "annotations",
+        ):
             folder.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.full((20, 30, 3), 7 * i, np.uint8)).save(path)
         data = b"\x89PNG no image" if i == 5 else path.read_bytes()
@@ -286,7 +321,9 @@ def sources(endpoint: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = source_tree(tmp_path_factory.mktemp("source"))
     client = boto3.client("s3")
     for file in sorted(root.rglob("*.*")):
-        client.put_object(Bucket="runs", Key=f"source/{file.relative_to(root).as_posix()}", Body=file.read_bytes())
+        client.put_object(
+            Bucket="runs", Key=f"source/{file.relative_to(root).as_posix()}", Body=file.read_bytes()
+        )
     return root
 
 
@@ -297,13 +334,19 @@ def sourced(source: str, storage: str, **prepare: Any) -> RunConfig:
 
 @pytest.mark.usefixtures("ray_with_s3")
 def test_a_source_in_a_bucket_gives_the_shards_of_a_local_one(
-    endpoint: str, sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    endpoint: str,
+    sources: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def killed(*_: object) -> None:
         raise KeyboardInterrupt
 
     here = raypar.prepare.run(sourced(str(sources / "data.yaml"), str(tmp_path / "here")))
-    config = sourced(f"s3://runs/source/data.yaml?endpoint_override={endpoint}&scheme=http", "s3://runs/sourced")
+    config = sourced(
+        f"s3://runs/source/data.yaml?endpoint_override={endpoint}&scheme=http", "s3://runs/sourced"
+    )
     dataset = config.folder / "dataset"
     with monkeypatch.context() as patch:
         patch.setattr(raypar.prepare, "_manifest", killed)
@@ -324,14 +367,21 @@ def test_a_source_in_a_bucket_gives_the_shards_of_a_local_one(
     assert sum(split.num_images for split in voc_manifest.splits.values()) == 20
 
 
-@pytest.mark.parametrize(("scan", "name"), [(yolo.scan, "data.yaml"), (coco.scan, ""), (lambda place: voc.scan(place, 0), "")])
+@pytest.mark.parametrize(
+    ("scan", "name"), [(yolo.scan, "data.yaml"), (coco.scan, ""), (lambda place: voc.scan(place, 0), "")]
+)
 def test_a_bucket_is_listed_as_a_folder_is(sources: Path, scan: Any, name: str) -> None:
-    here, there = scan(sources / name if name else sources), scan(place_of(f"s3://runs/source/{name}".rstrip("/")))
+    here, there = (
+        scan(sources / name if name else sources),
+        scan(place_of(f"s3://runs/source/{name}".rstrip("/"))),
+    )
     assert (here.class_names, list(here.splits)) == (there.class_names, list(there.splits))
     for split, records in here.splits.items():
         found = list(there.splits[split])
         assert [r.image_id for r in found] == [r.image_id for r in records]
-        assert [r.image_path for r in found] == [r.image_path.replace(str(sources), "s3://runs/source") for r in records]
+        assert [r.image_path for r in found] == [
+            r.image_path.replace(str(sources), "s3://runs/source") for r in records
+        ]
 
 
 def source_error(source: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> str:
@@ -361,11 +411,17 @@ def test_a_source_that_is_not_there_is_said(
     assert said in source_error(source, tmp_path, capsys)
 
 
-def test_a_key_that_may_not_read_the_source_is_said(endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_key_that_may_not_read_the_source_is_said(
+    endpoint: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     server = HTTPServer(("127.0.0.1", 0), Refusal)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     try:
-        said = source_error(f"s3://runs/data.yaml?endpoint_override=127.0.0.1:{server.server_port}&scheme=http", tmp_path, capsys)
+        said = source_error(
+            f"s3://runs/data.yaml?endpoint_override=127.0.0.1:{server.server_port}&scheme=http",
+            tmp_path,
+            capsys,
+        )
     finally:
         server.shutdown()
     assert "ACCESS_DENIED" in said or "INVALID_ACCESS_KEY" in said.upper()

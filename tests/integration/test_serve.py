@@ -35,7 +35,14 @@ PORT = free_port()  # of Serve's proxy, which all applications of this module sh
 
 
 def run_config(name: str, weights: Path, **settings: Any) -> RunConfig:
-    serve = {"weights": str(weights), "port": PORT, "use_gpu": False, "route_prefix": f"/{name}", "max_batch_size": 8, **settings}
+    serve = {
+        "weights": str(weights),
+        "port": PORT,
+        "use_gpu": False,
+        "route_prefix": f"/{name}",
+        "max_batch_size": 8,
+        **settings,
+    }
     return RunConfig.model_validate({"name": name, "storage": str(weights.parent), "serve": serve})
 
 
@@ -62,7 +69,10 @@ def num_differing(answer: dict[str, Any], expected: Detections, class_names: lis
     """How many boxes only the answer or only the detector has (to the digits that are sent)."""
     found = answer["detections"]
     boxes = np.array([d["box_xyxy"] for d in found]).reshape(-1, 4)
-    confidences, names = np.array([d["confidence"] for d in found]), np.array([d["class_name"] for d in found])
+    confidences, names = (
+        np.array([d["confidence"] for d in found]),
+        np.array([d["class_name"] for d in found]),
+    )
     is_pair = (
         (np.abs(boxes[:, None] - expected.boxes_xyxy[None]).max(axis=2) < 0.02)
         & (np.abs(confidences[:, None] - expected.confidences[None]) < 1e-4)
@@ -72,7 +82,9 @@ def num_differing(answer: dict[str, Any], expected: Detections, class_names: lis
     return int((~is_pair.any(axis=1)).sum() + (~is_pair.any(axis=0)).sum())
 
 
-def is_of_its_image(answer: dict[str, Any], expected: list[Detections], place: int, class_names: list[str]) -> bool:
+def is_of_its_image(
+    answer: dict[str, Any], expected: list[Detections], place: int, class_names: list[str]
+) -> bool:
     """Whether an answer is that of its own image among others.
 
     Not box for box: other batches and threads add up in another order, and the untrained weights' near ties in NMS then fall otherwise.
@@ -86,13 +98,18 @@ def batch_size(response: httpx.Response) -> int:
 
 
 def is_problem(response: httpx.Response, status: int) -> bool:
-    return response.status_code == status == response.json()["status"] and response.headers["content-type"] == "application/problem+json"
+    return (
+        response.status_code == status == response.json()["status"]
+        and response.headers["content-type"] == "application/problem+json"
+    )
 
 
 async def burst(url: str, bodies: list[bytes]) -> list[httpx.Response]:
     """Sends all requests at once."""
     async with httpx.AsyncClient(timeout=TIMEOUT_S, limits=httpx.Limits(max_connections=None)) as client:
-        return await asyncio.gather(*(client.post(f"{url}/v1/detect", content=body, headers=JPEG) for body in bodies))
+        return await asyncio.gather(
+            *(client.post(f"{url}/v1/detect", content=body, headers=JPEG) for body in bodies)
+        )
 
 
 def test_answers_are_the_detectors(url: str, detector: Detector, tiny_weights: Path) -> None:
@@ -128,7 +145,13 @@ def test_probes_page_and_schema(url: str) -> None:
         (400, {"content": b"no image", "headers": JPEG}),
         (400, {"content": photo(0)[:200], "headers": JPEG}),
         (413, {"content": bytes(500_001), "headers": JPEG}),
-        (413, {"content": encode_png(np.zeros((1000, 501, 3), np.uint8)), "headers": {"Content-Type": "image/png"}}),
+        (
+            413,
+            {
+                "content": encode_png(np.zeros((1000, 501, 3), np.uint8)),
+                "headers": {"Content-Type": "image/png"},
+            },
+        ),
         (415, {"content": photo(0), "headers": {"Content-Type": "text/plain"}}),
         (422, {"content": photo(0), "headers": JPEG, "params": {"conf": 2}}),
         (422, {"files": {"other": ("x.jpg", photo(0), "image/jpeg")}}),
@@ -161,8 +184,15 @@ def test_keys(ray_4_cpus: None, url: str, tiny_weights: Path, monkeypatch: pytes
     locked = raypar.serve.start(config)
     try:
         assert is_problem(httpx.get(f"{locked}/v1/model"), 401)
-        assert is_problem(httpx.post(f"{locked}/v1/detect", content=photo(0), headers=JPEG | {"X-API-Key": "three"}), 401)
-        assert httpx.post(f"{locked}/v1/detect", content=photo(0), headers=JPEG | {"X-API-Key": "two"}).status_code == 200
+        assert is_problem(
+            httpx.post(f"{locked}/v1/detect", content=photo(0), headers=JPEG | {"X-API-Key": "three"}), 401
+        )
+        assert (
+            httpx.post(
+                f"{locked}/v1/detect", content=photo(0), headers=JPEG | {"X-API-Key": "two"}
+            ).status_code
+            == 200
+        )
         assert httpx.get(f"{locked}/v1/model", headers={"Authorization": "Bearer one"}).status_code == 200
         assert httpx.get(f"{locked}/").status_code == 200
     finally:
@@ -170,8 +200,18 @@ def test_keys(ray_4_cpus: None, url: str, tiny_weights: Path, monkeypatch: pytes
     assert httpx.get(f"{url}/livez").status_code == 200  # the other service went on
 
 
-def test_too_many_requests_are_refused_and_the_others_answered(ray_4_cpus: None, url: str, tiny_weights: Path, detector: Detector) -> None:
-    config = run_config("small", tiny_weights, max_batch_size=1, max_queued_requests=2, imgsz=640, threads_per_replica=1, num_cpus=0.5)
+def test_too_many_requests_are_refused_and_the_others_answered(
+    ray_4_cpus: None, url: str, tiny_weights: Path, detector: Detector
+) -> None:
+    config = run_config(
+        "small",
+        tiny_weights,
+        max_batch_size=1,
+        max_queued_requests=2,
+        imgsz=640,
+        threads_per_replica=1,
+        num_cpus=0.5,
+    )
     small = raypar.serve.start(config)
     try:
         responses = asyncio.run(burst(small, [photo(i) for i in range(40)]))
@@ -220,7 +260,9 @@ def wait_for(url: str, sha256: str) -> None:
         time.sleep(0.1)
 
 
-def test_weights_are_swapped_under_load_without_losing_a_request(ray_4_cpus: None, url: str, tiny_weights: Path, tmp_path: Path) -> None:
+def test_weights_are_swapped_under_load_without_losing_a_request(
+    ray_4_cpus: None, url: str, tiny_weights: Path, tmp_path: Path
+) -> None:
     first, second = tmp_path / "first.pt", tmp_path / "second.pt"
     shutil.copy(tiny_weights, first)
     other_weights(tiny_weights, second)

@@ -30,7 +30,11 @@ def dataset(tmp_path_factory: pytest.TempPathFactory, ray_4_cpus: None) -> RunCo
         {
             "name": "stream",
             "storage": str(tmp_path_factory.mktemp("runs")),
-            "prepare": {"format": "shapes", "shapes": {"train": 45, "val": 4, "height": 48, "width": 64}, "rows_per_group": 6},
+            "prepare": {
+                "format": "shapes",
+                "shapes": {"train": 45, "val": 4, "height": 48, "width": 64},
+                "rows_per_group": 6,
+            },
         }
     )
     raypar.prepare.run(config)
@@ -42,7 +46,9 @@ def make_spec(config: RunConfig, world_size: int, window_images: int = 16) -> St
     split = Manifest.load(folder).split("train")
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
     plan = Plan(groups, seed=1, global_batch=GLOBAL_BATCH, epochs=EPOCHS, window_images=window_images)
-    return StreamSpec.of(folder, split, plan, RECIPE, mosaic_epochs=2, albumentations=None, world_size=world_size)
+    return StreamSpec.of(
+        folder, split, plan, RECIPE, mosaic_epochs=2, albumentations=None, world_size=world_size
+    )
 
 
 def whole(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
@@ -99,7 +105,8 @@ def test_two_ranks_see_the_split_once_an_epoch_exactly_as_planned(dataset: RunCo
 
 def test_a_stream_from_a_cursor_is_the_tail_of_the_whole(dataset: RunConfig, tmp_path: Path) -> None:
     spec = make_spec(dataset, world_size=1)
-    cursor = GLOBAL_BATCH * (spec.plan.steps_per_epoch + 3)  # in the middle of the second epoch's second window
+    # in the middle of the second epoch's second window
+    cursor = GLOBAL_BATCH * (spec.plan.steps_per_epoch + 3)
     (dealt,) = through_ray(spec, cursor, tmp_path)
     tail = whole(spec)[cursor // GLOBAL_BATCH :]
     assert [(b["epoch"], b["step"], b["crc"]) for b in dealt] == [(b.epoch, b.step, crc(b)) for b in tail]
@@ -132,7 +139,9 @@ def test_epochs_are_augmented_differently_and_mosaic_closes(dataset: RunConfig) 
     assert boxes[0] > 1.2 * boxes[2]  # four images' boxes, or one's
 
 
-def test_a_task_killed_in_the_middle_is_redone_without_a_change_to_the_stream(dataset: RunConfig, tmp_path: Path) -> None:
+def test_a_task_killed_in_the_middle_is_redone_without_a_change_to_the_stream(
+    dataset: RunConfig, tmp_path: Path
+) -> None:
     def killing_loop(config: dict[str, Any]) -> Any:
         """Takes all batches, and twice on the way kills a process in which a window is being rendered."""
         import os
@@ -165,7 +174,9 @@ def test_a_task_killed_in_the_middle_is_redone_without_a_change_to_the_stream(da
     assert dealt == [(b.epoch, b.step, crc(b)) for b in whole(spec)]
 
 
-def test_encoded_images_reach_two_ranks_and_are_rendered_as_planned_from_any_cursor(dataset: RunConfig, tmp_path: Path) -> None:
+def test_encoded_images_reach_two_ranks_and_are_rendered_as_planned_from_any_cursor(
+    dataset: RunConfig, tmp_path: Path
+) -> None:
     from raypar.dataset.encoded import encoded_blocks
     from raypar.dataset.rendered import Feed
 
@@ -178,8 +189,17 @@ def test_encoded_images_reach_two_ranks_and_are_rendered_as_planned_from_any_cur
         from raypar.dataset.rendered import rendered_batches
 
         rank = dist.get_rank()
-        made = rendered_batches(config["spec"], rank, config["cursor"], "cpu", lambda b: {"cls": torch.from_numpy(b.class_ids.copy())})
-        mine = [(b.epoch, b.step, b.rank, b.rows.tolist(), len(t["cls"]), zlib.crc32(t["img"].numpy())) for b, t in made]
+        made = rendered_batches(
+            config["spec"],
+            rank,
+            config["cursor"],
+            "cpu",
+            lambda b: {"cls": torch.from_numpy(b.class_ids.copy())},
+        )
+        mine = [
+            (b.epoch, b.step, b.rank, b.rows.tolist(), len(t["cls"]), zlib.crc32(t["img"].numpy()))
+            for b, t in made
+        ]
         every: list[Any] = [None, None]
         dist.all_gather_object(every, mine)
         return every if rank == 0 else None
@@ -190,7 +210,9 @@ def test_encoded_images_reach_two_ranks_and_are_rendered_as_planned_from_any_cur
     expected: list[list[Any]] = [[], []]
     feeds = [Feed(spec, "cpu", lambda batch: {}) for _ in range(2)]
     for item in spec.plan.items():
-        for b in sorted((b for block in encoded_blocks(spec, item) for b in block), key=lambda b: (b.step, b.rank)):
+        for b in sorted(
+            (b for block in encoded_blocks(spec, item) for b in block), key=lambda b: (b.step, b.rank)
+        ):
             batch, tensors = feeds[b.rank](b)
             crc = zlib.crc32(tensors["img"].numpy())
             expected[b.rank].append((b.epoch, b.step, b.rank, batch.rows.tolist(), len(batch.class_ids), crc))

@@ -18,7 +18,14 @@ from raypar.config import RunConfig
 from raypar.scores import ULTRALYTICS_NAMES
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
-YOLO_SETTINGS = {"epochs": 2, "imgsz": 96, "warmup_epochs": 0.0, "optimizer": "AdamW", "lr0": 0.002, "mosaic": 0.0}
+YOLO_SETTINGS = {
+    "epochs": 2,
+    "imgsz": 96,
+    "warmup_epochs": 0.0,
+    "optimizer": "AdamW",
+    "lr0": 0.002,
+    "mosaic": 0.0,
+}
 
 
 @pytest.fixture(scope="module")
@@ -51,34 +58,65 @@ def config(ray_4_cpus: None, tmp_path_factory: pytest.TempPathFactory) -> RunCon
 
 
 def test_metrics_have_boxes_and_masks(config: RunConfig) -> None:
-    lines = [json.loads(line) for line in (Path(config.folder.uri) / "train/metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (Path(config.folder.uri) / "train/metrics.jsonl").read_text().splitlines()
+    ]
     assert len(lines) == 2
     for line in lines:
-        assert {"map50", "map50_95", "mask_map50", "mask_map50_95", "train/seg_loss", "val/seg_loss", "fitness"} <= line.keys()
+        assert {
+            "map50",
+            "map50_95",
+            "mask_map50",
+            "mask_map50_95",
+            "train/seg_loss",
+            "val/seg_loss",
+            "fitness",
+        } <= line.keys()
         assert line["images_missed"] == 0
     header = (Path(config.folder.uri) / "train/results.csv").read_text().splitlines()[0]
     assert "metrics/mAP50-95(M)" in header
 
 
 def test_evaluate_is_yolo_val(config: RunConfig, tmp_path: Path) -> None:
-    result = raypar.evaluate.run(config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"num_workers": 2, "batch": 3})}))
+    result = raypar.evaluate.run(
+        config.model_copy(
+            update={"evaluate": config.evaluate.model_copy(update={"num_workers": 2, "batch": 3})}
+        )
+    )
     folder = Path(config.folder.uri)
-    assert {"MaskPR_curve.png", "BoxPR_curve.png", "confusion_matrix.png", "val_batch0_labels.jpg", "val_batch0_pred.jpg"} <= {
-        path.name for path in (folder / "evaluate").iterdir()
-    }
+    assert {
+        "MaskPR_curve.png",
+        "BoxPR_curve.png",
+        "confusion_matrix.png",
+        "val_batch0_labels.jpg",
+        "val_batch0_pred.jpg",
+    } <= {path.name for path in (folder / "evaluate").iterdir()}
     for kind in ("images", "labels"):
         (tmp_path / kind).mkdir()
     for shard in sorted((folder / "dataset/val").glob("*.parquet")):
         for i, row in enumerate(pq.read_table(shard).to_pylist()):
             (tmp_path / "images" / f"{shard.stem}_{i}.png").write_bytes(row["image"])
-            lines = [" ".join(map(str, [c, *polygon])) for c, polygon in zip(row["class_ids"], row["segments_xyn"], strict=True)]
+            lines = [
+                " ".join(map(str, [c, *polygon]))
+                for c, polygon in zip(row["class_ids"], row["segments_xyn"], strict=True)
+            ]
             (tmp_path / "labels" / f"{shard.stem}_{i}.txt").write_text("\n".join(lines))
     names = dict(enumerate(("circle", "square", "triangle", "star")))
-    (tmp_path / "data.yaml").write_text(yaml.safe_dump({"path": str(tmp_path), "train": "images", "val": "images", "names": names}))
+    (tmp_path / "data.yaml").write_text(
+        yaml.safe_dump({"path": str(tmp_path), "train": "images", "val": "images", "names": names})
+    )
     theirs: dict[str, Any] = (
         YOLO(folder / "train/best.pt")
         .val(
-            data=str(tmp_path / "data.yaml"), imgsz=96, batch=1, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path)
+            data=str(tmp_path / "data.yaml"),
+            imgsz=96,
+            batch=1,
+            plots=False,
+            verbose=False,
+            workers=0,
+            device="cpu",
+            project=str(tmp_path),
         )
         .results_dict
     )

@@ -24,7 +24,16 @@ from tests.runs import assert_same_bits, final_state, fit, lines, train_folder, 
 def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     folder = train_folder(trained_run)
     names = {p.name for p in folder.iterdir()}
-    assert names >= {"settings.json", "summary.json", "metrics.jsonl", "results.csv", "results.png", "batch_0.png", "best.pt", "last.pt"}
+    assert names >= {
+        "settings.json",
+        "summary.json",
+        "metrics.jsonl",
+        "results.csv",
+        "results.png",
+        "batch_0.png",
+        "best.pt",
+        "last.pt",
+    }
     assert not [n for n in names if n.endswith(".part")]
     epochs = lines(trained_run)
     assert [e["epoch"] for e in epochs] == [1, 2]
@@ -46,8 +55,13 @@ def test_layout_and_metrics(ray_4_cpus: None, trained_run: RunConfig) -> None:
     }
     assert all(e.keys() >= wanted for e in epochs[:1])
     assert all(np.isfinite(v) for e in epochs for v in e.values() if isinstance(v, float))
-    assert all(e["epoch_s"] > e["wait_s"] + e["step_s"] + e["validate_s"] - 0.5 for e in epochs), "of the whole epoch"
-    assert sorted(p.name for p in folder.glob("checkpoint_0*")) == ["checkpoint_0000000048", "checkpoint_0000000096"]
+    assert all(e["epoch_s"] > e["wait_s"] + e["step_s"] + e["validate_s"] - 0.5 for e in epochs), (
+        "of the whole epoch"
+    )
+    assert sorted(p.name for p in folder.glob("checkpoint_0*")) == [
+        "checkpoint_0000000048",
+        "checkpoint_0000000096",
+    ]
 
 
 def test_ultralytics_loads_and_runs_the_weights(trained_run: RunConfig) -> None:
@@ -55,7 +69,9 @@ def test_ultralytics_loads_and_runs_the_weights(trained_run: RunConfig) -> None:
 
     for name in ("best.pt", "last.pt"):
         model = YOLO(train_folder(trained_run) / name)
-        assert list(model.names.values()) == ["circle", "square", "star", "triangle"] or set(model.names.values()) == {
+        assert list(model.names.values()) == ["circle", "square", "star", "triangle"] or set(
+            model.names.values()
+        ) == {
             "circle",
             "square",
             "star",
@@ -77,7 +93,9 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
         raypar.train.run(RunConfig.model_validate(value))
 
 
-def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_run: RunConfig, tmp_path: Path) -> None:
+def test_two_workers_hold_equal_weights_after_a_step(
+    ray_4_cpus: None, trained_run: RunConfig, tmp_path: Path
+) -> None:
     def train_loop(config: dict[str, Any]) -> Any:
         import torch.distributed as dist
 
@@ -90,7 +108,12 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
         rank = dist.get_rank()
         manifest = Manifest.load(Folder(config["dataset"]))
         lender = Lender(
-            {"epochs": 1, "imgsz": 64, "nbs": 4}, model="yolov8n.yaml", manifest=manifest, batch=4, seed=0, device=torch.device("cpu")
+            {"epochs": 1, "imgsz": 64, "nbs": 4},
+            model="yolov8n.yaml",
+            manifest=manifest,
+            batch=4,
+            seed=0,
+            device=torch.device("cpu"),
         )
         loop = Loop(lender, num_images=48, steps_per_epoch=12, world_size=2)
         torch.manual_seed(rank)  # every rank sees other images
@@ -115,7 +138,11 @@ def test_two_workers_hold_equal_weights_after_a_step(ray_4_cpus: None, trained_r
             noticed = False
         except RuntimeError:
             noticed = True
-        return {"moved": bool((before != after).any()), "equal": torch.equal(*gathered), "noticed": noticed} if rank == 0 else None
+        return (
+            {"moved": bool((before != after).any()), "equal": torch.equal(*gathered), "noticed": noticed}
+            if rank == 0
+            else None
+        )
 
     result = fit(train_loop, {"dataset": (trained_run.folder / "dataset").uri}, 2, tmp_path)
     assert result == {"moved": True, "equal": True, "noticed": True}
@@ -135,16 +162,23 @@ def test_fraction_and_time_are_kept(ray_4_cpus: None, trained_run: RunConfig) ->
     config = with_train(trained_run, "short", yolo=yolo)
     summary = raypar.train.run(config)
     (line,) = lines(config)  # one epoch is the least
-    assert (summary["num_epochs"], line["images_missed"], line["images_repeated"]) == (1, 0, line["images_seen"] - round(0.4 * 48))
+    assert (summary["num_epochs"], line["images_missed"], line["images_repeated"]) == (
+        1,
+        0,
+        line["images_seen"] - round(0.4 * 48),
+    )
     assert "map50_95" in line, "any epoch may be the last, so each is validated"
     state = final_state(config)
     assert state["is_finished"]
     (train_folder(config) / raypar.train.SUMMARY).unlink()
-    assert raypar.train.run(config)["num_epochs"] == 1  # with the optimizer of the 50,000 epochs that were asked for, whose state it is
+    # with the optimizer of the 50,000 epochs that were asked for, whose state it is
+    assert raypar.train.run(config)["num_epochs"] == 1
     assert len(state["optimizer"]["param_groups"]) > 3, "MuSGD, as for any long run"
 
 
-def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
+def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_bits(
+    ray_4_cpus: None, trained_run: RunConfig
+) -> None:
     """On CPU tensors: what runs on a GPU is the same program."""
     config = with_train(trained_run, "device", augment="gpu")
     value = config.model_dump(mode="json")
@@ -167,21 +201,33 @@ def test_augmenting_on_the_workers_device_trains_alike_and_resumes_to_the_same_b
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.raises(ValueError, match="augment: 'gpu' then, None now"):
         raypar.train.run(
-            RunConfig.model_validate({**config.model_dump(mode="json"), "train": config.train.model_dump() | {"augment": "cpu"}})
+            RunConfig.model_validate(
+                {**config.model_dump(mode="json"), "train": config.train.model_dump() | {"augment": "cpu"}}
+            )
         )
     raypar.train.run(config)  # from the first epoch's checkpoint, with a ring that is filled anew
     assert_same_bits(final_state(config)["model"], expected["model"], "model")
 
 
-def test_shares_and_batch_norm_over_ranks_train_and_resume_to_the_same_bits(ray_4_cpus: None, trained_run: RunConfig) -> None:
+def test_shares_and_batch_norm_over_ranks_train_and_resume_to_the_same_bits(
+    ray_4_cpus: None, trained_run: RunConfig
+) -> None:
     """FSDP with gradients that wait at the epoch's end: three steps an epoch, an update after each second one."""
-    yolo = trained_run.train.yolo | {"imgsz": 64, "fraction": 0.5, "nbs": 16, "optimizer": "SGD", "val": False}
+    yolo = trained_run.train.yolo | {
+        "imgsz": 64,
+        "fraction": 0.5,
+        "nbs": 16,
+        "optimizer": "SGD",
+        "val": False,
+    }
     config = with_train(trained_run, "shares", num_workers=2, parallel="fsdp", sync_bn=True, yolo=yolo)
     raypar.train.run(config)
     folder, before, expected = train_folder(config), lines(config), final_state(config)
     assert [(line["world_size"], line["images_missed"]) for line in before] == [(2, 0)] * 2
     assert before[0]["train/box_loss"] != before[1]["train/box_loss"]
-    assert expected["model"].keys() == final_state(trained_run)["model"].keys(), "whole, under a plain model's names"
+    assert expected["model"].keys() == final_state(trained_run)["model"].keys(), (
+        "whole, under a plain model's names"
+    )
     newest = sorted(folder.glob("checkpoint_0*"))[-1]
     for path in (newest, folder / "summary.json"):
         shutil.rmtree(path) if path.is_dir() else path.unlink()

@@ -31,8 +31,19 @@ SPACE = {"train.yolo.lr0": {"loguniform": [1e-3, 1e-1]}, "train.batch": {"choice
 
 
 def study_of(trained_run: RunConfig, name: str, **tune: Any) -> RunConfig:
-    value = trained_run.model_dump(mode="json") | {"name": name, "dataset": trained_run.dataset_folder.uri, "prepare": None}
-    value["train"]["yolo"] = {"epochs": EPOCHS, "imgsz": 32, "optimizer": "SGD", "warmup_epochs": 0, "lrf": 1.0, "close_mosaic": 0}
+    value = trained_run.model_dump(mode="json") | {
+        "name": name,
+        "dataset": trained_run.dataset_folder.uri,
+        "prepare": None,
+    }
+    value["train"]["yolo"] = {
+        "epochs": EPOCHS,
+        "imgsz": 32,
+        "optimizer": "SGD",
+        "warmup_epochs": 0,
+        "lrf": 1.0,
+        "close_mosaic": 0,
+    }
     value["train"]["checkpoint_every_s"] = 0.2
     return RunConfig.model_validate(value | {"tune": {"space": SPACE, "search": "random", **tune}})
 
@@ -62,7 +73,9 @@ def epochs_of(trial: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def test_a_killed_study_goes_on_and_each_trial_used_its_own_settings(trained_run: RunConfig, tmp_path: Path) -> None:
+def test_a_killed_study_goes_on_and_each_trial_used_its_own_settings(
+    trained_run: RunConfig, tmp_path: Path
+) -> None:
     config = study_of(trained_run, "killed", num_trials=2, max_concurrent=2, scheduler="none")
     run_file, log, out = tmp_path / "run.yaml", tmp_path / "log", folder_of(config)
     run_file.write_text(runfile.dump(config))
@@ -94,7 +107,10 @@ def test_a_killed_study_goes_on_and_each_trial_used_its_own_settings(trained_run
         lines = epochs_of(trial)
         assert [line["images_seen"] for line in lines] == [48, 96]
         assert lines[-1]["lr/pg0"] == pytest.approx(params["train.yolo.lr0"]), "what the optimizer had"
-        assert torch.load(trial / "train" / "last.pt", weights_only=False)["train_args"]["lr0"] == params["train.yolo.lr0"]
+        assert (
+            torch.load(trial / "train" / "last.pt", weights_only=False)["train_args"]["lr0"]
+            == params["train.yolo.lr0"]
+        )
         assert not (trial / "dataset").exists(), "all trials read the one dataset"
     rows = list(csv.DictReader((out / "trials.csv").read_text().splitlines()))
     assert [float(row["train.yolo.lr0"]) for row in rows] == [r["params"]["train.yolo.lr0"] for r in records]
@@ -102,11 +118,16 @@ def test_a_killed_study_goes_on_and_each_trial_used_its_own_settings(trained_run
     best = study.best_of(records)
     assert best is not None
     trained = runfile.load(run_file, [f"@{out}/best.yaml"])
-    assert (trained.train.yolo["lr0"], trained.train.batch) == (best["params"]["train.yolo.lr0"], best["params"]["train.batch"])
+    assert (trained.train.yolo["lr0"], trained.train.batch) == (
+        best["params"]["train.yolo.lr0"],
+        best["params"]["train.batch"],
+    )
     assert trained.train.yolo["epochs"] == EPOCHS, "the rest is the run file's"
 
 
-def test_asha_remembers_earlier_trials_and_a_stopped_trial_leaves_nothing(ray_4_cpus: None, trained_run: RunConfig) -> None:
+def test_asha_remembers_earlier_trials_and_a_stopped_trial_leaves_nothing(
+    ray_4_cpus: None, trained_run: RunConfig
+) -> None:
     import ray
 
     config = study_of(trained_run, "stopped", num_trials=2, grace_epochs=1, reduction_factor=2)

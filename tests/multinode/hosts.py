@@ -22,7 +22,18 @@ import psutil
 
 from tests.conftest import ENVIRONMENT, REPOSITORY
 
-CREATE = ["unshare", "--net", "--mount", "--uts", "--ipc", "--pid", "--fork", "--mount-proc", "--propagation", "private"]
+CREATE = [
+    "unshare",
+    "--net",
+    "--mount",
+    "--uts",
+    "--ipc",
+    "--pid",
+    "--fork",
+    "--mount-proc",
+    "--propagation",
+    "private",
+]
 INIT = "while :; do sleep 3600 & wait $!; done"  # adopts orphans and waits for them, as process 1 must
 DECOY = "192.0.2"  # what a host's own name stands for: an interface that leads nowhere
 
@@ -57,7 +68,11 @@ def missing() -> str | None:
             return f"hosts of one's own need the program '{program}' (Debian: apt-get install iproute2 util-linux hostname)"
     script = "mount -t tmpfs tmpfs /mnt && ip link add one type veth peer name two && ip link add three type bridge"
     tried = subprocess.run([*CREATE, "bash", "-c", script], capture_output=True, text=True)
-    return None if tried.returncode == 0 else f"this machine does not allow hosts of one's own: {tried.stderr.strip()[-200:]}"
+    return (
+        None
+        if tried.returncode == 0
+        else f"this machine does not allow hosts of one's own: {tried.stderr.strip()[-200:]}"
+    )
 
 
 class Lan:
@@ -75,7 +90,9 @@ class Lan:
     def host(self, name: str, variables: Mapping[str, str]) -> Host:
         """Another host, up and without Ray."""
         number = len(self.hosts) + 1
-        made = Host(name, f"{self.prefix}.{number}", f"v{number}-{os.getpid()}", {**variables, **_variables()})
+        made = Host(
+            name, f"{self.prefix}.{number}", f"v{number}-{os.getpid()}", {**variables, **_variables()}
+        )
         self.hosts.append(made)
         made.boot(self.bridge)
         return made
@@ -103,26 +120,57 @@ class Host:
 
     def boot(self, bridge: str) -> None:
         """Makes the host and plugs it in."""
-        outer = subprocess.Popen([*CREATE, "bash", "-c", INIT], start_new_session=True, stderr=subprocess.DEVNULL)
+        outer = subprocess.Popen(
+            [*CREATE, "bash", "-c", INIT], start_new_session=True, stderr=subprocess.DEVNULL
+        )
         wait_until(lambda: psutil.Process(outer.pid).children() != [], 10, "process 1 does not start")
         self.process_1 = psutil.Process(outer.pid).children()[0].pid
         self._outer = outer
-        run("ip", "link", "add", self.cable, "type", "veth", "peer", "name", "uplink", "netns", str(self.process_1))
+        run(
+            "ip",
+            "link",
+            "add",
+            self.cable,
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "uplink",
+            "netns",
+            str(self.process_1),
+        )
         run("ip", "link", "set", self.cable, "master", bridge, "up")
         kept = {Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), REPOSITORY}
         below_tmp = " ".join(shlex.quote(str(path)) for path in sorted(kept) if path.is_relative_to("/tmp"))
-        self.run(FURNISH.format(name=self.name, kept=below_tmp, decoy=self.decoy, address=self.address), cwd="/")
+        self.run(
+            FURNISH.format(name=self.name, kept=below_tmp, decoy=self.decoy, address=self.address), cwd="/"
+        )
 
     def command(self, script: str, cwd: str = "/tmp/work") -> list[str]:
         """A command of this machine that runs a shell script on the host."""
         variables = [f"{name}={value}" for name, value in self.variables.items()]
         inner = ["env", "-i", *variables, "bash", "-c", f"cd {cwd}\n{script}"]
-        return ["nsenter", "--target", str(self.process_1), "--net", "--mount", "--uts", "--ipc", "--pid", *inner]
+        return [
+            "nsenter",
+            "--target",
+            str(self.process_1),
+            "--net",
+            "--mount",
+            "--uts",
+            "--ipc",
+            "--pid",
+            *inner,
+        ]
 
     def run(self, script: str, cwd: str = "/tmp/work", timeout_s: float = 120) -> str:
         """Runs a script on the host to its end; returns what it printed."""
         done = subprocess.run(
-            self.command(script, cwd), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=timeout_s, check=False
+            self.command(script, cwd),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=timeout_s,
+            check=False,
         )
         assert done.returncode == 0, f"{self.name}: {script}: {done.stdout[-3000:]}"
         return done.stdout

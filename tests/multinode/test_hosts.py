@@ -89,7 +89,9 @@ class Job:
 
     def end(self) -> str:
         """The log's end, without Ray's remarks."""
-        return "\n".join(line for line in self.text().splitlines() if "train:" in line or "Error" in line)[-6000:]
+        return "\n".join(line for line in self.text().splitlines() if "train:" in line or "Error" in line)[
+            -6000:
+        ]
 
     def newest(self) -> int:
         """Images seen of the newest complete checkpoint."""
@@ -110,7 +112,9 @@ class Job:
         """Local ranks by host, as the run's environment.json has them."""
         found: dict[str, list[int]] = {}
         for line in self.out.read_json("environment.json")["workers"]:
-            host, address, local_rank = re.fullmatch(r"rank \d: (\w+) \((.*)\), local rank (\d)", line).groups()  # type: ignore[union-attr]
+            host, address, local_rank = re.fullmatch(
+                r"rank \d: (\w+) \((.*)\), local rank (\d)", line
+            ).groups()  # type: ignore[union-attr]
             assert address == self.host(host).address
             found.setdefault(host, []).append(int(local_rank))
         return found
@@ -148,8 +152,12 @@ def test_two_hosts_train_one_dies_and_a_link_is_cut(lan: Lan, tmp_path: Path) ->
                              r"no sign of life from (.*); failure 2 of 3", TIMEOUT_S + 60)  # fmt: skip
         assert time.monotonic() - began < TIMEOUT_S + 30
         assert stuck[1] == next(name for name in second if name != lonely.name)
-        assert re.match(rf"rank \d on {lonely.name} \({re.escape(lonely.address)}\) in stage '\w.*' for \d+ s", stuck[3]), stuck[3]
-        lonely.kill()  # Ray gives a host up that it has not heard of for half a minute, more or less: another one comes in its place
+        assert re.match(
+            rf"rank \d on {lonely.name} \({re.escape(lonely.address)}\) in stage '\w.*' for \d+ s", stuck[3]
+        ), stuck[3]
+        # Ray gives a host up that it has not heard of for half a minute, more or less: another one comes in
+        # its place
+        lonely.kill()
         delta = lan.host("delta", head.variables)
         delta.start_ray(head.address, num_cpus=4)
         assert job.process.wait(300) == 0, job.end()

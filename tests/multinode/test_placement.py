@@ -21,7 +21,9 @@ class Where(Datasource):  # type: ignore[misc]
     def estimate_inmemory_data_size(self) -> int | None:
         return None
 
-    def get_read_tasks(self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None) -> list[ReadTask]:
+    def get_read_tasks(
+        self, parallelism: int, per_task_row_limit: int | None = None, data_context: Any = None
+    ) -> list[ReadTask]:
         import pyarrow as pa
 
         def read() -> list[Any]:
@@ -40,7 +42,10 @@ def nodes_of_tasks() -> set[str]:
 def schedulable(node: str) -> None:
     """Returns when tasks can go to that node: the GCS lists a node a moment before the scheduler of the head knows it."""
     strict = {"label_selector": {"ray.io/node-id": node}, "num_cpus": 1}
-    assert ray.get(ray.remote(lambda: ray.get_runtime_context().get_node_id()).options(**strict).remote()) == node
+    assert (
+        ray.get(ray.remote(lambda: ray.get_runtime_context().get_node_id()).options(**strict).remote())
+        == node
+    )
 
 
 @pytest.fixture
@@ -60,7 +65,9 @@ def test_tasks_run_beside_the_gpus_while_there_is_room_there(cluster: Cluster) -
     added = cluster.add_node(num_cpus=2)
     cluster.wait_for_nodes()
     without = {
-        node["NodeID"] for node in ray.nodes() if node["Alive"] and not node["Resources"].get("GPU") and node["Resources"].get("CPU")
+        node["NodeID"]
+        for node in ray.nodes()
+        if node["Alive"] and not node["Resources"].get("GPU") and node["Resources"].get("CPU")
     }
     schedulable(*without)
     assert nodes_of_tasks() == without

@@ -22,7 +22,9 @@ from raypar.augment.paint import develop
 
 SIZE = 160
 GEOMETRIES = {
-    "default": Recipe(SIZE, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5),
+    "default": Recipe(
+        SIZE, mosaic=1.0, translate=0.1, scale=0.5, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5
+    ),
     "turned": Recipe(SIZE, mosaic=1.0, degrees=20, translate=0.2, scale=0.4, shear=8, flipud=0.5),
     "tilted": Recipe(SIZE, mosaic=0.5, perspective=0.0008, scale=0.3, fliplr=0.5),
     "plain": Recipe(SIZE, translate=0.1, scale=0.5),
@@ -33,8 +35,12 @@ def make_sources(rng: np.random.Generator, count: int = 5) -> list[Source]:
     """Smooth pictures of several sizes with off-centre, oblong boxes."""
     sources = []
     for _ in range(count):
-        height, width = (SIZE, int(rng.integers(60, SIZE))) if rng.random() < 0.5 else (int(rng.integers(60, SIZE)), SIZE)
-        image = cv2.resize(rng.integers(0, 256, (8, 8, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+        height, width = (
+            (SIZE, int(rng.integers(60, SIZE))) if rng.random() < 0.5 else (int(rng.integers(60, SIZE)), SIZE)
+        )
+        image = cv2.resize(
+            rng.integers(0, 256, (8, 8, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC
+        )
         wh = rng.uniform(0.1, 0.4, (4, 2)) * (1.0, 0.6)
         boxes = np.concatenate([rng.uniform(wh / 2, 1 - wh / 2), wh], 1).astype(np.float32)
         sources.append(Source(image, rng.integers(0, 3, 4).astype(np.int32), boxes))
@@ -50,7 +56,9 @@ def ultralytics_labels(source: Source) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def ultralytics_layer(layer: Layer, recipe: Recipe, sources: list[Source], monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+def ultralytics_layer(
+    layer: Layer, recipe: Recipe, sources: list[Source], monkeypatch: pytest.MonkeyPatch
+) -> dict[str, Any]:
     """The same layer by Ultralytics' own Mosaic and RandomPerspective, with their draws replaced by ours."""
     draws = [layer.centre[1], layer.centre[0]] if layer.centre else []
     draws += [*layer.perspective, layer.angle, layer.scale, *layer.shear, *(s for s in layer.shift)]
@@ -78,10 +86,16 @@ def finish(labels: dict[str, Any], sample: Sample) -> tuple[np.ndarray, np.ndarr
         labels = flip.apply_instances(flip.apply_image(labels, params), params)
     labels["instances"].convert_bbox("xywh")
     labels["instances"].normalize(SIZE, SIZE)
-    return np.ascontiguousarray(labels["img"][..., ::-1]), labels["cls"].reshape(-1).astype(int), labels["instances"].bboxes
+    return (
+        np.ascontiguousarray(labels["img"][..., ::-1]),
+        labels["cls"].reshape(-1).astype(int),
+        labels["instances"].bboxes,
+    )
 
 
-def render(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render(
+    recipe: Recipe, sample: Sample, sources: list[Source]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image uint8 (S, S, 3) RGB, class_ids and boxes_xywhn of a sample."""
     out = np.empty((3, SIZE, SIZE), np.uint8)
     moved = Renderer(recipe).render(sample, sources, out)
@@ -104,7 +118,9 @@ def test_boxes_and_pixels_equal_ultralytics(name: str, monkeypatch: pytest.Monke
         sources = make_sources(np.random.default_rng(seed))
         sample = draw(without_colour, generator(seed, 0, 0), seed % 5, 5, mosaic_on=True)
         image, class_ids, boxes = render(without_colour, sample, sources)
-        expected_image, expected_ids, expected = finish(ultralytics_layer(sample.layer, recipe, sources, monkeypatch), sample)
+        expected_image, expected_ids, expected = finish(
+            ultralytics_layer(sample.layer, recipe, sources, monkeypatch), sample
+        )
         assert class_ids.tolist() == expected_ids.tolist()
         np.testing.assert_allclose(boxes, expected, atol=1e-4)
         assert np.abs(image.astype(int) - expected_image.astype(int)).mean() <= 2.0
@@ -131,7 +147,8 @@ def test_mix_up_and_cut_mix_blend_as_ultralytics() -> None:
     sample = draw(recipe, generator(0, 0, 1), 0, 5, mosaic_on=True)
     assert sample.mixed is not None
     alone = [
-        render(recipe, Sample(layer, None, None, sample.gains, sample.flip, False), sources) for layer in (sample.layer, sample.mixed[0])
+        render(recipe, Sample(layer, None, None, sample.gains, sample.flip, False), sources)
+        for layer in (sample.layer, sample.mixed[0])
     ]
     image, class_ids, boxes = render(recipe, sample, sources)
     share = sample.mixed[1]
@@ -144,7 +161,9 @@ def test_mix_up_and_cut_mix_blend_as_ultralytics() -> None:
         sample = draw(recipe, generator(0, 0, position), position % 5, 5, mosaic_on=True)
         assert sample.cut is not None
         plain = render(recipe, Sample(sample.layer, None, None, sample.gains, sample.flip, False), sources)
-        other = render(recipe, Sample(sample.cut[0], None, None, sample.gains, sample.flip, False), sources)[0]
+        other = render(recipe, Sample(sample.cut[0], None, None, sample.gains, sample.flip, False), sources)[
+            0
+        ]
         image, class_ids, _ = render(recipe, sample, sources)
         changed = (image != plain[0]).any(2)
         cuts += len(class_ids) > len(plain[1])
@@ -161,10 +180,19 @@ def test_a_marked_rectangle_is_where_its_box_says(name: str, key: int, mosaic_on
     image = np.zeros((120, SIZE, 3), np.uint8)
     image[30:80, 40:110] = 255
     empty = Source(np.zeros((SIZE, SIZE, 3), np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32))
-    marked = Source(image, np.zeros(1, np.int32), np.array([[75 / SIZE, 55 / 120, 70 / SIZE, 50 / 120]], np.float32))
+    marked = Source(
+        image, np.zeros(1, np.int32), np.array([[75 / SIZE, 55 / 120, 70 / SIZE, 50 / 120]], np.float32)
+    )
     sample = draw(recipe, generator(1, 0, key), 0, 2, mosaic_on=mosaic_on)
     indices = tuple(0 if i == 0 else 1 for i in range(len(sample.layer.indices)))
-    sample = Sample(Layer(indices, *list(sample.layer.__dict__.values())[1:]), None, None, sample.gains, sample.flip, False)
+    sample = Sample(
+        Layer(indices, *list(sample.layer.__dict__.values())[1:]),
+        None,
+        None,
+        sample.gains,
+        sample.flip,
+        False,
+    )
     rendered, _, boxes = render(recipe, sample, [marked, empty])
     white = np.argwhere(rendered[..., 0] > 200)
     for x, y, w, h in boxes * SIZE:
@@ -173,16 +201,20 @@ def test_a_marked_rectangle_is_where_its_box_says(name: str, key: int, mosaic_on
         assert high[1] <= x + w / 2 + 2
         assert low[0] >= y - h / 2 - 2
         assert high[0] <= y + h / 2 + 2
-        slack = 2.5 if recipe.is_axis_aligned else 0.5 * max(w, h) + 2.5  # turned: the hull is wider than what it holds
+        # turned: the hull is wider than what it holds
+        slack = 2.5 if recipe.is_axis_aligned else 0.5 * max(w, h) + 2.5
         assert abs(low[1] - (x - w / 2)) <= slack
         assert abs(high[0] - (y + h / 2)) <= slack
 
 
-@given(st.sampled_from(sorted(GEOMETRIES)), st.integers(0, 2**40), st.integers(0, 1000), st.integers(0, 2**40))
+@given(
+    st.sampled_from(sorted(GEOMETRIES)), st.integers(0, 2**40), st.integers(0, 1000), st.integers(0, 2**40)
+)
 @settings(max_examples=40, deadline=None)
 def test_keys_decide(name: str, seed: int, epoch: int, position: int) -> None:
     one, again, other = (
-        draw(GEOMETRIES[name], generator(seed, epoch, p), 0, 9, mosaic_on=True) for p in (position, position, position + 1)
+        draw(GEOMETRIES[name], generator(seed, epoch, p), 0, 9, mosaic_on=True)
+        for p in (position, position, position + 1)
     )
     assert repr(one) == repr(again)
     assert repr(one) != repr(other)
@@ -193,8 +225,13 @@ def test_keys_decide(name: str, seed: int, epoch: int, position: int) -> None:
 def test_boxes_stay_in_the_image_and_slabs_are_filled(name: str, seed: int) -> None:
     sources = make_sources(np.random.default_rng(seed % 7))
     out = np.zeros((3, 3, SIZE, SIZE), np.uint8)
-    labels = Renderer(GEOMETRIES[name])(sources, [0, 1, 2], [generator(seed, 0, i) for i in range(3)], mosaic_on=True, out=out)
-    low, high = labels.boxes_xywhn[:, :2] - labels.boxes_xywhn[:, 2:] / 2, labels.boxes_xywhn[:, :2] + labels.boxes_xywhn[:, 2:] / 2
+    labels = Renderer(GEOMETRIES[name])(
+        sources, [0, 1, 2], [generator(seed, 0, i) for i in range(3)], mosaic_on=True, out=out
+    )
+    low, high = (
+        labels.boxes_xywhn[:, :2] - labels.boxes_xywhn[:, 2:] / 2,
+        labels.boxes_xywhn[:, :2] + labels.boxes_xywhn[:, 2:] / 2,
+    )
     assert (low >= -1e-6).all()
     assert (high <= 1 + 1e-6).all()
     assert len(labels.class_ids) == len(labels.boxes_xywhn) == len(labels.image_index)
@@ -217,7 +254,9 @@ def test_draws_are_distributed_as_the_recipe_says() -> None:
 def test_albumentations_is_seeded_and_moves_boxes() -> None:
     source = make_sources(np.random.default_rng(0), 1)[0]
     flip = albu.make([{"HorizontalFlip": {"p": 1.0}}, {"GaussNoise": {"p": 1.0}}])
-    image, class_ids, boxes = flip(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(3))
+    image, class_ids, boxes = flip(
+        source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(3)
+    )
     again, _, _ = flip(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(3))
     other, _, _ = flip(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(4))
     assert np.array_equal(image, again)
@@ -230,7 +269,9 @@ def test_albumentations_probabilities_hold() -> None:
     source = make_sources(np.random.default_rng(0), 1)[0]
     transform = albu.make([{"ToGray": {"p": 0.25}}])
     changed = [
-        transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i))[0] is not source.image for i in range(400)
+        transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i))[0]
+        is not source.image
+        for i in range(400)
     ]
     assert 0.17 < np.mean(changed) < 0.33
 
@@ -254,8 +295,16 @@ def test_real_photographs_too(bccd: Path, monkeypatch: pytest.MonkeyPatch) -> No
     paths = sorted((bccd / "JPEGImages").glob("*.jpg"))[:4]
     sources = []
     for path in paths:
-        image = cv2.resize(cv2.imread(str(path))[..., ::-1], (SIZE, SIZE * 3 // 4), interpolation=cv2.INTER_LINEAR)
-        sources.append(Source(np.ascontiguousarray(image), np.zeros(1, np.int32), np.array([[0.4, 0.5, 0.3, 0.2]], np.float32)))
+        image = cv2.resize(
+            cv2.imread(str(path))[..., ::-1], (SIZE, SIZE * 3 // 4), interpolation=cv2.INTER_LINEAR
+        )
+        sources.append(
+            Source(
+                np.ascontiguousarray(image),
+                np.zeros(1, np.int32),
+                np.array([[0.4, 0.5, 0.3, 0.2]], np.float32),
+            )
+        )
     recipe = Recipe(SIZE, mosaic=1.0, translate=0.1, scale=0.5, fliplr=0.5)
     for position in range(10):
         sample = draw(recipe, generator(5, 0, position), position % 4, 4, mosaic_on=True)

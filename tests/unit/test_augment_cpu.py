@@ -43,7 +43,9 @@ def textured(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
     image = np.zeros((height, width, 3), np.float32)
     for cells, contrast in ((3, 60.0), (8, 35.0), (20, 15.0), (60, 6.0)):
         image += contrast * cv2.resize(
-            rng.standard_normal((cells, cells, 3)).astype(np.float32), (width, height), interpolation=cv2.INTER_CUBIC
+            rng.standard_normal((cells, cells, 3)).astype(np.float32),
+            (width, height),
+            interpolation=cv2.INTER_CUBIC,
         )
     return np.clip(image + 120, 0, 255).astype(np.uint8)
 
@@ -56,7 +58,10 @@ def labelled(rng: np.random.Generator, image: np.ndarray) -> Source:
 
 def make_window(seed: int, hws: list[tuple[int, int]] | None = None) -> list[Source]:
     rng = np.random.default_rng(seed)
-    return [labelled(rng, textured(rng, *hw)) for hw in hws or [(192, 256), (256, 171), (256, 256), (128, 256), (256, 200)]]
+    return [
+        labelled(rng, textured(rng, *hw))
+        for hw in hws or [(192, 256), (256, 171), (256, 256), (128, 256), (256, 200)]
+    ]
 
 
 def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -67,19 +72,30 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.nda
         hw = resized_hw(source.hw, SIZE)
         image = source.image[..., ::-1]
         image = cv2.resize(image, hw[::-1], interpolation=cv2.INTER_LINEAR) if hw != source.hw else image
-        instances = Instances(source.boxes_xywhn.copy(), np.zeros((0, 1000, 2), np.float32), bbox_format="xywh", normalized=True)
+        instances = Instances(
+            source.boxes_xywhn.copy(), np.zeros((0, 1000, 2), np.float32), bbox_format="xywh", normalized=True
+        )
         return {"img": np.ascontiguousarray(image), "cls": source.class_ids.reshape(-1, 1).astype(np.float32), "instances": instances,
                 "im_file": "", "ori_shape": source.hw, "resized_shape": hw}  # fmt: skip
 
     def layer_of(layer: Layer) -> dict[str, Any]:
         numbers: Iterator[float] = iter(
-            [*(layer.centre or ())[::-1], *layer.perspective, layer.angle, layer.scale, *layer.shear, *layer.shift]
+            [
+                *(layer.centre or ())[::-1],
+                *layer.perspective,
+                layer.angle,
+                layer.scale,
+                *layer.shear,
+                *layer.shift,
+            ]
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(random, "uniform", lambda low, high: next(numbers))
             labels = entry(layer.indices[0])
             if layer.centre:
-                mosaic = theirs.Mosaic(SimpleNamespace(cache="ram", get_image_and_label=entry), imgsz=SIZE, p=1.0)
+                mosaic = theirs.Mosaic(
+                    SimpleNamespace(cache="ram", get_image_and_label=entry), imgsz=SIZE, p=1.0
+                )
                 mosaic.get_indexes = lambda: list(layer.indices[1:])
                 params = mosaic.get_params(labels)
                 labels = mosaic.apply_instances(mosaic.apply_image(labels, params), params)
@@ -103,7 +119,9 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.nda
                 patch.setattr(np.random, "choice", lambda free: free[int(sample.cut[2] * len(free))])
             labels = mix(labels)
         if recipe.hsv_s:
-            patch.setattr(np.random, "uniform", lambda *_: sample.gains / [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v])
+            patch.setattr(
+                np.random, "uniform", lambda *_: sample.gains / [recipe.hsv_h, recipe.hsv_s, recipe.hsv_v]
+            )
             labels = theirs.RandomHSV(recipe.hsv_h, recipe.hsv_s, recipe.hsv_v)(labels)
         for flip, direction in ((sample.flip[1], "vertical"), (sample.flip[0], "horizontal")):
             labels = theirs.RandomFlip(p=1.0 if flip else 0.0, direction=direction)(labels)
@@ -123,7 +141,9 @@ def compare(recipe: Recipe, sources: list[Source], seed: int) -> float:
     return float(np.abs(out[0].astype(int) - expected.astype(int)).mean())
 
 
-def render(recipe: Recipe, sample: Sample, sources: list[Source]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+def render(
+    recipe: Recipe, sample: Sample, sources: list[Source]
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Image uint8 (S, S, 3) RGB, class_ids and boxes_xywhn of a sample."""
     out = np.empty((3, SIZE, SIZE), np.uint8)
     moved = Renderer(recipe).render(sample, sources, out)
@@ -156,7 +176,9 @@ def test_the_default_recipe_never_warps(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(cv2, "warpAffine", lambda *_, **__: pytest.fail("warped"))
     monkeypatch.setattr(cv2, "warpPerspective", lambda *_, **__: pytest.fail("warped"))
     for seed in range(60):
-        Renderer(RECIPES["default"])(window, [seed % 5], [generator(seed, 0, 0)], mosaic_on=seed % 2 == 0, out=out)
+        Renderer(RECIPES["default"])(
+            window, [seed % 5], [generator(seed, 0, 0)], mosaic_on=seed % 2 == 0, out=out
+        )
 
 
 def test_tiny_sources_are_warped_into_place() -> None:
@@ -175,13 +197,28 @@ def test_blood_cells(name: str, bccd: Path) -> None:
 @given(st.lists(st.tuples(st.integers(1, 300), st.integers(1, 300)), min_size=1, max_size=4), st.integers(0, 10**6),
        st.sampled_from(sorted(RECIPES)), st.booleans())  # fmt: skip
 @settings(max_examples=80, deadline=None)
-def test_any_size_of_source_is_rendered(hws: list[tuple[int, int]], seed: int, name: str, mosaic_on: bool) -> None:
-    window = [Source(np.full((*hw, 3), 200, np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32)) for hw in hws]
+def test_any_size_of_source_is_rendered(
+    hws: list[tuple[int, int]], seed: int, name: str, mosaic_on: bool
+) -> None:
+    window = [
+        Source(np.full((*hw, 3), 200, np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32))
+        for hw in hws
+    ]
     out = np.zeros((2, 3, SIZE, SIZE), np.uint8)
-    labels = Renderer(RECIPES[name])(window, [0, len(hws) - 1], [generator(seed, 1, i) for i in range(2)], mosaic_on=mosaic_on, out=out)
+    labels = Renderer(RECIPES[name])(
+        window, [0, len(hws) - 1], [generator(seed, 1, i) for i in range(2)], mosaic_on=mosaic_on, out=out
+    )
     assert out.min() > 20  # every pixel was written
-    assert (labels.class_ids.dtype, labels.boxes_xywhn.dtype, labels.image_index.dtype) == (np.int32, np.float32, np.int32)
-    assert (labels.class_ids.shape, labels.boxes_xywhn.shape, labels.image_index.shape) == ((0,), (0, 4), (0,))
+    assert (labels.class_ids.dtype, labels.boxes_xywhn.dtype, labels.image_index.dtype) == (
+        np.int32,
+        np.float32,
+        np.int32,
+    )
+    assert (labels.class_ids.shape, labels.boxes_xywhn.shape, labels.image_index.shape) == (
+        (0,),
+        (0, 4),
+        (0,),
+    )
 
 
 def test_extreme_aspects() -> None:
@@ -191,7 +228,9 @@ def test_extreme_aspects() -> None:
     ]
     out = np.zeros((1, 3, SIZE, SIZE), np.uint8)
     for seed in range(40):
-        Renderer(RECIPES["default"])(window, [seed % 3], [generator(seed, 0, 0)], mosaic_on=seed % 2 == 0, out=out)
+        Renderer(RECIPES["default"])(
+            window, [seed % 3], [generator(seed, 0, 0)], mosaic_on=seed % 2 == 0, out=out
+        )
 
 
 @given(st.integers(0, 10**6))
@@ -199,7 +238,9 @@ def test_extreme_aspects() -> None:
 def test_no_line_between_tiles(seed: int) -> None:
     """White square sources fill the whole canvas: no grey anywhere but outside of it, and at most a rounded edge there."""
     recipe = Recipe(SIZE, mosaic=1.0, translate=0.1, scale=0.5, fliplr=0.5)
-    window = [Source(np.full((SIZE, SIZE, 3), 255, np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32))]
+    window = [
+        Source(np.full((SIZE, SIZE, 3), 255, np.uint8), np.empty(0, np.int32), np.empty((0, 4), np.float32))
+    ]
     sample = draw(recipe, generator(seed, 0, 0), 0, 1, mosaic_on=True)
     image = render(recipe, sample, window)[0]
     expected = chain(recipe, sample, window)[0].transpose(1, 2, 0)
@@ -237,7 +278,15 @@ def test_a_white_rectangle_fills_its_box(seed: int, recipe: Recipe) -> None:
     window = [Source(image, np.zeros(1, np.int32), box), none]
     drawn = draw(recipe, generator(seed, 0, 0), 0, 2, mosaic_on=True)
     layer = drawn.layer
-    layer = Layer((0, 1, 1, 1)[: len(layer.indices)], layer.centre, layer.perspective, layer.angle, layer.scale, layer.shear, layer.shift)
+    layer = Layer(
+        (0, 1, 1, 1)[: len(layer.indices)],
+        layer.centre,
+        layer.perspective,
+        layer.angle,
+        layer.scale,
+        layer.shear,
+        layer.shift,
+    )
     rendered, _, boxes = render(recipe, Sample(layer, None, None, drawn.gains, drawn.flip, False), window)
     if not len(boxes):
         return
@@ -251,7 +300,8 @@ def test_a_white_rectangle_fills_its_box(seed: int, recipe: Recipe) -> None:
     assert (found[:2] >= said[:2] - 1.5).all()  # never outside of its box
     assert (found[2:] <= said[2:] + 1.5).all()
     is_whole = said.min() > 1 and said.max() < SIZE - 1 and layer.centre is None
-    if recipe.is_axis_aligned or is_whole:  # a turned rectangle that is cut off need not touch all sides of what is left of its hull
+    # a turned rectangle that is cut off need not touch all sides of what is left of its hull
+    if recipe.is_axis_aligned or is_whole:
         corner = 0 if recipe.is_axis_aligned else 2.5  # sharp corners are blurred away
         np.testing.assert_allclose(found, said, atol=1.5 + corner)
 
@@ -259,7 +309,9 @@ def test_a_white_rectangle_fills_its_box(seed: int, recipe: Recipe) -> None:
 def test_an_image_is_the_same_in_any_batch() -> None:
     window, recipe = make_window(2), RECIPES["mixup"]
     batch, alone = np.empty((4, 3, SIZE, SIZE), np.uint8), np.empty((1, 3, SIZE, SIZE), np.uint8)
-    labels = Renderer(recipe)(window, [3, 1, 2, 0], [generator(0, 0, p) for p in range(4)], mosaic_on=True, out=batch)
+    labels = Renderer(recipe)(
+        window, [3, 1, 2, 0], [generator(0, 0, p) for p in range(4)], mosaic_on=True, out=batch
+    )
     for i, index in enumerate([3, 1, 2, 0]):
         one = Renderer(recipe)(window, [index], [generator(0, 0, i)], mosaic_on=True, out=alone)
         assert np.array_equal(alone[0], batch[i])
@@ -283,7 +335,10 @@ def test_the_default_transforms_are_ultralytics() -> None:
     assert used == [(name, settings_["p"]) for entry in albu.ULTRALYTICS for name, settings_ in entry.items()]
 
 
-MINE = [albumentations.HorizontalFlip(p=0.5), albumentations.OneOf([albumentations.Blur(), albumentations.ToGray()], p=0.25)]
+MINE = [
+    albumentations.HorizontalFlip(p=0.5),
+    albumentations.OneOf([albumentations.Blur(), albumentations.ToGray()], p=0.25),
+]
 
 
 def my_transforms() -> list[Any]:
@@ -292,9 +347,13 @@ def my_transforms() -> list[Any]:
 
 def test_a_users_function_keeps_its_probabilities() -> None:
     source = make_window(0)[0]
-    for _ in range(2):  # made on the driver and again in a task: never with probabilities that the first changed
+    # made on the driver and again in a task: never with probabilities that the first changed
+    for _ in range(2):
         transform = albu.make(f"{__name__}:my_transforms")
-        results = [transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i)) for i in range(200)]
+        results = [
+            transform(source.image, source.class_ids, source.boxes_xywhn, np.random.default_rng(i))
+            for i in range(200)
+        ]
         flipped = np.mean([not np.allclose(boxes, source.boxes_xywhn, atol=1e-3) for _, _, boxes in results])
         assert 0.38 < flipped < 0.62
         assert [t.p for t in MINE] == [0.5, 0.25]

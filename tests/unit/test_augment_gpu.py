@@ -50,16 +50,25 @@ def window_of(seed: int, hws: list[tuple[int, int]]) -> list[Source]:
     rng = np.random.default_rng(seed)
     wh = rng.uniform(0.1, 0.4, (len(hws), 2, 2))
     boxes = np.concatenate([rng.uniform(wh / 2, 1 - wh / 2), wh], 2).astype(np.float32)
-    return [Source(picture(rng, *hw), np.arange(2, dtype=np.int32), box) for hw, box in zip(hws, boxes, strict=True)]
+    return [
+        Source(picture(rng, *hw), np.arange(2, dtype=np.int32), box)
+        for hw, box in zip(hws, boxes, strict=True)
+    ]
 
 
-def both(recipe: Recipe, sources: list[Source], seed: int, num_images: int = 3, **how: object) -> tuple[np.ndarray, np.ndarray]:
+def both(
+    recipe: Recipe, sources: list[Source], seed: int, num_images: int = 3, **how: object
+) -> tuple[np.ndarray, np.ndarray]:
     """A batch by either renderer, (B, 3, S, S); the ring's slots are not the window's order."""
-    samples = [draw(recipe, generator(seed, 0, i), (seed + i) % len(sources), len(sources), mosaic_on=i % 4 < 3) for i in range(num_images)]
+    samples = [
+        draw(recipe, generator(seed, 0, i), (seed + i) % len(sources), len(sources), mosaic_on=i % 4 < 3)
+        for i in range(num_images)
+    ]
     expected = np.empty((num_images, 3, recipe.imgsz, recipe.imgsz), np.uint8)
     renderer = Renderer(recipe)
     cuts = [renderer.render(sample, sources, out).cut for sample, out in zip(samples, expected, strict=True)]
-    assert cuts == [move_labels(recipe, sample, sources).cut for sample in samples]  # what a task would send along
+    # what a task would send along
+    assert cuts == [move_labels(recipe, sample, sources).cut for sample in samples]
     ring, slots = filled(recipe, sources)
     return GpuRenderer(recipe, "cpu", **how)(samples, ring, slots, cuts).numpy(), expected  # type: ignore[arg-type]
 
@@ -67,7 +76,11 @@ def both(recipe: Recipe, sources: list[Source], seed: int, num_images: int = 3, 
 def filled(recipe: Recipe, sources: list[Source], device: str = "cpu") -> tuple[Ring, list[int]]:
     ring = Ring(len(sources) + 2, recipe.imgsz, device, is_enlarged=not recipe.is_axis_aligned)
     ring.pixels.fill_(255)  # what lies beyond an image must never be seen
-    slots = [(3 * i + 1) % len(sources) + 1 for i in range(len(sources))] if len(sources) % 3 else list(range(1, len(sources) + 1))
+    slots = (
+        [(3 * i + 1) % len(sources) + 1 for i in range(len(sources))]
+        if len(sources) % 3
+        else list(range(1, len(sources) + 1))
+    )
     ring.put(slots, [source.image for source in sources])
     return ring, slots
 
@@ -94,7 +107,8 @@ def test_scale_shift_flip_mix_cut_and_colours_are_those_of_the_cpu_renderer(
 ) -> None:
     got, expected = both(recipe, window_of(seed, image_hws), seed)
     assert differences(got, expected).max() <= 2
-    assert differences(got, expected).mean() <= 2 * MAX_MEAN_DIFFERENCE  # of three images, in the worst of cases
+    # of three images, in the worst of cases
+    assert differences(got, expected).mean() <= 2 * MAX_MEAN_DIFFERENCE
 
 
 @settings(max_examples=80)
@@ -106,14 +120,41 @@ def test_turned_sheared_and_tilted_too(recipe: Recipe, image_hws: list[tuple[int
 
 @pytest.mark.parametrize("turn", [0.0, 20.0])
 def test_typical_batches_differ_by_far_less_than_a_grey_level(turn: float) -> None:
-    recipe = Recipe(SIZE, mosaic=1, scale=0.5, translate=0.1, hsv_h=0.015, hsv_s=0.7, hsv_v=0.4, fliplr=0.5, mixup=0.3, degrees=turn)
-    found = [differences(*both(recipe, window_of(seed, [(96, 72), (64, 96), (96, 96), (80, 96), (48, 40)]), seed, 4)) for seed in range(12)]
+    recipe = Recipe(
+        SIZE,
+        mosaic=1,
+        scale=0.5,
+        translate=0.1,
+        hsv_h=0.015,
+        hsv_s=0.7,
+        hsv_v=0.4,
+        fliplr=0.5,
+        mixup=0.3,
+        degrees=turn,
+    )
+    found = [
+        differences(
+            *both(recipe, window_of(seed, [(96, 72), (64, 96), (96, 96), (80, 96), (48, 40)]), seed, 4)
+        )
+        for seed in range(12)
+    ]
     assert np.mean(found) <= MAX_MEAN_DIFFERENCE
 
 
 def test_nothing_but_copying_is_exact() -> None:
     """Without a change of scale no value is between two pixels: only colours are left, and those are computed alike."""
-    recipe = Recipe(SIZE, mosaic=1, scale=0, translate=0.1, hsv_h=0.5, hsv_s=0.7, hsv_v=0.4, fliplr=0.5, flipud=0.5, bgr=0.5)
+    recipe = Recipe(
+        SIZE,
+        mosaic=1,
+        scale=0,
+        translate=0.1,
+        hsv_h=0.5,
+        hsv_s=0.7,
+        hsv_v=0.4,
+        fliplr=0.5,
+        flipud=0.5,
+        bgr=0.5,
+    )
     got, expected = both(recipe, window_of(0, [(96, 72), (64, 96), (96, 96), (96, 50)]), 5, 12)
     np.testing.assert_array_equal(got, expected)
 
@@ -155,16 +196,27 @@ print("equal")
 
 
 @pytest.mark.parametrize("spans", [True, False])
-def test_the_triton_kernel_compiles_without_a_gpu(spans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_triton_kernel_compiles_without_a_gpu(
+    spans: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """For a T4 and an H200, and so that it rounds as the torch program does."""
     triton = pytest.importorskip("triton")
-    compiler, backends = pytest.importorskip("triton.compiler"), pytest.importorskip("triton.backends.compiler")
+    compiler, backends = (
+        pytest.importorskip("triton.compiler"),
+        pytest.importorskip("triton.backends.compiler"),
+    )
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     constants = {"size": 640, "block": fused.BLOCK, "spans": spans, "is_byte": False}
-    types = {"words": "*i32", "rows": "*fp32", "layers": "*fp32", "out": "*bf16"} | {f"stride_{axis}": "i32" for axis in "bcyx"}
-    source = compiler.ASTSource(fn=fused._kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants)
+    types = {"words": "*i32", "rows": "*fp32", "layers": "*fp32", "out": "*bf16"} | {
+        f"stride_{axis}": "i32" for axis in "bcyx"
+    }
+    source = compiler.ASTSource(
+        fn=fused._kernel, signature=types | dict.fromkeys(constants, "constexpr"), constexprs=constants
+    )
     for architecture in (75, 90):
-        made = triton.compile(source, target=backends.GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False})
+        made = triton.compile(
+            source, target=backends.GPUTarget("cuda", architecture, 32), options={"enable_fp_fusion": False}
+        )
         assert made.asm["cubin"]
         assert "fma.rn" not in made.asm["ptx"]
 
@@ -183,10 +235,22 @@ def jpeg(image: np.ndarray, **settings: object) -> bytes:
 def test_decoding_shrinks_and_replaces_what_is_damaged_by_grey_of_the_same_size() -> None:
     rng = np.random.default_rng(0)
     large, small = picture(rng, 200, 150), picture(rng, 40, 60)
-    encoded = [encode_jpeg(large), encode_png(small), b"no image", encode_png(small), memoryview(encode_jpeg(small))]
+    encoded = [
+        encode_jpeg(large),
+        encode_png(small),
+        b"no image",
+        encode_png(small),
+        memoryview(encode_jpeg(small)),
+    ]
     images, grey = decode_batch(encoded, [(200, 150), (40, 60), (300, 100), (41, 60), (40, 60)], SIZE, "cpu")
     assert grey == [2, 3]
-    assert [tuple(image.shape) for image in images] == [(96, 72, 3), (40, 60, 3), (96, 32, 3), (41, 60, 3), (40, 60, 3)]
+    assert [tuple(image.shape) for image in images] == [
+        (96, 72, 3),
+        (40, 60, 3),
+        (96, 32, 3),
+        (41, 60, 3),
+        (40, 60, 3),
+    ]
     np.testing.assert_array_equal(images[0].numpy(), decode_shrunk(encoded[0], SIZE))
     np.testing.assert_array_equal(images[1].numpy(), small)
     assert set(images[2].unique().tolist()) == set(images[3].unique().tolist()) == {114}
@@ -196,7 +260,14 @@ def test_the_gpu_is_given_sequential_jpegs_only() -> None:
     image = picture(np.random.default_rng(0), 40, 60)
     assert is_baseline_jpeg(jpeg(image))
     assert is_baseline_jpeg(memoryview(jpeg(image, quality=95, subsampling=0)))
-    for other in (jpeg(image, progressive=True), encode_png(image), b"", b"\xff\xd8", b"\xff\xd8\xff\xe0\x00", b"\xff\xd8" + b"\xff" * 40):
+    for other in (
+        jpeg(image, progressive=True),
+        encode_png(image),
+        b"",
+        b"\xff\xd8",
+        b"\xff\xd8\xff\xe0\x00",
+        b"\xff\xd8" + b"\xff" * 40,
+    ):
         assert not is_baseline_jpeg(other)
 
 
@@ -214,7 +285,9 @@ def test_jpegs_that_a_gpu_would_show_otherwise_are_not_given_to_it() -> None:
     assert is_baseline_jpeg(whole[:2] + adobe[:-1] + b"\x01" + whole[2:])
 
 
-def test_without_nvjpeg_it_is_said_once_and_asked_no_more(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_nvjpeg_it_is_said_once_and_asked_no_more(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     asked: list[int] = []
 
     def refuse(encoded: list[bytes], device: torch.device) -> list[torch.Tensor]:
@@ -252,7 +325,9 @@ def test_a_list_that_nvjpeg_refuses_is_decoded_on_the_cpu(monkeypatch: pytest.Mo
     has_nvjpeg.cache_clear()
 
 
-def test_where_triton_cannot_compile_the_torch_program_renders(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_where_triton_cannot_compile_the_torch_program_renders(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to find C compiler")
 

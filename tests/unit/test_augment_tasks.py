@@ -45,7 +45,10 @@ def outline(rng: np.random.Generator, num_points: int) -> np.ndarray:
 
 def rotated(rng: np.random.Generator, hw: tuple[int, int]) -> np.ndarray:
     """Corners float32 (4, 2) of a rotated box that may leave the image a little."""
-    turn, (long, short) = rng.uniform(0, np.pi), np.array([rng.uniform(0.15, 0.5), rng.uniform(0.03, 0.12)]) * min(hw)
+    turn, (long, short) = (
+        rng.uniform(0, np.pi),
+        np.array([rng.uniform(0.15, 0.5), rng.uniform(0.03, 0.12)]) * min(hw),
+    )
     basis = np.array([[np.cos(turn), np.sin(turn)], [-np.sin(turn), np.cos(turn)]])
     corners = np.array([[1, 1], [1, -1], [-1, -1], [-1, 1]]) / 2 * [long, short] @ basis
     return ((corners + rng.uniform(0, 1, 2) * hw[::-1]) / hw[::-1]).astype(np.float32)
@@ -58,10 +61,18 @@ def make_source(rng: np.random.Generator, task: str, hw: tuple[int, int], count:
         wh = rng.uniform(0.1, 0.5, (count, 2))
         centres = rng.uniform(wh / 2, 1 - wh / 2)
         points = centres[:, None] + rng.uniform(-0.5, 0.5, (count, NUM_KEYPOINTS, 2)) * wh[:, None]
-        keypoints = np.concatenate([points, rng.integers(0, 3, (count, NUM_KEYPOINTS, 1))], -1).astype(np.float32)
-        return Source(image, class_ids, np.concatenate([centres, wh], 1).astype(np.float32), keypoints=keypoints)
-    raw = [rotated(rng, hw) if task == "obb" else outline(rng, int(rng.integers(3, 30))) for _ in range(count)]
-    boxes = np.array([[*(p.min(0) + p.max(0)) / 2, *(p.max(0) - p.min(0))] for p in raw], np.float32).reshape(-1, 4)
+        keypoints = np.concatenate([points, rng.integers(0, 3, (count, NUM_KEYPOINTS, 1))], -1).astype(
+            np.float32
+        )
+        return Source(
+            image, class_ids, np.concatenate([centres, wh], 1).astype(np.float32), keypoints=keypoints
+        )
+    raw = [
+        rotated(rng, hw) if task == "obb" else outline(rng, int(rng.integers(3, 30))) for _ in range(count)
+    ]
+    boxes = np.array([[*(p.min(0) + p.max(0)) / 2, *(p.max(0) - p.min(0))] for p in raw], np.float32).reshape(
+        -1, 4
+    )
     polygons = outlines.densify(raw) if task == "segment" else np.array(raw, np.float32).reshape(-1, 4, 2)
     return Source(image, class_ids, boxes, polygons=polygons)
 
@@ -72,7 +83,7 @@ def make_window(seed: int, task: str) -> list[Source]:
     return [make_source(rng, task, hw, count) for hw, count in zip(hws, (5, 8, 0, 3, 4), strict=True)]
 
 
-def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, Any]:
+def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, Any]:  # noqa: PLR0915
     """Ultralytics' transforms with the sample's numbers in place of their draws."""
     is_obb = recipe.task == "obb"
 
@@ -85,13 +96,22 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, An
             segments = np.stack(resample_segments(list(source.polygons), 100 if is_obb else 1000)) if len(source.polygons) else (
                 np.zeros((0, 100 if is_obb else 1000, 2), np.float32))  # fmt: skip
         keypoints = None if source.keypoints is None else source.keypoints.copy()
-        instances = Instances(source.boxes_xywhn.copy(), segments, keypoints, bbox_format="xywh", normalized=True)
+        instances = Instances(
+            source.boxes_xywhn.copy(), segments, keypoints, bbox_format="xywh", normalized=True
+        )
         return {"img": image, "cls": source.class_ids.reshape(-1, 1).astype(np.float32), "instances": instances,
                 "im_file": "", "ori_shape": source.hw, "resized_shape": hw}  # fmt: skip
 
     def layer_of(layer: Layer) -> dict[str, Any]:
         numbers: Iterator[float] = iter(
-            [*(layer.centre or ())[::-1], *layer.perspective, layer.angle, layer.scale, *layer.shear, *layer.shift]
+            [
+                *(layer.centre or ())[::-1],
+                *layer.perspective,
+                layer.angle,
+                layer.scale,
+                *layer.shear,
+                *layer.shift,
+            ]
         )
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(random, "uniform", lambda low, high: next(numbers))
@@ -104,9 +124,12 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, An
                 labels = mosaic.apply_instances(mosaic.apply_image(labels, params), params)
             if layer.copy_paste:
                 sort = np.argsort
-                patch.setattr(np, "argsort", lambda values: sort(values, kind="stable"))  # many are equally free
+                # many are equally free
+                patch.setattr(np, "argsort", lambda values: sort(values, kind="stable"))
                 labels = theirs.CopyPaste(p=layer.copy_paste, mode="flip")(labels)
-            warp = theirs.RandomPerspective(perspective=recipe.perspective, size=(SIZE, SIZE), preserve_obb=is_obb)
+            warp = theirs.RandomPerspective(
+                perspective=recipe.perspective, size=(SIZE, SIZE), preserve_obb=is_obb
+            )
             params = warp.get_params(labels)
             return warp.apply_instances(warp.apply_image(labels, params), params)
 
@@ -115,7 +138,9 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, An
         for kind, second in ((theirs.MixUp, sample.mixed), (theirs.CutMix, sample.cut)):
             if second is None:
                 continue
-            dataset = SimpleNamespace(get_image_and_label=lambda i, layer=second[0]: layer_of(layer), use_obb=is_obb)
+            dataset = SimpleNamespace(
+                get_image_and_label=lambda i, layer=second[0]: layer_of(layer), use_obb=is_obb
+            )
             mix = kind(dataset, p=1.0)
             mix.get_indexes = lambda: 0
             if sample.cut is not None:
@@ -126,7 +151,12 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, An
     for flip, direction in ((sample.flip[1], "vertical"), (sample.flip[0], "horizontal")):
         flip_idx = list(recipe.flip_idx) or None
         labels = theirs.RandomFlip(p=1.0 if flip else 0.0, direction=direction, flip_idx=flip_idx)(labels)
-    finish = theirs.Format(return_mask=recipe.task == "segment", return_keypoint=recipe.task == "pose", return_obb=is_obb, mask_ratio=4)
+    finish = theirs.Format(
+        return_mask=recipe.task == "segment",
+        return_keypoint=recipe.task == "pose",
+        return_obb=is_obb,
+        mask_ratio=4,
+    )
     return finish(labels)
 
 
@@ -136,7 +166,9 @@ def iou(mask: np.ndarray, other: np.ndarray) -> float:
 
 def corners_of(boxes: np.ndarray) -> np.ndarray:
     """(N, 5) -> corners (N, 4, 2), from the lowest angle about the centre on."""
-    return np.array([cv2.boxPoints(((b[0], b[1]), (b[2], b[3]), float(np.rad2deg(b[4])))) for b in boxes]).reshape(-1, 4, 2)
+    return np.array(
+        [cv2.boxPoints(((b[0], b[1]), (b[2], b[3]), float(np.rad2deg(b[4])))) for b in boxes]
+    ).reshape(-1, 4, 2)
 
 
 def compare(recipe: Recipe, sources: list[Source], seed: int) -> int:
@@ -159,7 +191,8 @@ def compare(recipe: Recipe, sources: list[Source], seed: int) -> int:
         assert np.array_equal(labels.keypoints[..., 2], theirs_[..., 2])
     if recipe.task == "obb":
         assert labels.boxes_xywhr is not None
-        long = (boxes[:, 2] - boxes[:, 3]) * SIZE > 0.1  # else which side is the longer one is decided by a last bit
+        # else which side is the longer one is decided by a last bit
+        long = (boxes[:, 2] - boxes[:, 3]) * SIZE > 0.1
         np.testing.assert_allclose(labels.boxes_xywhr[long, :4], boxes[long, :4], atol=1e-3)
         turn = (labels.boxes_xywhr[long, 4] - boxes[long, 4] + np.pi / 2) % np.pi - np.pi / 2
         np.testing.assert_allclose(turn * boxes[long, 2], 0, atol=1e-3)
@@ -173,7 +206,9 @@ def compare_masks(labels: Any, expected: dict[str, Any]) -> int:
     ids = expected["cls"].numpy().reshape(-1)
     left, renamed = set(range(len(boxes))), np.zeros_like(other)
     for i in range(len(boxes)):
-        same = [j for j in left if np.abs(others[j] - boxes[i]).max() < 1e-4 and ids[j] == labels.class_ids[i]]
+        same = [
+            j for j in left if np.abs(others[j] - boxes[i]).max() < 1e-4 and ids[j] == labels.class_ids[i]
+        ]
         assert same, (boxes[i], others)
         left.discard(same[0])
         renamed[other == same[0] + 1] = i + 1
@@ -204,7 +239,9 @@ def test_copy_paste_paints_what_ultralytics_paints(mosaic: float) -> None:
     window = make_window(1, "segment")
     for i, source in enumerate(window):
         height, width = source.hw
-        source.image[...] = np.stack(np.broadcast_arrays(np.arange(width) * 255 // width, np.arange(height)[:, None], 60 * i), -1)
+        source.image[...] = np.stack(
+            np.broadcast_arrays(np.arange(width) * 255 // width, np.arange(height)[:, None], 60 * i), -1
+        )
     num_pasted = 0
     for seed in range(8):
         sample = draw(recipe, generator(seed, 0, 0), seed % 5, 5, mosaic_on=True)
@@ -229,7 +266,9 @@ def test_outlines_are_ultralytics(raw: list[list[tuple[float, float]]]) -> None:
         np.testing.assert_array_equal(mine, theirs_)
     with np.errstate(over="ignore"):
         expected = np.array([segment2box(p, SIZE, SIZE) for p in dense]).reshape(-1, 4)
-    np.testing.assert_allclose(outlines.visible_boxes(dense, SIZE) if len(dense) else np.zeros((0, 4)), expected, atol=1e-3)
+    np.testing.assert_allclose(
+        outlines.visible_boxes(dense, SIZE) if len(dense) else np.zeros((0, 4)), expected, atol=1e-3
+    )
 
 
 @given(POLYGONS, st.sampled_from([1, 2, 3, 4, 8]))
@@ -242,14 +281,19 @@ def test_masks_are_ultralytics(raw: list[list[tuple[float, float]]], ratio: int)
     if raw:
         with pytest.MonkeyPatch.context() as patch:
             sort = np.argsort
-            patch.setattr(np, "argsort", lambda values: sort(values, kind="stable"))  # some have the same area
+            # some have the same area
+            patch.setattr(np, "argsort", lambda values: sort(values, kind="stable"))
             expected, index = polygons2masks_overlap((SIZE, SIZE), list(polygons), ratio)
         assert index.tolist() == order.tolist()
         np.testing.assert_array_equal(mask, expected)
 
 
 def test_more_than_255_masks() -> None:
-    squares = [np.array([[x, y], [x + 6, y], [x + 6, y + 6], [x, y + 6]], np.float32) for x in range(0, 250, 12) for y in range(0, 250, 12)]
+    squares = [
+        np.array([[x, y], [x + 6, y], [x + 6, y + 6], [x, y + 6]], np.float32)
+        for x in range(0, 250, 12)
+        for y in range(0, 250, 12)
+    ]
     mask, _ = outlines.overlap_mask(outlines.densify(squares), SIZE, 4)
     assert mask.dtype == np.uint16
     assert mask.max() == len(squares) > 255
@@ -268,7 +312,10 @@ def test_corners_are_ultralytics(seed: int) -> None:
 
 def test_a_corner_on_the_edge_does_not_make_a_box_of_the_image() -> None:
     """Numbers with which cv2.intersectConvexConvex returns the whole of its second polygon."""
-    corners = np.array([[[22.530080, 48.436653], [33.603607, 37.064732], [6.712e-08, 4.3428755], [-11.073526, 15.714798]]], np.float32)
+    corners = np.array(
+        [[[22.530080, 48.436653], [33.603607, 37.064732], [6.712e-08, 4.3428755], [-11.073526, 15.714798]]],
+        np.float32,
+    )
     before = np.array([[-11.073526, 4.3428755, 33.603607, 48.436653]])
     cut, boxes = outlines.cut_corners(corners, before, 70, 114)
     np.testing.assert_allclose(boxes, [[0, 4.3428755, 33.603607, 48.436653]], atol=1e-4)
@@ -280,9 +327,13 @@ def test_a_corner_on_the_edge_does_not_make_a_box_of_the_image() -> None:
 @settings(max_examples=60, deadline=None)
 def test_cut_polygons_are_what_the_image_shows_of_them(seed: int) -> None:
     rng = np.random.default_rng(seed)
-    polygon = cv2.convexHull(rng.uniform(-60, 160, (6, 2)).astype(np.float32)).reshape(-1, 2).astype(np.float64)
+    polygon = (
+        cv2.convexHull(rng.uniform(-60, 160, (6, 2)).astype(np.float32)).reshape(-1, 2).astype(np.float64)
+    )
     found = outlines.cut_polygon(polygon, 100, 80)
-    area, expected = cv2.intersectConvexConvex(polygon.astype(np.float32), np.array([[0, 0], [100, 0], [100, 80], [0, 80]], np.float32))
+    area, expected = cv2.intersectConvexConvex(
+        polygon.astype(np.float32), np.array([[0, 0], [100, 0], [100, 80], [0, 80]], np.float32)
+    )
     assert len(found) == 0 or (found.min() >= 0 and (found <= [100.001, 80.001]).all())
     if expected is None or area <= 0:
         assert len(found) == 0 or cv2.contourArea(found.astype(np.float32)) < 1
@@ -293,12 +344,18 @@ def test_cut_polygons_are_what_the_image_shows_of_them(seed: int) -> None:
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
 def test_an_image_without_instances(task: str) -> None:
     window = [make_source(np.random.default_rng(0), task, (200, 256), 0)]
-    recipe = Recipe(SIZE, mosaic=1.0, mixup=1.0, cutmix=1.0, fliplr=1.0, copy_paste=1.0, task=task, flip_idx=FLIP_IDX)
+    recipe = Recipe(
+        SIZE, mosaic=1.0, mixup=1.0, cutmix=1.0, fliplr=1.0, copy_paste=1.0, task=task, flip_idx=FLIP_IDX
+    )
     out = np.zeros((2, 3, SIZE, SIZE), np.uint8)
     labels = Renderer(recipe)(window, [0, 0], [generator(0, 0, p) for p in range(2)], mosaic_on=True, out=out)
     assert len(labels.class_ids) == 0
-    assert (labels.masks is not None and labels.masks.shape == (2, SIZE // 4, SIZE // 4)) == (task == "segment")
-    assert (labels.keypoints is not None and labels.keypoints.shape == (0, NUM_KEYPOINTS, 3)) == (task == "pose")
+    assert (labels.masks is not None and labels.masks.shape == (2, SIZE // 4, SIZE // 4)) == (
+        task == "segment"
+    )
+    assert (labels.keypoints is not None and labels.keypoints.shape == (0, NUM_KEYPOINTS, 3)) == (
+        task == "pose"
+    )
     assert (labels.boxes_xywhr is not None and labels.boxes_xywhr.shape == (0, 5)) == (task == "obb")
 
 
@@ -310,7 +367,8 @@ def test_the_recipe_follows_the_task() -> None:
     assert draw(segment, generator(0, 0, 0), 0, 4, mosaic_on=True).layer.copy_paste == 0.3
     assert draw(segment, generator(0, 0, 0), 0, 4, mosaic_on=False).layer.copy_paste == 0
     pose = Recipe.from_yolo(args, "pose")
-    assert (pose.fliplr, pose.flipud) == (0, 0)  # as in v8_transforms: nothing says which keypoint becomes which
+    # as in v8_transforms: nothing says which keypoint becomes which
+    assert (pose.fliplr, pose.flipud) == (0, 0)
     assert Recipe.from_yolo(args, "pose", [1, 0]).fliplr == 0.5
     with pytest.raises(ValueError, match="overlap_mask"):
         Recipe.from_yolo(args | {"overlap_mask": False}, "segment")

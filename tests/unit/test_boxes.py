@@ -23,7 +23,9 @@ def boxes_of(shares: list[tuple[float, ...]], image_hw: tuple[int, int]) -> np.n
 
 @settings(deadline=None)
 @given(SHARES, SIDES, SIDES)
-def test_conversion_and_back_is_the_same_box(shares: list[tuple[float, ...]], height: int, width: int) -> None:
+def test_conversion_and_back_is_the_same_box(
+    shares: list[tuple[float, ...]], height: int, width: int
+) -> None:
     boxes = boxes_of(shares, (height, width))
     centres = xyxy_to_xywhn(boxes, (height, width))
     assert centres.dtype == np.float32
@@ -33,18 +35,29 @@ def test_conversion_and_back_is_the_same_box(shares: list[tuple[float, ...]], he
 
 
 def test_a_known_box() -> None:
-    np.testing.assert_allclose(xywhn_to_xyxy(np.array([[0.5, 0.25, 0.2, 0.1]], np.float32), (100, 200)), [[80, 20, 120, 30]], atol=1e-5)
+    np.testing.assert_allclose(
+        xywhn_to_xyxy(np.array([[0.5, 0.25, 0.2, 0.1]], np.float32), (100, 200)),
+        [[80, 20, 120, 30]],
+        atol=1e-5,
+    )
     assert xywhn_to_xyxy(np.zeros((0, 4), np.float32), (3, 5)).shape == (0, 4)
 
 
 @settings(deadline=None)
 @given(SHARES, SHARES, SIDES, SIDES)
-def test_overlap_is_torchvisions(a: list[tuple[float, ...]], b: list[tuple[float, ...]], height: int, width: int) -> None:
+def test_overlap_is_torchvisions(
+    a: list[tuple[float, ...]], b: list[tuple[float, ...]], height: int, width: int
+) -> None:
     boxes, others = boxes_of(a, (height, width)), boxes_of(b, (height, width))
-    expected = torchvision.ops.box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(others).double()).nan_to_num(0).numpy()
+    expected = (
+        torchvision.ops.box_iou(torch.from_numpy(boxes).double(), torch.from_numpy(others).double())
+        .nan_to_num(0)
+        .numpy()
+    )
     found = iou(boxes, others)
     assert found.shape == (len(boxes), len(others))
-    large = (boxes[:, 2:] - boxes[:, :2]).prod(1) > 1e-3  # the quotient of two nearly empty areas is noise in float32
+    # the quotient of two nearly empty areas is noise in float32
+    large = (boxes[:, 2:] - boxes[:, :2]).prod(1) > 1e-3
     np.testing.assert_allclose(found[large], expected[large], atol=2e-3)
 
 

@@ -36,7 +36,10 @@ def spec(request: pytest.FixtureRequest) -> Iterator[CacheSpec]:
     assert not made.folder.exists()
 
 
-@given(st.lists(st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=6), st.integers(0, 2**32 - 1))
+@given(
+    st.lists(st.none() | st.tuples(st.integers(1, 40), st.integers(1, 40)), max_size=6),
+    st.integers(0, 2**32 - 1),
+)
 def test_what_was_put_comes_back(sizes: list[tuple[int, int] | None], seed: int) -> None:
     rng = np.random.default_rng(seed)
     images = [None if hw is None else rng.integers(0, 256, (*hw, 3), np.uint8) for hw in sizes]
@@ -73,7 +76,9 @@ def test_readers_outlive_a_drop(spec: CacheSpec) -> None:
     assert found is not None
     assert (found[0] == 7).all()
     assert cache.get("a") is None
-    assert not cache.put("b", [np.zeros((1, 1, 3), np.uint8)]), "one that was still running leaves nothing behind"
+    assert not cache.put("b", [np.zeros((1, 1, 3), np.uint8)]), (
+        "one that was still running leaves nothing behind"
+    )
     assert not spec.folder.exists()
 
 
@@ -103,18 +108,24 @@ def stream(tmp_path_factory: pytest.TempPathFactory) -> StreamSpec:
     """20 generated images, one of which cannot be decoded, without a cache."""
     folder = Folder.at(str(tmp_path_factory.mktemp("dataset")))
     records = tuple(Record(f"{i:06d}", "", i) for i in range(20))
-    report = write_shard(ShardJob(folder, "train/0.parquet", "train", "shapes", 4, records, 6, 10**6, 0, (48, 64)))
+    report = write_shard(
+        ShardJob(folder, "train/0.parquet", "train", "shapes", 4, records, 6, 10**6, 0, (48, 64))
+    )
     assert report.shard is not None
     with folder.open(report.shard.path) as file:
         table = pq.read_table(file)
-    broken = table.set_column(1, table.schema.field(1), pa.array([b"broken", *table["image"].to_pylist()[1:]], pa.binary()))
+    broken = table.set_column(
+        1, table.schema.field(1), pa.array([b"broken", *table["image"].to_pylist()[1:]], pa.binary())
+    )
     sink = pa.BufferOutputStream()
     pq.write_table(broken, sink, row_group_size=6)
     folder.write(report.shard.path, sink.getvalue().to_pybytes())
     split = Split(shards=(report.shard,), num_images=20)
     plan = Plan(report.shard.row_groups, seed=0, global_batch=4, epochs=2, window_images=8)
     recipe = Recipe(imgsz=32, mosaic=1.0, scale=0.5, translate=0.1, hsv_h=0.01, hsv_s=0.5, hsv_v=0.4)
-    return StreamSpec.of(folder, split, plan, recipe, mosaic_epochs=1, albumentations=[{"Blur": {"p": 0.5}}], world_size=1)
+    return StreamSpec.of(
+        folder, split, plan, recipe, mosaic_epochs=1, albumentations=[{"Blur": {"p": 0.5}}], world_size=1
+    )
 
 
 def whole(stream: StreamSpec) -> list[dict[str, bytes]]:
@@ -142,7 +153,8 @@ def test_the_stream_is_the_same_with_a_cache_and_the_second_epoch_decodes_nothin
 
     drop(spec)
     node_cache.cache_clear()
-    small = dataclasses.replace(stream, cache=dataclasses.replace(spec, limit_bytes=20_000))  # room for two of the four row groups
+    # room for two of the four row groups
+    small = dataclasses.replace(stream, cache=dataclasses.replace(spec, limit_bytes=20_000))
     assert whole(small) == plain
     assert 0 < Cache(small.cache).used_bytes() <= 20_000 if small.cache else False
     node_cache.cache_clear()

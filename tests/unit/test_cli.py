@@ -19,7 +19,9 @@ HEAVY = ("ray", "torch", "ultralytics", "pyarrow", "pydantic", "numpy", "yaml", 
 @pytest.fixture
 def run_file(tmp_path: Path) -> str:
     path = tmp_path / "run.yaml"
-    path.write_text(f"name: test\nstorage: {tmp_path / 'runs'}\nprepare: {{format: shapes}}\ntrain: {{use_gpu: false}}\n")
+    path.write_text(
+        f"name: test\nstorage: {tmp_path / 'runs'}\nprepare: {{format: shapes}}\ntrain: {{use_gpu: false}}\n"
+    )
     return str(path)
 
 
@@ -56,7 +58,9 @@ heavy = [name for name in {HEAVY!r} if name in sys.modules]
 assert not heavy, heavy
 assert seconds < 0.3, seconds
 """
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
     assert done.returncode == 0, done.stderr
     for name in config.VERBS:
         assert name in done.stdout
@@ -77,18 +81,28 @@ def test_verbs_are_the_configs() -> None:
     (["trian", "run.yaml"], "there is no 'trian'; did you mean 'train'?"), (["train"], "required: RUN_FILE\n"),
     (["train", "run.yaml", "--batch", "8"], "settings are written without dashes, as train.batch=32"),
 ])  # fmt: skip
-def test_usage_errors_say_what_was_meant(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_usage_errors_say_what_was_meant(
+    arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert said in capsys.readouterr().err
 
 
 def test_python_m_raypar() -> None:
-    done = subprocess.run([sys.executable, "-m", "raypar", "--version"], capture_output=True, text=True, cwd=REPOSITORY, check=True)
+    done = subprocess.run(
+        [sys.executable, "-m", "raypar", "--version"],
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+        check=True,
+    )
     assert done.stdout.startswith("raypar 0.")
 
 
-@pytest.mark.parametrize("arguments", [[], ["train"], ["teach", "run.yaml"], ["train", "run.yaml", "--nosuch"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["train"], ["teach", "run.yaml"], ["train", "run.yaml", "--nosuch"]]
+)
 def test_wrong_usage_is_exit_code_2(arguments: list[str]) -> None:
     with pytest.raises(SystemExit) as end:
         main(arguments)
@@ -104,7 +118,9 @@ def test_order_of_a_run(run_file: str, verb: types.SimpleNamespace, tmp_path: Pa
         assert package in written.splitlines()[-1]
 
 
-def test_written_run_file_can_be_run_again(run_file: str, verb: types.SimpleNamespace, tmp_path: Path) -> None:
+def test_written_run_file_can_be_run_again(
+    run_file: str, verb: types.SimpleNamespace, tmp_path: Path
+) -> None:
     main(["prepare", run_file, "seed=7"])
     from raypar import runfile
 
@@ -114,7 +130,9 @@ def test_written_run_file_can_be_run_again(run_file: str, verb: types.SimpleName
 def test_dry_run_starts_and_writes_nothing(
     run_file: str, verb: types.SimpleNamespace, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert main(["prepare", run_file, "--dry-run", "train.yolo.lr0=1e-3"]) == 0, "overrides may follow options"
+    assert main(["prepare", run_file, "--dry-run", "train.yolo.lr0=1e-3"]) == 0, (
+        "overrides may follow options"
+    )
     assert verb.calls == ["check"]
     assert not (tmp_path / "runs").exists()
     printed = capsys.readouterr().out
@@ -122,7 +140,9 @@ def test_dry_run_starts_and_writes_nothing(
     assert printed.count("\nok ") == 3
 
 
-def test_dry_run_goes_through_all_checks(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_goes_through_all_checks(
+    run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(config: object) -> None:
         raise ValueError("no images there: name another source")
 
@@ -135,7 +155,9 @@ def test_dry_run_goes_through_all_checks(run_file: str, verb: types.SimpleNamesp
     assert "error: no images there: name another source" in printed.err
 
 
-def test_dry_run_asks_an_unreachable_store_once(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dry_run_asks_an_unreachable_store_once(
+    run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prepare", run_file, "--dry-run", "storage=foo://x"]) == 2
     printed = capsys.readouterr()
     assert verb.calls == [], "what lies in the storage cannot be checked"
@@ -158,13 +180,20 @@ def test_inputs_that_cannot_be_read_are_one_line(
     verb.check = fail
     assert main(["prepare", run_file, *options]) == 2
     said = capsys.readouterr().err
-    assert said == "error: the inputs cannot be read: When resolving region for bucket 'nope': AWS Error NETWORK_CONNECTION\n"
+    assert (
+        said
+        == "error: the inputs cannot be read: When resolving region for bucket 'nope': AWS Error NETWORK_CONNECTION\n"
+    )
     assert "connect" not in verb.calls
 
 
 @pytest.mark.parametrize("options", [[], ["--dry-run"]])
 def test_no_cluster_at_ray_address_is_one_line(
-    run_file: str, verb: types.SimpleNamespace, options: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_file: str,
+    verb: types.SimpleNamespace,
+    options: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     def fail(verb: str, config: object) -> str:
         raise ConnectionError("Failed to connect to Ray cluster at 1.2.3.4:6379") from RuntimeError("404")
@@ -173,16 +202,23 @@ def test_no_cluster_at_ray_address_is_one_line(
     monkeypatch.setattr(sys.modules["raypar.cluster"], "check_without_starting", fail)
     assert main(["prepare", run_file, *options]) == 2
     said = capsys.readouterr().err
-    assert said.startswith("error: RAY_ADDRESS=1.2.3.4:6379: no Ray cluster answers there: correct it, or unset it")
+    assert said.startswith(
+        "error: RAY_ADDRESS=1.2.3.4:6379: no Ray cluster answers there: correct it, or unset it"
+    )
     assert said.count("\n") == 1
 
 
 def test_unknown_settings_were_meant_for_the_verb(run_file: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["evaluate", run_file, "imgsz=640"]) == 2
-    assert capsys.readouterr().err == "error: imgsz=640: imgsz: no such setting; did you mean 'evaluate.imgsz'?\n"
+    assert (
+        capsys.readouterr().err
+        == "error: imgsz=640: imgsz: no such setting; did you mean 'evaluate.imgsz'?\n"
+    )
 
 
-def test_user_errors_are_one_line_without_traceback(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_user_errors_are_one_line_without_traceback(
+    run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(config: object) -> None:
         raise ValueError("the source is not there")
 
@@ -193,7 +229,10 @@ def test_user_errors_are_one_line_without_traceback(run_file: str, verb: types.S
 
 
 def test_user_errors_out_of_ray_tasks(
-    run_file: str, verb: types.SimpleNamespace, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_file: str,
+    verb: types.SimpleNamespace,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     from ray.exceptions import RayTaskError
 
@@ -214,7 +253,9 @@ def test_user_errors_out_of_ray_tasks(
     assert capsys.readouterr().err == "error: class 7 is out of range\n"
 
 
-def test_bugs_show_their_traceback(run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]) -> None:
+def test_bugs_show_their_traceback(
+    run_file: str, verb: types.SimpleNamespace, capsys: pytest.CaptureFixture[str]
+) -> None:
     def fail(config: object) -> None:
         raise KeyError("oops")
 
@@ -231,14 +272,20 @@ def test_interrupt_is_130(run_file: str, verb: types.SimpleNamespace) -> None:
     assert main(["prepare", run_file]) == 130
 
 
-def test_relative_storage_starts_here(run_file: str, verb: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_relative_storage_starts_here(
+    run_file: str, verb: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["prepare", run_file, "storage=elsewhere"]) == 0
     assert (tmp_path / "elsewhere/test/run.yaml").exists()
 
 
 def test_relative_storage_of_a_job_starts_at_home(
-    run_file: str, verb: types.SimpleNamespace, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    run_file: str,
+    verb: types.SimpleNamespace,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A job's working folder is removed after it: what it wrote there would be lost."""
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")
@@ -252,7 +299,9 @@ def test_relative_storage_of_a_job_starts_at_home(
 
 
 @pytest.mark.parametrize("storage", ["foo://x", "/etc/passwd/x"])
-def test_unreachable_storage(run_file: str, verb: types.SimpleNamespace, storage: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unreachable_storage(
+    run_file: str, verb: types.SimpleNamespace, storage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["prepare", run_file, f"storage={storage}"]) == 2
     said = capsys.readouterr().err
     assert said.startswith(f"error: storage {storage}")
@@ -273,7 +322,9 @@ def test_unreachable_storage(run_file: str, verb: types.SimpleNamespace, storage
         (["prepare", "prepare.format=voc", "prepare.source=/no/such/folder"], "/no/such/folder"),
     ],
 )
-def test_mistakes_of_real_verbs(run_file: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_of_real_verbs(
+    run_file: str, arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([arguments[0], run_file, *arguments[1:]]) == 2
     error = capsys.readouterr().err
     assert said in error
@@ -289,7 +340,10 @@ def test_more_than_this_machine_has(run_file: str) -> None:
     assert cluster.needs("train", many, 0.0) == (401.0, 400.0)
     with pytest.raises(ValueError, match="400 GPUs are needed, a Ray on this machine has"):
         cluster.check_without_starting("train", many)
-    serve = runfile.load(run_file, ["serve.num_replicas.min=3", "serve.num_replicas.max=9", "serve.use_gpu=true", "serve.num_gpus=0.5"])
+    serve = runfile.load(
+        run_file,
+        ["serve.num_replicas.min=3", "serve.num_replicas.max=9", "serve.use_gpu=true", "serve.num_gpus=0.5"],
+    )
     assert cluster.needs("serve", serve, 4.0) == (3.0, 1.5)
     assert cluster.needs("evaluate", runfile.load(run_file, ["evaluate.num_workers=5"]), 0.0) == (5.0, 0.0)
 
@@ -299,7 +353,10 @@ def test_more_than_this_machine_has(run_file: str) -> None:
     [
         (None, False),
         (b'{"monitor_pid": 7}', False),
-        (b'{"monitor_pid": 7, "autoscaler_report": {"active_nodes": {"node_a1b2c3": 1}, "idle_nodes": null}}', False),
+        (
+            b'{"monitor_pid": 7, "autoscaler_report": {"active_nodes": {"node_a1b2c3": 1}, "idle_nodes": null}}',
+            False,
+        ),
         (b'{"monitor_pid": 7, "autoscaler_report": {"active_nodes": {"head": 1}, "idle_nodes": {}}}', True),
         (b'{"autoscaler_report": {"active_nodes": {}, "idle_nodes": {"local.cluster.node": 2}}}', True),
     ],

@@ -41,6 +41,10 @@ def test_roles(cluster: dict[str, Any]) -> None:
     assert "GPU" not in nodes["data"]["resources"]
     assert nodes["gpu"]["resources"]["GPU"] > 0
     assert nodes["gpu"]["node_config"]["InstanceMarketOptions"]["MarketType"] == "spot"
-    assert {name: node["labels"]["raypar"] for name, node in nodes.items()} == {"head": "head", "data": "data", "gpu": "gpu"}
+    assert {name: node["labels"]["raypar"] for name, node in nodes.items()} == {
+        "head": "head",
+        "data": "data",
+        "gpu": "gpu",
+    }
     assert "file_mounts" not in cluster
     assert any("constraints.txt" in command for command in cluster["setup_commands"])

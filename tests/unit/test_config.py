@@ -68,7 +68,9 @@ def test_name_is_one_folder(name: str) -> None:
         RunConfig(name=name)
 
 
-@pytest.mark.parametrize(("batch", "num_workers", "is_right"), [(16, 1, True), (16, 4, True), (16, 3, False), (2, 4, False)])
+@pytest.mark.parametrize(
+    ("batch", "num_workers", "is_right"), [(16, 1, True), (16, 4, True), (16, 3, False), (2, 4, False)]
+)
 def test_batch_divides_among_workers(batch: int, num_workers: int, is_right: bool) -> None:
     settings = {"name": "x", "train": {"batch": batch, "num_workers": num_workers}}
     if is_right:

@@ -21,7 +21,8 @@ from raypar.boxes import iou
 from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
 
-SHAPES = [(120, 160), (160, 120), (97, 211), (320, 240), (33, 500), (160, 160), (161, 159), (20, 28)]  # smaller and larger than imgsz
+# smaller and larger than imgsz
+SHAPES = [(120, 160), (160, 120), (97, 211), (320, 240), (33, 500), (160, 160), (161, 159), (20, 28)]
 
 
 def picture(height: int, width: int, seed: int = 0) -> NDArray[np.uint8]:
@@ -52,8 +53,12 @@ def test_boxes_are_those_of_yolo_predict(detector: Detector, tiny_weights: Path,
     for height, width in SHAPES:
         path = tmp_path / f"{height}x{width}.png"
         path.write_bytes(encode_png(picture(height, width)))
-        theirs = model.predict(path, imgsz=detector.imgsz, conf=0.25, iou=0.7, device="cpu", verbose=False)[0].boxes
-        expected = Detections(theirs.xyxy.numpy(), theirs.cls.numpy().astype(np.int32), theirs.conf.numpy(), (height, width))
+        theirs = model.predict(path, imgsz=detector.imgsz, conf=0.25, iou=0.7, device="cpu", verbose=False)[
+            0
+        ].boxes
+        expected = Detections(
+            theirs.xyxy.numpy(), theirs.cls.numpy().astype(np.int32), theirs.conf.numpy(), (height, width)
+        )
         assert_equal(detector([path.read_bytes()])[0], expected, px=0.01, confidence=1e-4)
         num_boxes += len(expected.class_ids)
     assert num_boxes > 100
@@ -67,7 +72,9 @@ def test_letterbox_is_ultralytics_letterbox(height: int, width: int, imgsz: int)
     expected = LetterBox((imgsz, imgsz), auto=True, stride=32)(image=image)
     np.testing.assert_array_equal(group.images[0].permute(1, 2, 0).numpy(), expected)
     (group,) = Detector(torch.nn.Identity(), ["a"], imgsz=imgsz, square=True).letterbox([image])
-    np.testing.assert_array_equal(group.images[0].permute(1, 2, 0).numpy(), LetterBox((imgsz, imgsz))(image=image))
+    np.testing.assert_array_equal(
+        group.images[0].permute(1, 2, 0).numpy(), LetterBox((imgsz, imgsz))(image=image)
+    )
 
 
 def test_letterbox_for_metrics_is_that_of_ultralytics_validation(tmp_path: Path) -> None:
@@ -89,7 +96,10 @@ def test_letterbox_for_metrics_is_that_of_ultralytics_validation(tmp_path: Path)
 
 
 def test_images_of_equal_shape_share_a_group_and_keep_their_places() -> None:
-    images = [picture(*hw, seed=i) for i, hw in enumerate([(120, 160), (160, 120), (60, 80), (160, 120), (240, 320)])]
+    images = [
+        picture(*hw, seed=i)
+        for i, hw in enumerate([(120, 160), (160, 120), (60, 80), (160, 120), (240, 320)])
+    ]
     groups = Detector(torch.nn.Identity(), ["a"], imgsz=160).letterbox(images)
     assert [group.indices for group in groups] == [[0, 2, 4], [1, 3]]
     assert [tuple(group.images.shape) for group in groups] == [(3, 3, 128, 160), (2, 3, 160, 128)]
@@ -103,21 +113,31 @@ def test_a_result_does_not_depend_on_batch_mates(detector: Detector) -> None:
         for row, i in enumerate(group.indices):
             (alone,) = detector.letterbox([images[i]])
             assert torch.equal(alone.images[0], group.images[row])
-            torch.testing.assert_close(together[row], detector.forward(alone.images)[0][0], atol=2e-3, rtol=1e-4)
+            torch.testing.assert_close(
+                together[row], detector.forward(alone.images)[0][0], atol=2e-3, rtol=1e-4
+            )
 
 
 def test_answers_come_back_in_the_order_of_the_images(detector: Detector) -> None:
-    images = [picture(*hw, seed=i) for i, hw in enumerate([(120, 160), (160, 120), (60, 80), (160, 120), (120, 160)])]
+    images = [
+        picture(*hw, seed=i)
+        for i, hw in enumerate([(120, 160), (160, 120), (60, 80), (160, 120), (120, 160)])
+    ]
     for image, found in zip(images, detector(images), strict=True):
         (alone,) = detector([image])
         assert found.image_hw == image.shape[:2]
-        surest = (iou(found.boxes_xyxy[:5], alone.boxes_xyxy) > 0.99).any(1)  # NMS may settle a tie otherwise in another batch
+        # NMS may settle a tie otherwise in another batch
+        surest = (iou(found.boxes_xyxy[:5], alone.boxes_xyxy) > 0.99).any(1)
         assert surest.sum() >= 4
 
 
 def test_thresholds_of_each_image_act_as_if_it_were_alone(detector: Detector) -> None:
     images = [picture(120, 160, seed=i) for i in range(6)]
-    conf, iou_, limit = [0.1, 0.5, 0.25, 0.25, 0.1, 0.6], [0.7, 0.7, 0.3, 0.9, 0.3, 0.5], [300, 5, 300, 20, 1, 300]
+    conf, iou_, limit = (
+        [0.1, 0.5, 0.25, 0.25, 0.1, 0.6],
+        [0.7, 0.7, 0.3, 0.9, 0.3, 0.5],
+        [300, 5, 300, 20, 1, 300],
+    )
     (group,) = detector.letterbox(images)
     raw = detector.forward(group.images)[0]
     together = detector.postprocess(raw, group, conf, iou_, limit)
@@ -133,7 +153,11 @@ def test_thresholds_of_each_image_act_as_if_it_were_alone(detector: Detector) ->
 
 def test_detections_are_sorted_typed_and_inside_the_image(detector: Detector) -> None:
     for (height, width), found in zip(SHAPES, detector([picture(*hw) for hw in SHAPES]), strict=True):
-        assert (found.boxes_xyxy.dtype, found.class_ids.dtype, found.confidences.dtype) == (np.float32, np.int32, np.float32)
+        assert (found.boxes_xyxy.dtype, found.class_ids.dtype, found.confidences.dtype) == (
+            np.float32,
+            np.int32,
+            np.float32,
+        )
         assert found.boxes_xyxy.shape == (len(found.class_ids), 4)
         assert (np.diff(found.confidences) <= 0).all()
         assert (found.boxes_xyxy >= 0).all()
@@ -163,10 +187,13 @@ def test_bf16_finds_what_fp32_finds(detector: Detector, tiny_weights: Path) -> N
     low = Detector.load(tiny_weights, device="cpu", precision="bf16")
     num_found = num_all = 0
     for exact, near in zip(detector(images, conf=0.5), low(images, conf=0.3), strict=True):
-        is_near = (iou(exact.boxes_xyxy, near.boxes_xyxy) > 0.8) & (exact.class_ids[:, None] == near.class_ids)
+        is_near = (iou(exact.boxes_xyxy, near.boxes_xyxy) > 0.8) & (
+            exact.class_ids[:, None] == near.class_ids
+        )
         num_found, num_all = num_found + int(is_near.any(1).sum()), num_all + len(exact.class_ids)
     assert num_all > 50
-    assert num_found >= 0.9 * num_all  # NMS of random weights is touchy; a wrong decode would match next to nothing
+    # NMS of random weights is touchy; a wrong decode would match next to nothing
+    assert num_found >= 0.9 * num_all
 
 
 def test_settings_come_from_the_checkpoint(detector: Detector) -> None:
@@ -194,6 +221,8 @@ def test_weights_for_another_task_are_refused(tmp_path: Path) -> None:
     from ultralytics.nn.tasks import ClassificationModel
 
     model = ClassificationModel("yolov8n-cls.yaml", nc=2, verbose=False)
-    torch.save({"model": model, "ema": None, "train_args": {"imgsz": 64, "task": "classify"}}, tmp_path / "cls.pt")
+    torch.save(
+        {"model": model, "ema": None, "train_args": {"imgsz": 64, "task": "classify"}}, tmp_path / "cls.pt"
+    )
     with pytest.raises(ValueError, match="classify"):
         Detector.load(tmp_path / "cls.pt", device="cpu")

@@ -16,7 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from raypar.dataset.batch import Batch
 from raypar.train.epoch import Epoch
 
-ASKING = {"_local_scalar_dense", "nonzero", "_unique2", "unique_dim", "unique_consecutive", "masked_select", "equal", "bincount"}
+ASKING = {
+    "_local_scalar_dense",
+    "nonzero",
+    "_unique2",
+    "unique_dim",
+    "unique_consecutive",
+    "masked_select",
+    "equal",
+    "bincount",
+}
 TORCH = str(Path(torch.__file__).parent)
 
 
@@ -29,7 +38,9 @@ class Asked(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = func.overloadpacket.__name__
-        is_masked = name in {"index", "index_put", "index_put_"} and any(i is not None and i.dtype == torch.bool for i in args[1])
+        is_masked = name in {"index", "index_put", "index_put_"} and any(
+            i is not None and i.dtype == torch.bool for i in args[1]
+        )
         if name in ASKING or is_masked:
             frame: Any = sys._getframe(1)
             while frame.f_code.co_filename.startswith(TORCH):
@@ -59,7 +70,15 @@ def test_only_the_loss_of_ultralytics_asks_the_device(more: dict[str, Any]) -> N
 
 def test_the_test_hears_what_it_is_to_hear() -> None:
     def asks(x: Tensor) -> list[Any]:
-        return [x.sum().item(), bool(x.any()), x[x > 1], x.nonzero(), x.unique(), int(x[0]), torch.zeros(x[1].long())]
+        return [
+            x.sum().item(),
+            bool(x.any()),
+            x[x > 1],
+            x.nonzero(),
+            x.unique(),
+            int(x[0]),
+            torch.zeros(x[1].long()),
+        ]
 
     with Asked() as asked:
         asks(torch.arange(3.0))

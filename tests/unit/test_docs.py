@@ -53,7 +53,9 @@ def test_run_file_page_has_every_setting() -> None:
 
 def test_run_file_page_has_each_setting_once() -> None:
     rows = re.findall(
-        r"^\| `(\w+(?:\.\w+)*)` \|", (REPOSITORY / "docs/run_file.md").read_text().split("## Under `train.yolo`")[0], re.MULTILINE
+        r"^\| `(\w+(?:\.\w+)*)` \|",
+        (REPOSITORY / "docs/run_file.md").read_text().split("## Under `train.yolo`")[0],
+        re.MULTILINE,
     )
     assert len(rows) == len(set(rows)) > 80
 
@@ -70,7 +72,9 @@ def test_commands_name_what_exists(page: Path) -> None:
             continue
         assert verb in VERBS, words
         files = [word for word in rest if word.startswith("jobs/")]
-        overrides = [word for word in rest if "=" in word and "..." not in word and not word.startswith("key=")]
+        overrides = [
+            word for word in rest if "=" in word and "..." not in word and not word.startswith("key=")
+        ]
         assert all((REPOSITORY / file).is_file() for file in files), words
         runfile.load(REPOSITORY / (files[0] if files else "jobs/demo.yaml"), overrides)
 

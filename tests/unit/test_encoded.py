@@ -57,19 +57,34 @@ def _short_rings(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def encoded(spec: StreamSpec, cursor: int = 0) -> list[EncodedBatch]:
     """What the workers are dealt, through packed blocks, in the order of steps and ranks."""
-    found = (batch for item in spec.plan.items(cursor) for block in encoded_blocks(spec, item) for batch in unpack(pack(block)))
+    found = (
+        batch
+        for item in spec.plan.items(cursor)
+        for block in encoded_blocks(spec, item)
+        for batch in unpack(pack(block))
+    )
     return sorted(found, key=lambda b: (b.epoch, b.step, b.rank))
 
 
 def to_tensors(batch: Batch) -> dict[str, torch.Tensor]:
-    return {"cls": torch.from_numpy(batch.class_ids.copy()), "bboxes": torch.from_numpy(batch.boxes_xywhn.copy())}
+    return {
+        "cls": torch.from_numpy(batch.class_ids.copy()),
+        "bboxes": torch.from_numpy(batch.boxes_xywhn.copy()),
+    }
 
 
 def shown(spec: StreamSpec, first_step: int = 0, dealt: list[EncodedBatch] | None = None) -> list[Rendered]:
     """What the workers render from a step on, in the order of steps and ranks; each begins with an empty ring."""
-    dealt = encoded(spec, max(0, first_step - depth_of(spec) + 1) * spec.plan.global_batch) if dealt is None else dealt
+    dealt = (
+        encoded(spec, max(0, first_step - depth_of(spec) + 1) * spec.plan.global_batch)
+        if dealt is None
+        else dealt
+    )
     ranks = range(spec.world_size)
-    made = [rendered([b for b in dealt if b.rank == rank], Feed(spec, "cpu", to_tensors), first_step) for rank in ranks]
+    made = [
+        rendered([b for b in dealt if b.rank == rank], Feed(spec, "cpu", to_tensors), first_step)
+        for rank in ranks
+    ]
     return [one for step in zip(*made, strict=True) for one in step]
 
 
@@ -79,8 +94,21 @@ def content(batch: EncodedBatch) -> tuple[object, ...]:
 
 
 def test_a_store_that_fails_is_asked_again(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    spec = spec_of(folder, num_images=12, rows_per_group=4, world_size=1, seed=0, global_batch=4, epochs=1, window_images=8)
-    expected, opened, fails = [content(batch) for batch in encoded(spec)], Folder.open, iter([True, False] * 100)
+    spec = spec_of(
+        folder,
+        num_images=12,
+        rows_per_group=4,
+        world_size=1,
+        seed=0,
+        global_batch=4,
+        epochs=1,
+        window_images=8,
+    )
+    expected, opened, fails = (
+        [content(batch) for batch in encoded(spec)],
+        Folder.open,
+        iter([True, False] * 100),
+    )
 
     def failing(self: Folder, name: str) -> BinaryIO:
         if next(fails):
@@ -96,7 +124,9 @@ def test_a_store_that_fails_is_asked_again(folder: Path, monkeypatch: pytest.Mon
 
 @settings(max_examples=20)
 @given(cases, st.data())
-def test_the_stream_from_a_cursor_is_the_tail_of_the_whole_byte_for_byte(folder: Path, case: dict[str, int], data: st.DataObject) -> None:
+def test_the_stream_from_a_cursor_is_the_tail_of_the_whole_byte_for_byte(
+    folder: Path, case: dict[str, int], data: st.DataObject
+) -> None:
     spec = spec_of(folder, world_size=1, **case)
     steps = data.draw(st.integers(0, spec.plan.epochs * spec.plan.steps_per_epoch))
     whole, tail = encoded(spec), encoded(spec, steps * spec.plan.global_batch)
@@ -126,12 +156,19 @@ def test_one_two_and_four_workers_see_the_same_global_batches(folder: Path, case
         assert len(dealt) == world_size * len(alone)
         for step, (one, tensors) in enumerate(alone):
             ranks = dealt[step * world_size : (step + 1) * world_size]
-            assert [(b.epoch, b.step, b.rank) for b, _ in ranks] == [(one.epoch, one.step, rank) for rank in range(world_size)]
+            assert [(b.epoch, b.step, b.rank) for b, _ in ranks] == [
+                (one.epoch, one.step, rank) for rank in range(world_size)
+            ]
             assert torch.equal(torch.cat([t["img"] for _, t in ranks]), tensors["img"])
             for name in ("rows", "class_ids", "boxes_xywhn"):
-                assert np.array_equal(np.concatenate([getattr(b, name) for b, _ in ranks]), getattr(one, name)), name
+                assert np.array_equal(
+                    np.concatenate([getattr(b, name) for b, _ in ranks]), getattr(one, name)
+                ), name
             per_rank = case["global_batch"] // world_size
-            assert np.array_equal(np.concatenate([b.image_index + r * per_rank for r, (b, _) in enumerate(ranks)]), one.image_index)
+            assert np.array_equal(
+                np.concatenate([b.image_index + r * per_rank for r, (b, _) in enumerate(ranks)]),
+                one.image_index,
+            )
 
 
 @settings(max_examples=10)
@@ -148,14 +185,18 @@ def sources_of(spec: StreamSpec) -> list[Source]:
     found: dict[int, Source] = {}
     for item in spec.plan.items():
         window = spec.plan.window(item.epoch, item.window)
-        rows, sources, _ = _read(spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows))
+        rows, sources, _ = _read(
+            spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
+        )
         found |= dict(zip(rows.tolist(), sources, strict=True))
     return [found[row] for row in range(len(found))]
 
 
 @pytest.mark.parametrize("more", [{}, {"degrees": 20, "shear": 5}])
 @pytest.mark.parametrize("imgsz", [32, 24])  # images are 24 x 32
-def test_the_pixels_and_boxes_are_those_of_the_cpu_renderer_for_the_same_partners(folder: Path, more: dict[str, float], imgsz: int) -> None:
+def test_the_pixels_and_boxes_are_those_of_the_cpu_renderer_for_the_same_partners(
+    folder: Path, more: dict[str, float], imgsz: int
+) -> None:
     spec = spec_of(folder, 23, 7, 2, seed=3, global_batch=8, epochs=3, window_images=8)
     spec = replace(spec, recipe=Recipe(imgsz, **EVERYTHING, **more), mosaic_epochs=2)  # type: ignore[arg-type]
     sources, history, renderer, depth = sources_of(spec), [], Renderer(spec.recipe), depth_of(spec)  # type: ignore[arg-type]
@@ -164,11 +205,15 @@ def test_the_pixels_and_boxes_are_those_of_the_cpu_renderer_for_the_same_partner
         step, rank = divmod(number, 2)
         history.append(batch.rows)
         num_steps = min(step + 1, depth)
-        ring = [sources[row] for k in range(num_steps) for row in history[2 * (step - (step - k) % depth) + rank]]
+        ring = [
+            sources[row] for k in range(num_steps) for row in history[2 * (step - (step - k) % depth) + rank]
+        ]
         moved, expected = [], np.empty((4, 3, imgsz, imgsz), np.uint8)
         for lane in range(4):
             rng = generator(3, batch.epoch, batch.step * 8 + rank * 4 + lane)
-            sample = in_lane(draw(spec.recipe, rng, step % depth, num_steps, mosaic_on=batch.epoch < 2), lane, 4, num_steps)  # type: ignore[arg-type]
+            sample = in_lane(
+                draw(spec.recipe, rng, step % depth, num_steps, mosaic_on=batch.epoch < 2), lane, 4, num_steps
+            )  # type: ignore[arg-type]
             moved.append(renderer.render(sample, ring, expected[lane]))
         labels = batch_labels(moved)
         assert np.abs(tensors["img"].numpy().astype(float) - expected).mean() <= 2
@@ -182,7 +227,9 @@ def test_the_pixels_and_boxes_are_those_of_the_cpu_renderer_for_the_same_partner
 def test_without_mosaic_the_two_streams_show_the_same(folder: Path) -> None:
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=2, window_images=8)
     spec = replace(spec, recipe=replace(RECIPE, mosaic=0.0), albumentations=None)
-    for item, (batch, tensors) in zip([b for i in spec.plan.items() for b in render(spec, i)], shown(spec), strict=True):
+    for item, (batch, tensors) in zip(
+        [b for i in spec.plan.items() for b in render(spec, i)], shown(spec), strict=True
+    ):
         assert np.abs(tensors["img"].numpy().astype(float) - item.images).mean() <= 2
         np.testing.assert_allclose(batch.boxes_xywhn, item.boxes_xywhn, atol=1e-4)
         np.testing.assert_array_equal(batch.class_ids, item.class_ids)
@@ -203,25 +250,46 @@ def test_partners_are_of_the_lane_and_different_ones() -> None:
 
 def test_albumentations_of_the_pixels_are_those_of_the_other_stream(folder: Path) -> None:
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=2, window_images=8)
-    spec = replace(spec, recipe=replace(RECIPE, mosaic=0.0, hsv_h=0.0, hsv_s=0.0), albumentations=[{"ToGray": {"p": 0.5}}])
+    spec = replace(
+        spec,
+        recipe=replace(RECIPE, mosaic=0.0, hsv_h=0.0, hsv_s=0.0),
+        albumentations=[{"ToGray": {"p": 0.5}}],
+    )
     grey = []
-    for item, (_, tensors) in zip([b for i in spec.plan.items() for b in render(spec, i)], shown(spec), strict=True):
+    for item, (_, tensors) in zip(
+        [b for i in spec.plan.items() for b in render(spec, i)], shown(spec), strict=True
+    ):
         assert np.abs(tensors["img"].numpy().astype(float) - item.images).mean() <= 2
         grey += [bool((image.max(0) - image.min(0) <= 1).all()) for image in item.images.astype(int)]
     assert 0.25 < np.mean(grey) < 0.75
 
 
 @pytest.mark.parametrize("task", ["segment", "pose", "obb"])
-def test_labels_of_every_task_follow_and_do_not_depend_on_the_number_of_workers(tmp_path: Path, task: str) -> None:
+def test_labels_of_every_task_follow_and_do_not_depend_on_the_number_of_workers(
+    tmp_path: Path, task: str
+) -> None:
     manifest = prepared(tmp_path, task, 20)
-    split, more = manifest.split("train"), {"task": task, "num_keypoints": (manifest.keypoint_shape or (0,))[0]}
+    split, more = (
+        manifest.split("train"),
+        {"task": task, "num_keypoints": (manifest.keypoint_shape or (0,))[0]},
+    )
     plan = Plan(split.shards[0].row_groups, seed=1, global_batch=4, epochs=2, window_images=8)
 
     def spec_with(recipe: Recipe, world_size: int) -> StreamSpec:
-        return StreamSpec.of(Folder.at(tmp_path), split, plan, recipe, mosaic_epochs=2, albumentations=[], world_size=world_size)
+        return StreamSpec.of(
+            Folder.at(tmp_path),
+            split,
+            plan,
+            recipe,
+            mosaic_epochs=2,
+            albumentations=[],
+            world_size=world_size,
+        )
 
     still = spec_with(Recipe(64, scale=0.3, fliplr=0.5, **more), 1)  # type: ignore[arg-type]
-    for expected, (batch, _) in zip([b for i in plan.items() for b in render(still, i)], shown(still), strict=True):
+    for expected, (batch, _) in zip(
+        [b for i in plan.items() for b in render(still, i)], shown(still), strict=True
+    ):
         assert batch.image_index.tolist() == expected.image_index.tolist()
         wanted, found = loss_tensors(expected), loss_tensors(batch)
         assert wanted.keys() == found.keys() >= {"cls", "bboxes"}
@@ -232,7 +300,9 @@ def test_labels_of_every_task_follow_and_do_not_depend_on_the_number_of_workers(
         pair = shared[2 * step : 2 * step + 2]
         assert torch.equal(torch.cat([t["img"] for _, t in pair]), tensors["img"])
         for name in ("class_ids", special):
-            assert np.array_equal(np.concatenate([getattr(b, name) for b, _ in pair]), getattr(batch, name)), name
+            assert np.array_equal(
+                np.concatenate([getattr(b, name) for b, _ in pair]), getattr(batch, name)
+            ), name
 
 
 def test_a_ring_that_does_not_fit_is_told_in_one_line(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -249,13 +319,17 @@ def damage(spec: StreamSpec, into: Path, row: int) -> StreamSpec:
     table = pq.read_table(f"{spec.dataset.uri}/train/00000.parquet")
     images = table["image"].to_pylist()
     images[row] = images[row][:40]
-    table = table.set_column(table.column_names.index("image"), table.schema.field("image"), pa.array(images, pa.binary()))
+    table = table.set_column(
+        table.column_names.index("image"), table.schema.field("image"), pa.array(images, pa.binary())
+    )
     (into / "train").mkdir()
     pq.write_table(table, into / "train" / "00000.parquet", row_group_size=7)
     return replace(spec, dataset=Folder.at(into))
 
 
-def test_an_image_that_cannot_be_decoded_is_counted_grey_and_without_labels(folder: Path, tmp_path: Path) -> None:
+def test_an_image_that_cannot_be_decoded_is_counted_grey_and_without_labels(
+    folder: Path, tmp_path: Path
+) -> None:
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=6, window_images=8)
     spec = replace(spec, recipe=replace(RECIPE, hsv_h=0.0, hsv_s=0.0, hsv_v=0.0), mosaic_epochs=5)
     damaged = damage(spec, tmp_path, row=4)
@@ -275,7 +349,9 @@ def test_an_image_that_cannot_be_decoded_is_counted_grey_and_without_labels(fold
     assert dropped > 3
     steps = spec.plan.steps_per_epoch + 1
     resumed = shown(damaged, steps)
-    assert [(b.num_replaced, b.class_ids.tolist()) for b, _ in resumed] == [(b.num_replaced, b.class_ids.tolist()) for b, _ in got[steps:]]
+    assert [(b.num_replaced, b.class_ids.tolist()) for b, _ in resumed] == [
+        (b.num_replaced, b.class_ids.tolist()) for b, _ in got[steps:]
+    ]
 
 
 def test_labels_can_be_dropped_from_masks_too() -> None:
@@ -292,9 +368,19 @@ def test_labels_can_be_dropped_from_masks_too() -> None:
     assert len(left.boxes_xywhr) == 3
 
 
-def test_the_depth_follows_from_batch_and_image_size_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_depth_follows_from_batch_and_image_size_alone(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.undo()
-    expected = {(4, 640): 32, (16, 640): 32, (32, 640): 16, (64, 640): 8, (256, 640): 8, (16, 1280): 20, (16, 4000): 8}
+    expected = {
+        (4, 640): 32,
+        (16, 640): 32,
+        (32, 640): 16,
+        (64, 640): 8,
+        (256, 640): 8,
+        (16, 1280): 20,
+        (16, 4000): 8,
+    }
     for (batch, imgsz), depth in expected.items():
         for world_size in (1, 4):
             spec = spec_of(folder, 23, 7, world_size, seed=0, global_batch=batch, epochs=1)
@@ -320,7 +406,8 @@ def test_what_the_device_does_not_do_is_refused_in_one_line() -> None:
         (1, {"augment": "cpu"}, "detect", None, "cpu"),
         (0, {}, "detect", None, "cpu"),
         (1, {"use_gpu": False}, "detect", None, "cpu"),
-        (1, {"num_workers": 2}, "detect", None, "cpu"),  # `use_gpu: auto` takes GPUs when every worker can have one
+        # `use_gpu: auto` takes GPUs when every worker can have one
+        (1, {"num_workers": 2}, "detect", None, "cpu"),
         (1, {"cache": "ram"}, "detect", None, "cpu"),
         (1, {}, "classify", None, "cpu"),
         (0, {}, "detect", {"augment": "gpu"}, "gpu"),  # what it was begun with

@@ -9,7 +9,11 @@ import ray.exceptions
 import ray.train
 import torch
 from ray.core.generated.common_pb2 import ActorDiedErrorContext
-from ray.train.v2._internal.exceptions import BroadcastCollectiveTimeoutError, WorkerGroupStartupFailedError, WorkerHealthCheckFailedError
+from ray.train.v2._internal.exceptions import (
+    BroadcastCollectiveTimeoutError,
+    WorkerGroupStartupFailedError,
+    WorkerHealthCheckFailedError,
+)
 from ray.train.v2._internal.execution.failure_handling import FailureDecision
 from ray.train.v2._internal.execution.worker_group import WorkerGroup
 
@@ -36,13 +40,22 @@ ADVICE = ("train.batch", "train.cpus_per_worker", "train.cache=none", "train.yol
 def dead(text: str) -> ray.exceptions.ActorDiedError:
     """As Ray builds it for whoever calls the actor."""
     return ray.exceptions.ActorDiedError(
-        ActorDiedErrorContext(class_name="RayTrainWorker", actor_id=b"a" * 16, pid=77, node_ip_address="10.0.0.2", error_message=text)
+        ActorDiedErrorContext(
+            class_name="RayTrainWorker",
+            actor_id=b"a" * 16,
+            pid=77,
+            node_ip_address="10.0.0.2",
+            error_message=text,
+        )
     )
 
 
 def of_worker(error: Exception) -> Exception:
     """As Ray Train's controller passes it on."""
-    failures = {0: failure.CutOffError("rank 0: connection closed by peer"), 1: WorkerHealthCheckFailedError("x", failure=error)}
+    failures = {
+        0: failure.CutOffError("rank 0: connection closed by peer"),
+        1: WorkerHealthCheckFailedError("x", failure=error),
+    }
     return ray.train.WorkerGroupError("x", failures)
 
 
@@ -62,21 +75,30 @@ def test_a_worker_that_the_memory_monitor_kills_is_told_with_what_takes_less() -
 def test_a_data_task_that_the_memory_monitor_kills_is_no_step_that_does_not_fit() -> None:
     error = failure.explained(ray.exceptions.OutOfMemoryError(MONITOR), LIFE)  # type: ignore[arg-type]
     assert type(error) is failure.RankError
-    assert "a task that reads data was killed: its node ran out of memory (22.36GB of 23.54GB were used): " in str(error)
+    assert (
+        "a task that reads data was killed: its node ran out of memory (22.36GB of 23.54GB were used): "
+        in str(error)
+    )
     assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {}) == ("failure", str(error))
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        (SILENT, "is lost: its process died without a word, as when its host runs out of memory (dmesg says so); it held 7.2 GB"),
+        (
+            SILENT,
+            "is lost: its process died without a word, as when its host runs out of memory (dmesg says so); it held 7.2 GB",
+        ),
         (NODE, "is lost: its node died"),
         ("The actor is dead because it was killed by `ray.kill`.", "is lost: its process died"),
     ],
 )
 def test_how_a_worker_died(text: str, said: str) -> None:
     kind, cause = failure.diagnosis(of_worker(dead(text)), {1: BEAT})
-    assert (kind, cause) == ("failure", f"worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, {said}")
+    assert (kind, cause) == (
+        "failure",
+        f"worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, {said}",
+    )
 
 
 @pytest.mark.parametrize(
@@ -89,7 +111,9 @@ def test_how_a_worker_died(text: str, said: str) -> None:
         (dead(NODE), "the run's controller is lost: its node died"),
     ],
 )
-def test_a_lost_controller_is_the_end_of_this_start(monkeypatch: pytest.MonkeyPatch, error: Exception, said: str) -> None:
+def test_a_lost_controller_is_the_end_of_this_start(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, said: str
+) -> None:
     monkeypatch.setattr(pulse, "read", lambda run_id, name: None)
     monkeypatch.setattr(pulse, "clear", lambda run_id, name="": None)
     assert launch.cause("id", error).startswith(said)
@@ -97,13 +121,16 @@ def test_a_lost_controller_is_the_end_of_this_start(monkeypatch: pytest.MonkeyPa
 
 def test_a_store_that_fails_a_task_is_told_as_such() -> None:
     told = "cannot read s3://runs/x/dataset/train/00000.parquet, tried for 300 s: curlCode: 7, Couldn't connect to server"
-    trace = (
-        f"Traceback (most recent call last):\n  File 'stream.py'\nraypar.storage.StorageError: {told}\n\nThe above exception was the cause"
-    )
+    trace = f"Traceback (most recent call last):\n  File 'stream.py'\nraypar.storage.StorageError: {told}\n\nThe above exception was the cause"
     for cause in (StorageError(told), RuntimeError("wrapped once more")):
-        error = failure.explained(ray.exceptions.RayTaskError("task", trace, cause).as_instanceof_cause(), LIFE)  # type: ignore[arg-type]
+        error = failure.explained(
+            ray.exceptions.RayTaskError("task", trace, cause).as_instanceof_cause(), LIFE
+        )  # type: ignore[arg-type]
         assert str(error) == f"{LIFE}: {told}; raise train.storage_timeout_s to wait longer"
-        assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {}) == ("final", f"worker 0: {error}")
+        assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: error}), {}) == (
+            "final",
+            f"worker 0: {error}",
+        )
 
 
 def of_task(cause: Exception) -> Exception:
@@ -115,11 +142,16 @@ def of_task(cause: Exception) -> Exception:
 
 
 def test_a_data_task_tells_its_reason() -> None:
-    undecodable = ValueError("no image of the 12 in a window of /runs/x/dataset can be decoded: prepare the dataset again")
+    undecodable = ValueError(
+        "no image of the 12 in a window of /runs/x/dataset can be decoded: prepare the dataset again"
+    )
     for wrapped in (of_task(undecodable), of_task(of_task(undecodable))):
         error = failure.explained(wrapped, LIFE)  # type: ignore[arg-type]
         assert error is undecodable
-        assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: wrapped}), {}) == ("final", f"worker 0: {undecodable}")
+        assert failure.diagnosis(ray.train.WorkerGroupError("x", {0: wrapped}), {}) == (
+            "final",
+            f"worker 0: {undecodable}",
+        )
         assert failure.diagnosis(ray.train.ControllerError(wrapped), {}) == ("final", str(undecodable))
     other = failure.explained(of_task(KeyError("boxes")), LIFE)  # type: ignore[arg-type]
     assert (type(other), str(other)) == (failure.RankError, f"{LIFE}: KeyError: 'boxes'")
@@ -137,7 +169,10 @@ def test_a_full_disk_under_a_data_task_is_not_tried_again(number: int) -> None:
 def test_a_file_that_fails_a_data_task_is_no_other_rank() -> None:
     error = failure.explained(of_task(TimeoutError(errno.ETIMEDOUT, "Connection timed out")), LIFE)  # type: ignore[arg-type]
     assert type(error) is failure.RankError
-    assert str(error) == f"{LIFE}: a task that reads data failed: TimeoutError: [Errno {errno.ETIMEDOUT}] Connection timed out"
+    assert (
+        str(error)
+        == f"{LIFE}: a task that reads data failed: TimeoutError: [Errno {errno.ETIMEDOUT}] Connection timed out"
+    )
     waiting = failure.explained(of_task(BroadcastCollectiveTimeoutError(30.0, [1], 30.0)), LIFE)  # type: ignore[arg-type]
     assert type(waiting) is failure.StuckError
     assert "timed out after 30.00 seconds" in str(waiting)

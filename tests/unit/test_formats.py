@@ -79,7 +79,9 @@ def test_tidy_leaves_boxes_of_some_area_inside_the_image(rows: list[tuple[float,
 
 @settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 2), *[st.floats(0, 1, width=32)] * 4), max_size=8, unique=True))
-def test_yolo_reads_what_was_written(tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, ...]]) -> None:
+def test_yolo_reads_what_was_written(
+    tmp_path_factory: pytest.TempPathFactory, rows: list[tuple[float, ...]]
+) -> None:
     text = "\n".join(" ".join(f"{value:.9g}" for value in row) for row in rows)
     labels = parse_yolo(tmp_path_factory.mktemp("labels"), text)
     assert_labels(labels, [int(row[0]) for row in rows], [row[1:] for row in rows])
@@ -88,13 +90,21 @@ def test_yolo_reads_what_was_written(tmp_path_factory: pytest.TempPathFactory, r
 @settings(deadline=None, max_examples=300)
 @given(
     st.lists(
-        st.tuples(classes, st.lists(shares, min_size=3, max_size=3) | st.lists(shares, max_size=8), words, st.integers(0, 3)), max_size=2
+        st.tuples(
+            classes,
+            st.lists(shares, min_size=3, max_size=3) | st.lists(shares, max_size=8),
+            words,
+            st.integers(0, 3),
+        ),
+        max_size=2,
     )
 )
 def test_yolo_text_of_any_kind_is_read_or_refused_in_one_line(
     tmp_path_factory: pytest.TempPathFactory, lines: list[tuple[str, list[str], str, int]]
 ) -> None:
-    text = "\n".join(" ".join([first, *others[:place], word, *others[place:]]) for first, others, word, place in lines)
+    text = "\n".join(
+        " ".join([first, *others[:place], word, *others[place:]]) for first, others, word, place in lines
+    )
     message = ""
     try:
         labels = parse_yolo(tmp_path_factory.mktemp("labels"), text)
@@ -108,12 +118,22 @@ def test_yolo_text_of_any_kind_is_read_or_refused_in_one_line(
 
 @settings(deadline=None)
 @given(rows_of_any_box, st.integers(10, 5000), st.integers(10, 5000))
-def test_pixels_become_shares_of_width_and_height(rows: list[tuple[float, ...]], height: int, width: int) -> None:
-    scaled = list(dict.fromkeys((c, x1 * width, y1 * height, x2 * width, y2 * height) for c, x1, y1, x2, y2 in rows))
+def test_pixels_become_shares_of_width_and_height(
+    rows: list[tuple[float, ...]], height: int, width: int
+) -> None:
+    scaled = list(
+        dict.fromkeys((c, x1 * width, y1 * height, x2 * width, y2 * height) for c, x1, y1, x2, y2 in rows)
+    )
     labels = labels_from_xyxy(scaled, 3, (height, width))
     cx, cy, w, h = labels.boxes_xywhn.T
-    back = np.stack([(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height], axis=1)
-    kept = [row for i, row in enumerate(scaled) if np.float32(row).tolist() not in [np.float32(r).tolist() for r in scaled[:i]]]
+    back = np.stack(
+        [(cx - w / 2) * width, (cy - h / 2) * height, (cx + w / 2) * width, (cy + h / 2) * height], axis=1
+    )
+    kept = [
+        row
+        for i, row in enumerate(scaled)
+        if np.float32(row).tolist() not in [np.float32(r).tolist() for r in scaled[:i]]
+    ]
     assert labels.num_duplicates == len(scaled) - len(kept)
     np.testing.assert_allclose(back, np.reshape([row[1:] for row in kept], (-1, 4)), atol=1e-6)
 
@@ -132,7 +152,8 @@ def yolo_tree(root: Path, *, labels: str = "1 0.2 0.7 0.2 0.4\n") -> Path:
 
 def yolo_yaml(root: Path, **values: Any) -> str:
     data = {"train": "images/train", "val": "images/val", "names": ["cat", "dog"]} | values
-    return str(write(root / "data.yaml", json.dumps({k: v for k, v in data.items() if v is not None})))  # JSON is YAML
+    # JSON is YAML
+    return str(write(root / "data.yaml", json.dumps({k: v for k, v in data.items() if v is not None})))
 
 
 def parse_yolo(tmp_path: Path, text: str) -> Labels:
@@ -153,26 +174,48 @@ def test_yolo_folders_and_names(tmp_path: Path, names: object) -> None:
     assert_labels(yolo.read_labels(second, 2, HW), [], [])
 
 
-def test_yolo_path_is_relative_to_the_yaml_then_to_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_yolo_path_is_relative_to_the_yaml_then_to_the_working_directory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     yolo_tree(tmp_path / "beside" / "set")
     yolo_tree(tmp_path / "working" / "set")
-    (tmp_path / "working" / "set" / "images" / "train" / "a.jpg").rename(tmp_path / "working" / "set" / "images" / "train" / "c.jpg")
+    (tmp_path / "working" / "set" / "images" / "train" / "a.jpg").rename(
+        tmp_path / "working" / "set" / "images" / "train" / "c.jpg"
+    )
     monkeypatch.chdir(tmp_path / "working")
     source = yolo_yaml(tmp_path / "beside", path="set")
-    assert yolo.scan(source).splits["train"][0].image_path == str(tmp_path / "beside" / "set" / "images" / "train" / "a.jpg")
+    assert yolo.scan(source).splits["train"][0].image_path == str(
+        tmp_path / "beside" / "set" / "images" / "train" / "a.jpg"
+    )
     (tmp_path / "beside" / "set").rename(tmp_path / "beside" / "elsewhere")
-    assert yolo.scan(source).splits["train"][0].image_path == str(tmp_path / "working" / "set" / "images" / "train" / "c.jpg")
+    assert yolo.scan(source).splits["train"][0].image_path == str(
+        tmp_path / "working" / "set" / "images" / "train" / "c.jpg"
+    )
 
 
 def test_yolo_list_of_folders_glob_and_text_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = yolo_tree(tmp_path / "set")
-    write(root / "lists" / "val.txt", f"\ufeff./../images/val/a.jpg\n\n{root}/images/val/sub/b.png\nimages/train/a.jpg\n")
+    write(
+        root / "lists" / "val.txt",
+        f"\ufeff./../images/val/a.jpg\n\n{root}/images/val/sub/b.png\nimages/train/a.jpg\n",
+    )
     monkeypatch.chdir(tmp_path)
-    listing = yolo.scan(yolo_yaml(root, train=["images/train", "images/val"], val="lists/val.txt", test="images/*/*.jpg"))
-    assert [r.image_id for r in listing.splits["train"]] == ["train/a.jpg", "train/sub/b.png", "val/a.jpg", "val/sub/b.png"]
+    listing = yolo.scan(
+        yolo_yaml(root, train=["images/train", "images/val"], val="lists/val.txt", test="images/*/*.jpg")
+    )
+    assert [r.image_id for r in listing.splits["train"]] == [
+        "train/a.jpg",
+        "train/sub/b.png",
+        "val/a.jpg",
+        "val/sub/b.png",
+    ]
     assert sorted(r.image_id for r in listing.splits["val"]) == ["train/a.jpg", "val/a.jpg", "val/sub/b.png"]
     assert [r.image_id for r in listing.splits["test"]] == ["train/a.jpg", "val/a.jpg"]
-    assert all(Path(r.image_path).is_file() and Path(r.labels).is_file() for records in listing.splits.values() for r in records)
+    assert all(
+        Path(r.image_path).is_file() and Path(r.labels).is_file()
+        for records in listing.splits.values()
+        for r in records
+    )
 
 
 def test_yolo_roboflow_parent_and_validation_key(tmp_path: Path) -> None:
@@ -194,9 +237,14 @@ def test_yolo_resolution_equals_ultralytics(tmp_path: Path, monkeypatch: pytest.
     from ultralytics.data import YOLODataset
     from ultralytics.data.utils import check_det_dataset
 
-    root = yolo_tree(tmp_path / "images" / "set", labels="1 0.2 0.7 0.2 0.4\n0 0.5 0.5 0.1 0.3\n1 0.2 0.7 0.2 0.4\n")
+    root = yolo_tree(
+        tmp_path / "images" / "set", labels="1 0.2 0.7 0.2 0.4\n0 0.5 0.5 0.1 0.3\n1 0.2 0.7 0.2 0.4\n"
+    )
     write_image(root / "images" / "train" / "polygon.jpg")
-    write(root / "labels" / "train" / "polygon.txt", "1 0.1 0.2 0.5 0.25 0.3 0.9\n0 0.6 0.1 0.9 0.1 0.9 0.3 0.6 0.35\n")
+    write(
+        root / "labels" / "train" / "polygon.txt",
+        "1 0.1 0.2 0.5 0.25 0.3 0.9\n0 0.6 0.1 0.9 0.1 0.9 0.3 0.6 0.35\n",
+    )
     write_image(root / "images" / "train" / "bare.jpg")
     write(root / "val.txt", "./images/val/a.jpg\n./images/val/sub/b.png\n")
     monkeypatch.setattr("ultralytics.data.utils.check_font", lambda *_: None)
@@ -205,7 +253,9 @@ def test_yolo_resolution_equals_ultralytics(tmp_path: Path, monkeypatch: pytest.
     listing = yolo.scan(source)
     for split in ("train", "val"):
         theirs = YOLODataset(img_path=data[split], data=data, task="detect", augment=False, cache=False)
-        ours = {record.image_path: tidied(yolo.read_labels(record, 2, HW)) for record in listing.splits[split]}
+        ours = {
+            record.image_path: tidied(yolo.read_labels(record, 2, HW)) for record in listing.splits[split]
+        }
         assert sorted(ours) == sorted(label["im_file"] for label in theirs.labels)
         for label in theirs.labels:
             class_ids, boxes, _ = ours[label["im_file"]]
@@ -215,8 +265,11 @@ def test_yolo_resolution_equals_ultralytics(tmp_path: Path, monkeypatch: pytest.
 
 
 def test_yolo_polygons_become_boxes(tmp_path: Path) -> None:
-    labels = parse_yolo(tmp_path, "2 0.1 0.5 0.3 0.6 0.2 0.9\n2 0.1 0.5 0.3 0.6 0.2 0.9\n2 0.1 0.5 0.3 0.9 0.2 0.6\n")
-    assert_labels(labels, [2, 2], [BOX_XYWHN, BOX_XYWHN])  # equal boxes of unequal polygons both stay, as in Ultralytics
+    labels = parse_yolo(
+        tmp_path, "2 0.1 0.5 0.3 0.6 0.2 0.9\n2 0.1 0.5 0.3 0.6 0.2 0.9\n2 0.1 0.5 0.3 0.9 0.2 0.6\n"
+    )
+    # equal boxes of unequal polygons both stay, as in Ultralytics
+    assert_labels(labels, [2, 2], [BOX_XYWHN, BOX_XYWHN])
     assert labels.num_duplicates == 1
 
 
@@ -243,7 +296,9 @@ def test_yolo_corrupt_labels(tmp_path: Path, text: str, reason: str) -> None:
 
 
 def test_yolo_small_excess_is_tolerated_and_clipped(tmp_path: Path) -> None:
-    class_ids, boxes, repairs = tidied(parse_yolo(tmp_path, "0 1.005 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n1 0.1 0.5 0.1 0.1\n"))
+    class_ids, boxes, repairs = tidied(
+        parse_yolo(tmp_path, "0 1.005 0.5 0.1 0.1\n1 0.5 0.5 0 0.1\n1 0.1 0.5 0.1 0.1\n")
+    )
     assert class_ids.tolist() == [0, 1]
     np.testing.assert_allclose(boxes, [[0.9775, 0.5, 0.045, 0.1], [0.1, 0.5, 0.1, 0.1]], atol=1e-6)
     assert repairs == {"boxes clipped to the image": 1, "boxes without area dropped": 1}
@@ -302,7 +357,9 @@ def coco_json(path: Path, **values: Any) -> Path:
     return write(path, json.dumps(data | values))
 
 
-@pytest.mark.parametrize("folder", ["{split}2017", "images/{split}2017", "{split}", "images/{split}", "images"])
+@pytest.mark.parametrize(
+    "folder", ["{split}2017", "images/{split}2017", "{split}", "images/{split}", "images"]
+)
 def test_coco_folder(tmp_path: Path, folder: str) -> None:
     for split in ("train", "val"):
         coco_json(tmp_path / "annotations" / f"instances_{split}2017.json")
@@ -355,7 +412,13 @@ def test_coco_corrupt_labels(labels: object, reason: str) -> None:
 
 
 def test_coco_box_of_negative_size_and_duplicates_are_dropped() -> None:
-    rows = [(0, [10, 30, 20, 24]), (0, [10, 30, 20, 24]), (1, [10, 30, 20, 24]), (1, [10, 30, -5, 24]), (1, [200, 30, 5, 5])]
+    rows = [
+        (0, [10, 30, 20, 24]),
+        (0, [10, 30, 20, 24]),
+        (1, [10, 30, 20, 24]),
+        (1, [10, 30, -5, 24]),
+        (1, [200, 30, 5, 5]),
+    ]
     class_ids, boxes, repairs = tidied(coco.read_labels(Record("a.jpg", "", (None, rows)), 2, HW))
     assert class_ids.tolist() == [0, 1]
     np.testing.assert_allclose(boxes, [BOX_XYWHN] * 2, atol=1e-6)
@@ -387,7 +450,9 @@ def test_coco_images_not_found_names_the_places(tmp_path: Path) -> None:
 
 
 def voc_object(name: str, box: tuple[object, ...], extra: str = "") -> str:
-    coordinates = "".join(f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True))
+    coordinates = "".join(
+        f"<{key}>{value}</{key}>" for key, value in zip(("xmin", "ymin", "xmax", "ymax"), box, strict=True)
+    )
     return f"<object><name>{name}</name>{extra}<bndbox>{coordinates}</bndbox></object>"
 
 
@@ -424,7 +489,10 @@ def test_voc_classes_file_gives_the_order(tmp_path: Path) -> None:
 def test_voc_difficult_is_left_out_and_parts_are_not_objects(tmp_path: Path) -> None:
     part = "<part><name>head</name><bndbox><xmin>1</xmin><ymin>1</ymin><xmax>2</xmax><ymax>2</ymax></bndbox></part>"
     root = voc_tree(tmp_path)
-    items = voc_object("dog", (0, 31, 30, 70), part), voc_object("cat", (1, 1, 5, 5), "<difficult>1</difficult>")
+    items = (
+        voc_object("dog", (0, 31, 30, 70), part),
+        voc_object("cat", (1, 1, 5, 5), "<difficult>1</difficult>"),
+    )
     write(root / "Annotations" / "2.xml", voc_xml(*items))
     listing = voc.scan(str(root), seed=0)
     assert listing.class_names == ("cat", "dog")
@@ -449,7 +517,8 @@ def test_voc_trainval_stands_in_for_train(tmp_path: Path) -> None:
     root = voc_tree(tmp_path)
     (root / "ImageSets" / "Main" / "train.txt").unlink()
     write(root / "ImageSets" / "Main" / "trainval.txt", "0\n1\n2\n")
-    assert [r.image_id for r in voc.scan(str(root), seed=0).splits["train"]] == ["0.jpg", "1.jpg"]  # 2 is held out for val
+    # 2 is held out for val
+    assert [r.image_id for r in voc.scan(str(root), seed=0).splits["train"]] == ["0.jpg", "1.jpg"]
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,8 @@ from raypar.storage import Folder
 
 HW = (60, 100)
 POLYGONS = "1 0.1 0.2 0.5 0.25 0.3 0.9\n0 0.6 0.1 0.9 0.1 0.9 0.3 0.6 0.35\n1 0.1 0.2 0.5 0.25 0.3 0.9\n"
-CORNERS = "0 0.1 0.2 0.4 0.1 0.5 0.3 0.2 0.4\n1 0.8 0.9 1.1 0.95 1.08 1.1 0.78 1.05\n"  # the second leaves the image
+# the second leaves the image
+CORNERS = "0 0.1 0.2 0.4 0.1 0.5 0.3 0.2 0.4\n1 0.8 0.9 1.1 0.95 1.08 1.1 0.78 1.05\n"
 POSES = "0 0.3 0.4 0.2 0.4 0.25 0.3 2 0.35 0.5 1 0 0 0\n1 0.5 0.5 0.1 0.1 0.5 0.5 2 0 0 0 0.51 0.52 2\n"
 
 
@@ -61,7 +62,11 @@ def parse(tmp_path: Path, text: str, task: str, keypoint_shape: tuple[int, int] 
         ("segment", POLYGONS, {}),
         ("obb", CORNERS, {}),
         ("pose", POSES, {"kpt_shape": [3, 3], "flip_idx": [1, 0, 2]}),
-        ("pose", "1 0.3 0.4 0.2 0.4 0.25 0.3 0.35 0.5 -0.001 0.2\n", {"kpt_shape": [3, 2], "flip_idx": [0, 1, 2]}),
+        (
+            "pose",
+            "1 0.3 0.4 0.2 0.4 0.25 0.3 0.35 0.5 -0.001 0.2\n",
+            {"kpt_shape": [3, 2], "flip_idx": [0, 1, 2]},
+        ),
         ("detect", POSES, {"kpt_shape": [3, 3]}),
         ("segment", "", {}),
     ],
@@ -72,14 +77,16 @@ def test_yolo_labels_are_those_that_ultralytics_reads(
     monkeypatch.setattr("ultralytics.data.utils.check_font", lambda *_: None)
     source = tree(tmp_path / "set", text, **values)
     if not text:
-        write(tmp_path / "set" / "labels" / "train" / "b.txt", POLYGONS)  # at least one image must have labels
+        # at least one image must have labels
+        write(tmp_path / "set" / "labels" / "train" / "b.txt", POLYGONS)
     data = check_det_dataset(source, autodownload=False)
     listing = yolo.scan(source, task)
     theirs = YOLODataset(img_path=data["train"], data=data, task=task, augment=False, cache=False)
     for record, label in zip(listing.splits["train"], theirs.labels, strict=True):
         ours = yolo.read_labels(record, 2, HW, listing.task, listing.keypoint_shape)
         assert record.image_path == label["im_file"]
-        order, other = np.lexsort(ours.boxes_xywhn.T), np.lexsort(label["bboxes"].T)  # theirs may be sorted to find duplicates
+        # theirs may be sorted to find duplicates
+        order, other = np.lexsort(ours.boxes_xywhn.T), np.lexsort(label["bboxes"].T)
         assert ours.class_ids[order].tolist() == label["cls"][other, 0].tolist()
         np.testing.assert_allclose(ours.boxes_xywhn[order], label["bboxes"][other], atol=1e-6)
         if task in ("segment", "obb"):
@@ -123,7 +130,9 @@ def test_the_yaml_says_what_the_task_is(tmp_path: Path) -> None:
 
 
 def test_tidy_clips_polygons_and_leaves_corners(tmp_path: Path) -> None:
-    polygons, repairs = tidy(parse(tmp_path, "0 -0.005 0.2 0.5 0.25 0.3 1.005\n1 0.3 0.3 0.3 0.4 0.3 0.5\n", "segment"), "segment")
+    polygons, repairs = tidy(
+        parse(tmp_path, "0 -0.005 0.2 0.5 0.25 0.3 1.005\n1 0.3 0.3 0.3 0.4 0.3 0.5\n", "segment"), "segment"
+    )
     assert repairs == {"boxes clipped to the image": 1, "boxes without area dropped": 1}
     assert polygons.segments_xyn is not None
     np.testing.assert_allclose(polygons.segments_xyn[0], [[0, 0.2], [0.5, 0.25], [0.3, 1]])
@@ -177,7 +186,9 @@ KEYPOINTS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize(("task", "annotations"), [("segment", SEGMENTATIONS), ("pose", KEYPOINTS)])
-def test_coco_labels_are_those_that_ultralytics_converts(tmp_path: Path, task: str, annotations: list[dict[str, Any]]) -> None:
+def test_coco_labels_are_those_that_ultralytics_converts(
+    tmp_path: Path, task: str, annotations: list[dict[str, Any]]
+) -> None:
     category = {"keypoints": NAMES} if task == "pose" else {}
     source = coco_json(tmp_path / "annotations" / "instances_train.json", annotations, **category)
     listing = coco.scan(source, task)
@@ -201,7 +212,13 @@ def test_coco_labels_are_those_that_ultralytics_converts(tmp_path: Path, task: s
         assert "1 annotations without a labelled keypoint" in listing.notes[0]
 
 
-@given(st.lists(st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=3, max_size=7), min_size=2, max_size=5))
+@given(
+    st.lists(
+        st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)), min_size=3, max_size=7),
+        min_size=2,
+        max_size=5,
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_parts_are_joined_as_by_ultralytics(parts: list[list[tuple[int, int]]]) -> None:
     mine = merged([np.array(part, float) for part in parts])
@@ -220,7 +237,9 @@ def test_parts_are_joined_as_by_ultralytics(parts: list[list[tuple[int, int]]]) 
         ("pose", {"keypoints": [float("nan"), 2, 2, 3, 4, 2, 3, 4, 2]}, "finite"),
     ],
 )
-def test_coco_annotations_that_cannot_be_used(tmp_path: Path, task: str, annotation: dict[str, Any], reason: str) -> None:
+def test_coco_annotations_that_cannot_be_used(
+    tmp_path: Path, task: str, annotation: dict[str, Any], reason: str
+) -> None:
     source = coco_json(tmp_path / "annotations" / "instances_train.json", [annotation], keypoints=NAMES)
     listing = coco.scan(source, task)
     with pytest.raises(ValueError, match=reason):
@@ -246,9 +265,18 @@ def test_parts_of_very_many_points_are_joined(monkeypatch: pytest.MonkeyPatch) -
 
 # Whatever is written
 
-WORDS = st.sampled_from(["0", "1", "2", "-1", "0.5", "0.1", "0.9", "1.009", "-0.001", "1e300", "nan", "inf", "x", "1e-9", "\x00"])
-LINES = st.lists(st.one_of(*[st.lists(WORDS, min_size=n, max_size=n) for n in (5, 7, 9, 11, 13)], st.lists(WORDS, max_size=12)), max_size=4)
-CLEAN = st.lists(st.lists(st.sampled_from(["0", "1", "0.1", "0.3", "0.7", "0.9"]), min_size=8, max_size=8), max_size=4)
+WORDS = st.sampled_from(
+    ["0", "1", "2", "-1", "0.5", "0.1", "0.9", "1.009", "-0.001", "1e300", "nan", "inf", "x", "1e-9", "\x00"]
+)
+LINES = st.lists(
+    st.one_of(
+        *[st.lists(WORDS, min_size=n, max_size=n) for n in (5, 7, 9, 11, 13)], st.lists(WORDS, max_size=12)
+    ),
+    max_size=4,
+)
+CLEAN = st.lists(
+    st.lists(st.sampled_from(["0", "1", "0.1", "0.3", "0.7", "0.9"]), min_size=8, max_size=8), max_size=4
+)
 
 
 def assert_usable(labels: Labels, task: str) -> None:
@@ -262,9 +290,14 @@ def assert_usable(labels: Labels, task: str) -> None:
         assert all(np.isfinite(x).all() for x in flat)
 
 
-@given(st.one_of(LINES, CLEAN.map(lambda rows: [["1", *row] for row in rows])), st.sampled_from(["detect", "segment", "pose", "obb"]))
+@given(
+    st.one_of(LINES, CLEAN.map(lambda rows: [["1", *row] for row in rows])),
+    st.sampled_from(["detect", "segment", "pose", "obb"]),
+)
 @settings(max_examples=300, deadline=None)
-def test_any_label_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]], task: str) -> None:
+def test_any_label_file_is_read_or_refused(
+    tmp_path_factory: pytest.TempPathFactory, lines: list[list[str]], task: str
+) -> None:
     text, message = "\n".join(" ".join(line) for line in lines), ""
     try:
         labels = parse(tmp_path_factory.mktemp("labels"), text, task, (2, 2) if task == "pose" else None)
@@ -275,7 +308,10 @@ def test_any_label_file_is_read_or_refused(tmp_path_factory: pytest.TempPathFact
         assert_usable(labels, task)
 
 
-VALUES = st.one_of(st.floats(-10, 120), st.sampled_from([float("nan"), float("inf"), 1e300, 10**400, -1, None, "x", True, [1], {"a": 1}]))
+VALUES = st.one_of(
+    st.floats(-10, 120),
+    st.sampled_from([float("nan"), float("inf"), 1e300, 10**400, -1, None, "x", True, [1], {"a": 1}]),
+)
 ANNOTATION = st.fixed_dictionaries(
     {"bbox": st.lists(st.floats(-10, 120), min_size=4, max_size=4)},
     optional={
@@ -292,7 +328,9 @@ ANNOTATION = st.fixed_dictionaries(
 def test_any_coco_annotation_is_read_or_refused(
     tmp_path_factory: pytest.TempPathFactory, annotations: list[dict[str, Any]], task: str
 ) -> None:
-    source = coco_json(tmp_path_factory.mktemp("coco") / "annotations" / "instances_train.json", annotations, keypoints=NAMES)
+    source = coco_json(
+        tmp_path_factory.mktemp("coco") / "annotations" / "instances_train.json", annotations, keypoints=NAMES
+    )
     listing, message = coco.scan(source, task), ""
     try:
         labels = coco.read_labels(listing.splits["train"][0], 2, HW, task, listing.keypoint_shape)
@@ -316,17 +354,33 @@ def class_tree(root: Path, splits: dict[str, dict[str, int]]) -> str:
 
 
 def test_folders(tmp_path: Path) -> None:
-    source = class_tree(tmp_path, {"train": {"dog": 3, "cat": 2, "empty": 0}, "valid": {"dog": 1}, "test": {"cat": 1}})
+    source = class_tree(
+        tmp_path, {"train": {"dog": 3, "cat": 2, "empty": 0}, "valid": {"dog": 1}, "test": {"cat": 1}}
+    )
     (tmp_path / "train" / "dog" / "notes.txt").write_text("no image")
     write_image(tmp_path / "train" / "dog" / "puppies" / "p.jpg")
     listing = folders.scan(source, 0)
     assert (listing.task, listing.class_names) == ("classify", ("cat", "dog", "empty"))
-    assert {split: len(records) for split, records in listing.splits.items()} == {"train": 6, "val": 1, "test": 1}
+    assert {split: len(records) for split, records in listing.splits.items()} == {
+        "train": 6,
+        "val": 1,
+        "test": 1,
+    }
     assert listing.splits["train"][-1].image_id == "dog/puppies/p.jpg"
     assert "1 folders" in listing.notes[0]
     assert folders.read_labels(listing.splits["val"][0]).class_ids.tolist() == [1]
     for split, records in listing.splits.items():
-        job = ShardJob(Folder.at(str(tmp_path / "out")), f"{split}.parquet", split, "folders", 3, tuple(records), 4, 10**6, task="classify")
+        job = ShardJob(
+            Folder.at(str(tmp_path / "out")),
+            f"{split}.parquet",
+            split,
+            "folders",
+            3,
+            tuple(records),
+            4,
+            10**6,
+            task="classify",
+        )
         assert write_shard(job).num_boxes == len(records)
 
 
@@ -350,7 +404,10 @@ def test_folders_without_train_are_split(tmp_path: Path) -> None:
         (lambda root: class_tree(root, {".": {"dog": 1}}), "too few images"),
         (lambda root: str(root), "is an empty folder"),
         (lambda root: class_tree(root, {"train/a": {"dog": 1}}) + "/train/a/dog", "has no folders"),
-        (lambda root: class_tree(root, {".": {"images": 5, "labels": 5}}), "images and labels, .*prepare.format=yolo"),
+        (
+            lambda root: class_tree(root, {".": {"images": 5, "labels": 5}}),
+            "images and labels, .*prepare.format=yolo",
+        ),
     ],
 )
 def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], str], message: str) -> None:
@@ -361,7 +418,9 @@ def test_folders_that_cannot_be_used(tmp_path: Path, make: Callable[[Path], str]
 # Elsewhere
 
 
-@pytest.mark.parametrize(("format_", "task"), [("voc", "segment"), ("coco", "obb"), ("folders", "detect"), ("yolo", "classify")])
+@pytest.mark.parametrize(
+    ("format_", "task"), [("voc", "segment"), ("coco", "obb"), ("folders", "detect"), ("yolo", "classify")]
+)
 def test_a_format_without_labels_of_the_task(format_: str, task: str) -> None:
     with pytest.raises(ValidationError, match="cannot be read"):
         PrepareConfig.model_validate({"source": "x", "format": format_, "task": task})
@@ -370,7 +429,11 @@ def test_a_format_without_labels_of_the_task(format_: str, task: str) -> None:
 def test_manifests_of_before_still_load(tmp_path: Path) -> None:
     manifest = Manifest(task="detect", class_names=("a",), splits={}, source="x")
     folder = Folder.at(str(tmp_path))
-    old = {k: v for k, v in json.loads(manifest.model_dump_json()).items() if k not in ("keypoint_shape", "flip_idx")}
+    old = {
+        k: v
+        for k, v in json.loads(manifest.model_dump_json()).items()
+        if k not in ("keypoint_shape", "flip_idx")
+    }
     folder.write("manifest.json", json.dumps(old))
     assert Manifest.load(folder) == manifest
 

@@ -30,7 +30,9 @@ class Forced:
 
     def __init__(self, layer: Layer):
         centre = [layer.centre[1], layer.centre[0]] if layer.centre else []
-        self.values = iter([*centre, *layer.perspective, layer.angle, layer.scale, *layer.shear, *layer.shift])
+        self.values = iter(
+            [*centre, *layer.perspective, layer.angle, layer.scale, *layer.shear, *layer.shift]
+        )
 
     def __call__(self, low: float, high: float) -> float:
         return next(self.values)
@@ -46,7 +48,9 @@ def ultralytics_boxes(
         return {
             "img": np.zeros((*hw, 3), np.uint8),
             "cls": labels[i][0].reshape(-1, 1).astype(np.float32),
-            "instances": Instances(labels[i][1].copy(), np.zeros((0, 1000, 2), np.float32), bbox_format="xywh", normalized=True),
+            "instances": Instances(
+                labels[i][1].copy(), np.zeros((0, 1000, 2), np.float32), bbox_format="xywh", normalized=True
+            ),
             "im_file": "",
             "ori_shape": hws[i],
             "resized_shape": hw,
@@ -87,12 +91,27 @@ def moved(
     return instances.class_ids, instances.boxes
 
 
-@given(SEEDS, st.lists(st.tuples(SIDES, SIDES), min_size=4, max_size=4), st.booleans(), st.sampled_from([DEFAULT, ALL]))
+@given(
+    SEEDS,
+    st.lists(st.tuples(SIDES, SIDES), min_size=4, max_size=4),
+    st.booleans(),
+    st.sampled_from([DEFAULT, ALL]),
+)
 @settings(max_examples=150, deadline=None)
-def test_tiles_map_and_boxes_are_ultralytics(seed: int, hws: list[tuple[int, int]], mosaic_on: bool, recipe: Recipe) -> None:
+def test_tiles_map_and_boxes_are_ultralytics(
+    seed: int, hws: list[tuple[int, int]], mosaic_on: bool, recipe: Recipe
+) -> None:
     layer = draw(recipe, generator(seed, 0, 0), 0, 4, mosaic_on=mosaic_on).layer
     rng = np.random.default_rng(seed)
-    layer = Layer(tuple(range(len(layer.indices))), layer.centre, layer.perspective, layer.angle, layer.scale, layer.shear, layer.shift)
+    layer = Layer(
+        tuple(range(len(layer.indices))),
+        layer.centre,
+        layer.perspective,
+        layer.angle,
+        layer.scale,
+        layer.shear,
+        layer.shift,
+    )
     hws = hws[: len(layer.indices)]
     labels = [random_labels(rng, int(rng.integers(0, 9))) for _ in hws]
     tiles, canvas_hw = layout(layer, hws, SIZE)
@@ -103,7 +122,8 @@ def test_tiles_map_and_boxes_are_ultralytics(seed: int, hws: list[tuple[int, int
     for tile, place in zip(tiles, places, strict=bool(places)):
         assert tile.rect == (place["x1a"], place["y1a"], place["x2a"], place["y2a"])
         assert tile.origin == (place["padw"], place["padh"])
-    if len(class_ids) == len(expected_ids):  # else a box within float32's error of a threshold: the next test counts those
+    # else a box within float32's error of a threshold: the next test counts those
+    if len(class_ids) == len(expected_ids):
         assert class_ids.tolist() == expected_ids.tolist()
         np.testing.assert_allclose(boxes / SIZE, expected / SIZE, atol=1e-4)
 
@@ -112,7 +132,10 @@ def test_the_same_boxes_are_dropped() -> None:
     kept = dropped = different = 0
     for seed in range(200):
         layer = draw(DEFAULT, generator(seed, 0, 0), 0, 4, mosaic_on=True).layer
-        layer = Layer((0, 1, 2, 3), *(getattr(layer, n) for n in ("centre", "perspective", "angle", "scale", "shear", "shift")))
+        layer = Layer(
+            (0, 1, 2, 3),
+            *(getattr(layer, n) for n in ("centre", "perspective", "angle", "scale", "shear", "shift")),
+        )
         rng = np.random.default_rng(seed)
         hws, labels = [(SIZE, SIZE * 3 // 4)] * 4, [random_labels(rng, 8) for _ in range(4)]
         class_ids, _ = moved(DEFAULT, layer, hws, labels)
@@ -124,13 +147,21 @@ def test_the_same_boxes_are_dropped() -> None:
     assert different <= 1
 
 
-@pytest.mark.parametrize("hw", [(480, 640), (640, 480), (1, 3000), (3000, 1), (100, 37), (160, 160), (1079, 1921)])
+@pytest.mark.parametrize(
+    "hw", [(480, 640), (640, 480), (1, 3000), (3000, 1), (100, 37), (160, 160), (1079, 1921)]
+)
 def test_sizes_are_those_of_load_image(hw: tuple[int, int]) -> None:
     image = np.zeros((*hw, 3), np.uint8)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("ultralytics.data.base.imread", lambda *_, **__: image)
         loader = SimpleNamespace(
-            ims=[None], im_files=["x"], npy_files=[SimpleNamespace(exists=lambda: False)], imgsz=SIZE, cv2_flag=1, augment=False, cache=None
+            ims=[None],
+            im_files=["x"],
+            npy_files=[SimpleNamespace(exists=lambda: False)],
+            imgsz=SIZE,
+            cv2_flag=1,
+            augment=False,
+            cache=None,
         )
         resized = YOLODataset.load_image(loader, 0)[0]
     assert resized.shape[:2] == resized_hw(hw, SIZE)
@@ -149,9 +180,15 @@ def test_the_recipe_is_read_from_ultralytics_settings() -> None:
 @given(SEEDS, st.integers(0, 10**4), st.integers(0, 2**50))
 @settings(max_examples=50, deadline=None)
 def test_every_part_of_the_key_matters(seed: int, epoch: int, position: int) -> None:
-    keys = [(seed, epoch, position), (seed + 1, epoch, position), (seed, epoch + 1, position), (seed, epoch, position + 1)]
+    keys = [
+        (seed, epoch, position),
+        (seed + 1, epoch, position),
+        (seed, epoch + 1, position),
+        (seed, epoch, position + 1),
+    ]
     numbers = [generator(*key).integers(2**63, size=4096).tolist() for key in keys]
-    assert len({n for stream in numbers for n in stream}) == 4 * 4096  # not even parts of one stream are in another
+    # not even parts of one stream are in another
+    assert len({n for stream in numbers for n in stream}) == 4 * 4096
     assert generator(*keys[0]).integers(2**63, size=4096).tolist() == numbers[0]
 
 
@@ -160,9 +197,15 @@ def test_every_part_of_the_key_matters(seed: int, epoch: int, position: int) -> 
 def test_an_effect_leaves_the_others_as_they_were(seed: int) -> None:
     off = draw(DEFAULT, generator(seed, 0, 0), 0, 9, mosaic_on=True)
     on = draw(
-        Recipe(**{**DEFAULT.__dict__, "mixup": 1.0, "cutmix": 1.0, "bgr": 1.0, "flipud": 1.0}), generator(seed, 0, 0), 0, 9, mosaic_on=True
+        Recipe(**{**DEFAULT.__dict__, "mixup": 1.0, "cutmix": 1.0, "bgr": 1.0, "flipud": 1.0}),
+        generator(seed, 0, 0),
+        0,
+        9,
+        mosaic_on=True,
     )
-    cut_only = draw(Recipe(**{**DEFAULT.__dict__, "cutmix": 1.0}), generator(seed, 0, 0), 0, 9, mosaic_on=True)
+    cut_only = draw(
+        Recipe(**{**DEFAULT.__dict__, "cutmix": 1.0}), generator(seed, 0, 0), 0, 9, mosaic_on=True
+    )
     assert off.mixed is None
     assert off.cut is None
     assert on.mixed is not None
@@ -214,11 +257,20 @@ def test_the_cut_is_ultralytics(seed: int) -> None:
     _, areas, pick = sample.cut
     assert areas.min() >= 0
     assert areas.max() <= SIZE
-    both = [np.sort(rng.uniform(0, SIZE, (int(rng.integers(0, 4)), 2, 2)), axis=1).reshape(-1, 4) for _ in range(2)]
+    both = [
+        np.sort(rng.uniform(0, SIZE, (int(rng.integers(0, 4)), 2, 2)), axis=1).reshape(-1, 4)
+        for _ in range(2)
+    ]
 
     def labels(boxes: np.ndarray) -> dict[str, Any]:
-        instances = Instances(boxes.astype(np.float32), np.zeros((0, 1000, 2), np.float32), bbox_format="xyxy", normalized=False)
-        return {"img": np.zeros((SIZE, SIZE, 3), np.uint8), "cls": np.zeros((len(boxes), 1)), "instances": instances}
+        instances = Instances(
+            boxes.astype(np.float32), np.zeros((0, 1000, 2), np.float32), bbox_format="xyxy", normalized=False
+        )
+        return {
+            "img": np.zeros((SIZE, SIZE, 3), np.uint8),
+            "cls": np.zeros((len(boxes), 1)),
+            "instances": instances,
+        }
 
     cutmix = theirs.CutMix(SimpleNamespace(get_image_and_label=lambda i: labels(both[1])), p=1.0)
     cutmix.get_indexes = lambda: 0

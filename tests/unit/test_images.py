@@ -25,7 +25,9 @@ sides = st.one_of(st.integers(8, 300), st.integers(2, 37).map(lambda n: 8 * n))
 
 
 @given(sides, sides, st.integers(8, 200), st.booleans())
-def test_pixels_are_those_of_the_whole_image_shrunk(height: int, width: int, side: int, is_jpeg: bool) -> None:
+def test_pixels_are_those_of_the_whole_image_shrunk(
+    height: int, width: int, side: int, is_jpeg: bool
+) -> None:
     encoded = (encode_jpeg if is_jpeg else encode_png)(picture(height, width))
     found, expected = decode_shrunk(encoded, side), shrink(decode(encoded), side)
     assert found.shape == expected.shape

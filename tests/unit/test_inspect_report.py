@@ -15,7 +15,9 @@ from raypar.inspect.speed import STAGES, Rate, train_steps
 from raypar.inspect.statistics import Statistics
 
 
-def found(counts: list[list[int]], hw: tuple[int, int] = (480, 640), side: float = 0.2, num_classes: int = 3) -> Statistics:
+def found(
+    counts: list[list[int]], hw: tuple[int, int] = (480, 640), side: float = 0.2, num_classes: int = 3
+) -> Statistics:
     """Images whose boxes have these classes."""
     class_ids = np.array([i for image in counts for i in image], np.int32)
     boxes = np.tile(np.array([0.5, 0.5, side, side], np.float32), (len(class_ids), 1))
@@ -56,7 +58,13 @@ def test_notes_of_many_empty_classes_name_a_few() -> None:
 
 
 def model(rate: float, *, is_gpu: bool) -> dict[str, Any]:
-    return {"device": "GPU X" if is_gpu else "CPU, 8 threads", "is_gpu": is_gpu, "images_per_s": rate, "batch": 16, "precision": "bfloat16"}
+    return {
+        "device": "GPU X" if is_gpu else "CPU, 8 threads",
+        "is_gpu": is_gpu,
+        "images_per_s": rate,
+        "batch": 16,
+        "precision": "bfloat16",
+    }
 
 
 def test_verdict_for_a_gpu() -> None:
@@ -76,7 +84,9 @@ def test_verdict_for_a_cpu_shares_the_cores() -> None:
 
 
 def test_verdict_without_a_model() -> None:
-    assert "yolov9000.yaml: no such file" in report.verdict(10.0, 2, {"error": "yolov9000.yaml: no such file"})
+    assert "yolov9000.yaml: no such file" in report.verdict(
+        10.0, 2, {"error": "yolov9000.yaml: no such file"}
+    )
 
 
 def test_cpus_for_a_rate_follow_from_the_loaded_machine() -> None:
@@ -89,7 +99,8 @@ def test_cpus_for_a_rate_follow_from_the_loaded_machine() -> None:
         "busy": 0.5,
     }
     said = report.speed(measured, model(100.0, is_gpu=True), 8.0, 1.0)
-    assert said["cpus_for_images_per_s"] == {"500": 4, "1000": 8, "2000": 16}  # 125 images/s a core when four are busy
+    # 125 images/s a core when four are busy
+    assert said["cpus_for_images_per_s"] == {"500": 4, "1000": 8, "2000": 16}
     assert said["slowest_stage"] == "decode"
     assert said["images_per_s_cached_estimate"] == pytest.approx(500 * 7 / 3)  # without read and decode
     lines = "\n".join(report.speed_lines(said))
@@ -126,7 +137,10 @@ def test_page_is_whole_and_escaped() -> None:
         found([[0] * 5000, []]),  # more boxes than there are bins
         found([[0]], hw=(1, 60000)),
         found([list(range(100))] * 3, num_classes=100),
-        found([[0, 1]], hw=(100, 300)) + found([[2]], hw=(2000, 50)) + found([[1]], side=1e-6) + found([[1]], side=1.0),
+        found([[0, 1]], hw=(100, 300))
+        + found([[2]], hw=(2000, 50))
+        + found([[1]], side=1e-6)
+        + found([[1]], side=1.0),
     ],
     ids=["usual", "one image", "no box", "crowd", "thin", "many classes", "all sizes"],
 )

@@ -26,7 +26,12 @@ rows_of_a_split = st.lists(row, max_size=12)
 def table_of(rows: list[Row]) -> pa.Table:
     """Rows as they lie in a shard, but for the images."""
     values = [
-        {"height": h, "width": w, "class_ids": [b[0] for b in boxes], "boxes_xywhn": [x for b in boxes for x in b[1:]]}
+        {
+            "height": h,
+            "width": w,
+            "class_ids": [b[0] for b in boxes],
+            "boxes_xywhn": [x for b in boxes for x in b[1:]],
+        }
         for h, w, boxes in rows
     ]
     schema = pa.schema([row_schema("detect").field(name) for name in columns("detect")])
@@ -63,13 +68,19 @@ def test_numbers_are_those_of_a_plain_count(rows: list[Row]) -> None:
     assert found.num_backgrounds == sum(not boxes for _, _, boxes in rows)
     per_class = Counter(b[0] for b in boxes)
     assert found.boxes_per_class.tolist() == [per_class[i] for i in range(NUM_CLASSES)]
-    assert found.sums["images_per_class"].tolist() == [sum(any(b[0] == i for b in bs) for _, _, bs in rows) for i in range(NUM_CLASSES)]
+    assert found.sums["images_per_class"].tolist() == [
+        sum(any(b[0] == i for b in bs) for _, _, bs in rows) for i in range(NUM_CLASSES)
+    ]
     assert found.sums["pixels"] == sum(h * w for h, w, _ in rows)
     per_image = Counter(len(bs) for _, _, bs in rows)
     assert {n: c for n, c in enumerate(found.sums["boxes_per_image"].tolist()) if c} == dict(per_image)
     if rows:
         assert found.lows.tolist() == [min(h for h, _, _ in rows), min(w for _, w, _ in rows)]
-        assert found.highs.tolist() == [max(h for h, _, _ in rows), max(w for _, w, _ in rows), max(len(bs) for _, _, bs in rows)]
+        assert found.highs.tolist() == [
+            max(h for h, _, _ in rows),
+            max(w for _, w, _ in rows),
+            max(len(bs) for _, _, bs in rows),
+        ]
     for name, total in {
         "sizes": len(boxes),
         "box_shapes": len(boxes),
@@ -80,11 +91,19 @@ def test_numbers_are_those_of_a_plain_count(rows: list[Row]) -> None:
         assert found.sums[name].sum() == total, name
 
 
-@given(st.lists(st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.001, 1), st.floats(0.001, 1)), min_size=1, max_size=30))
+@given(
+    st.lists(
+        st.tuples(st.integers(1, 4000), st.integers(1, 4000), st.floats(0.001, 1), st.floats(0.001, 1)),
+        min_size=1,
+        max_size=30,
+    )
+)
 def test_median_size_is_within_a_bin(found: list[tuple[int, int, float, float]]) -> None:
     """To about a tenth: a bin is an eighth of an octave."""
     sides = sorted((w * width * h * height) ** 0.5 / max(width, height) for height, width, w, h in found)
-    median = statistics_of([(height, width, [(0, 0.5, 0.5, w, h)]) for height, width, w, h in found]).median_side()
+    median = statistics_of(
+        [(height, width, [(0, 0.5, 0.5, w, h)]) for height, width, w, h in found]
+    ).median_side()
     exact = max(sides[(len(sides) - 1) // 2], 2.0**-statistics.OCTAVES)
     assert median == pytest.approx(exact, rel=2 ** (1 / statistics.FINE) - 1)
 
@@ -93,10 +112,14 @@ def test_places_of_bins() -> None:
     """One box of a quarter by an eighth in the upper left of a 640 x 320 image: 160 x 40 px, so 80 of 640 (40 at imgsz 320)."""
     found = statistics_of([(320, 640, [(2, 0.1, 0.9, 0.25, 0.125)])])
     assert found.sums["sizes"].tolist() == [0, 0, 0, 1, 0]  # between 32 and 96 px
-    assert np.argwhere(found.sums["centres"]).tolist() == [[int(0.9 * statistics.HEAT_BINS), int(0.1 * statistics.HEAT_BINS)]]  # y, x
+    # y, x
+    assert np.argwhere(found.sums["centres"]).tolist() == [
+        [int(0.9 * statistics.HEAT_BINS), int(0.1 * statistics.HEAT_BINS)]
+    ]
     wide = (statistics.OCTAVES - 2) * statistics.COARSE
     assert np.argwhere(found.sums["box_shapes"]).tolist() == [[wide, wide - statistics.COARSE]]
-    assert np.flatnonzero(found.sums["aspects"]).tolist() == [statistics.ASPECT_BINS // 2 + statistics.FINE]  # 2 : 1, an octave
+    # 2 : 1, an octave
+    assert np.flatnonzero(found.sums["aspects"]).tolist() == [statistics.ASPECT_BINS // 2 + statistics.FINE]
     assert found.median_side(2) == pytest.approx(80 / 640, rel=0.1)
     assert found.median_side(0) is None
 
@@ -119,6 +142,8 @@ def test_size_does_not_depend_on_the_data() -> None:
     def num_bytes(found: Statistics) -> int:
         return sum(array.nbytes for array in found.sums.values())
 
-    many = statistics_of([(i + 1, 2 * i + 1, [(i % 5, i / 3000, 0.5, 0.1, 0.1)] * (i % 7)) for i in range(3000)])
+    many = statistics_of(
+        [(i + 1, 2 * i + 1, [(i % 5, i / 3000, 0.5, 0.1, 0.1)] * (i % 7)) for i in range(3000)]
+    )
     assert num_bytes(many) == num_bytes(Statistics.none(NUM_CLASSES)) < 200_000
     assert "image" not in columns("detect") + columns("segment") + columns("classify")

@@ -47,4 +47,6 @@ def test_runtime_env_is_what_ray_takes() -> None:
 
 def test_pipeline_only_calls_verbs() -> None:
     tree = ast.parse((JOBS / "pipeline.py").read_text())
-    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))], "thin: the verbs do the work"
+    assert not [n for n in ast.walk(tree) if isinstance(n, (ast.FunctionDef, ast.ClassDef))], (
+        "thin: the verbs do the work"
+    )

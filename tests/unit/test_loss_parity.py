@@ -17,7 +17,15 @@ from raypar.train.recipe import Lender
 
 STEPS_PER_EPOCH, BATCH, IMGSZ, CLASSES = 5, 4, 64, ("a", "b", "c")
 # 4 epochs of 5 steps: 3 of warm-up, while accumulation rises from 1 to nbs / batch = 4
-YOLO = {"epochs": 4, "imgsz": IMGSZ, "nbs": 16, "plots": False, "save": False, "warmup_epochs": 3.0, "deterministic": False}
+YOLO = {
+    "epochs": 4,
+    "imgsz": IMGSZ,
+    "nbs": 16,
+    "plots": False,
+    "save": False,
+    "warmup_epochs": 3.0,
+    "deterministic": False,
+}
 
 
 def make_batches() -> list[dict[str, torch.Tensor]]:
@@ -62,7 +70,8 @@ class Reference(DetectionTrainer):  # type: ignore[misc]
         return FixedLoader(make_batches())
 
     def _build_train_pipeline(self) -> None:
-        super(DetectionTrainer, self)._build_train_pipeline()  # not DetectionTrainer's: it counts labels of a real dataset
+        # not DetectionTrainer's: it counts labels of a real dataset
+        super(DetectionTrainer, self)._build_train_pipeline()
 
     def setup_model(self) -> None:
         init_seeds(0)
@@ -77,18 +86,32 @@ class Reference(DetectionTrainer):  # type: ignore[misc]
 
 def reference_losses(tmp_path: Path, yolo: dict[str, Any]) -> list[dict[str, float]]:
     trainer = Reference(
-        overrides={"model": "yolov8n.yaml", "data": "x", "device": "cpu", "batch": BATCH, "seed": 0, "project": str(tmp_path), **yolo}
+        overrides={
+            "model": "yolov8n.yaml",
+            "data": "x",
+            "device": "cpu",
+            "batch": BATCH,
+            "seed": 0,
+            "project": str(tmp_path),
+            **yolo,
+        }
     )
     losses: list[dict[str, float]] = []
-    trainer.add_callback("on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()}))
+    trainer.add_callback(
+        "on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()})
+    )
     trainer.train()
     return losses
 
 
 def our_losses(yolo: dict[str, Any]) -> list[dict[str, float]]:
     count = STEPS_PER_EPOCH * BATCH
-    manifest = Manifest(task="detect", class_names=CLASSES, splits={"train": Split(num_images=count)}, source="")
-    lender = Lender(yolo, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    manifest = Manifest(
+        task="detect", class_names=CLASSES, splits={"train": Split(num_images=count)}, source=""
+    )
+    lender = Lender(
+        yolo, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )
     loop = Loop(lender, num_images=count, steps_per_epoch=STEPS_PER_EPOCH)
     losses = []
     for epoch in range(lender.args.epochs):
@@ -99,7 +122,9 @@ def our_losses(yolo: dict[str, Any]) -> list[dict[str, float]]:
     return losses
 
 
-@pytest.mark.parametrize("optimizer", [{"optimizer": "auto"}, {"optimizer": "SGD", "lr0": 0.01, "cos_lr": True}])
+@pytest.mark.parametrize(
+    "optimizer", [{"optimizer": "auto"}, {"optimizer": "SGD", "lr0": 0.01, "cos_lr": True}]
+)
 def test_losses_equal_ultralytics_own_over_20_steps(tmp_path: Path, optimizer: dict[str, Any]) -> None:
     theirs, ours = reference_losses(tmp_path, YOLO | optimizer), our_losses(YOLO | optimizer)
     assert len(theirs) == len(ours) == 20
@@ -110,5 +135,8 @@ def test_losses_equal_ultralytics_own_over_20_steps(tmp_path: Path, optimizer: d
 
 def test_the_reference_is_sensitive_to_the_recipe(tmp_path: Path) -> None:
     """A wrong schedule does show: the parity above is not parity of anything."""
-    theirs, other = reference_losses(tmp_path, YOLO | {"optimizer": "SGD"}), our_losses(YOLO | {"optimizer": "SGD", "warmup_epochs": 0.0})
+    theirs, other = (
+        reference_losses(tmp_path, YOLO | {"optimizer": "SGD"}),
+        our_losses(YOLO | {"optimizer": "SGD", "warmup_epochs": 0.0}),
+    )
     assert any(b != pytest.approx(a, rel=1e-4) for a, b in zip(theirs, other, strict=True))

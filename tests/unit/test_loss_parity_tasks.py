@@ -22,7 +22,15 @@ from raypar.train.recipe import Lender
 
 Tensors = dict[str, torch.Tensor]
 STEPS_PER_EPOCH, BATCH, IMGSZ, CLASSES, POINTS = 3, 4, 64, ("a", "b", "c"), 3
-YOLO = {"epochs": 3, "imgsz": IMGSZ, "nbs": 8, "plots": False, "save": False, "warmup_epochs": 1.0, "deterministic": False}
+YOLO = {
+    "epochs": 3,
+    "imgsz": IMGSZ,
+    "nbs": 8,
+    "plots": False,
+    "save": False,
+    "warmup_epochs": 1.0,
+    "deterministic": False,
+}
 TRAINERS: dict[str, Any] = {
     "detect": DetectionTrainer, "segment": SegmentationTrainer, "pose": PoseTrainer, "obb": OBBTrainer, "classify": ClassificationTrainer,
 }  # fmt: skip
@@ -43,13 +51,23 @@ def _batch(task: str, rng: np.random.Generator) -> Tensors:
     total = int(counts.sum())
     wh = rng.uniform(0.2, 0.5, (total, 2))
     boxes = np.concatenate([rng.uniform(wh / 2, 1 - wh / 2), wh], 1)
-    class_ids, index = torch.from_numpy(rng.integers(0, len(CLASSES), total)), torch.from_numpy(np.repeat(np.arange(BATCH), counts))
+    class_ids, index = (
+        torch.from_numpy(rng.integers(0, len(CLASSES), total)),
+        torch.from_numpy(np.repeat(np.arange(BATCH), counts)),
+    )
     if task == "obb":
         boxes = np.concatenate([boxes, rng.uniform(-0.7, 2.3, (total, 1))], 1)
-    batch = {"img": images, "cls": class_ids.float().view(-1, 1), "bboxes": torch.from_numpy(boxes).float(), "batch_idx": index.float()}
+    batch = {
+        "img": images,
+        "cls": class_ids.float().view(-1, 1),
+        "bboxes": torch.from_numpy(boxes).float(),
+        "batch_idx": index.float(),
+    }
     if task == "pose":
         points = boxes[:, None, :2] + rng.uniform(-0.5, 0.5, (total, POINTS, 2)) * wh[:, None]
-        batch["keypoints"] = torch.from_numpy(np.concatenate([points, rng.integers(0, 3, (total, POINTS, 1))], 2)).float()
+        batch["keypoints"] = torch.from_numpy(
+            np.concatenate([points, rng.integers(0, 3, (total, POINTS, 1))], 2)
+        ).float()
     if task == "segment":
         masks = torch.zeros(BATCH, IMGSZ // 4, IMGSZ // 4, dtype=torch.int32)
         sem_masks = torch.zeros(masks.shape)
@@ -77,7 +95,14 @@ class FixedLoader(list):  # type: ignore[type-arg]
 
 def _dataset(self: Any) -> dict[str, Any]:
     pose = {"kpt_shape": [POINTS, 3]} if self.args.task == "pose" else {}
-    return {"train": "", "val": "", "names": dict(enumerate(CLASSES)), "nc": len(CLASSES), "channels": 3, **pose}
+    return {
+        "train": "",
+        "val": "",
+        "names": dict(enumerate(CLASSES)),
+        "nc": len(CLASSES),
+        "channels": 3,
+        **pose,
+    }
 
 
 def _loader(self: Any, *_: Any, **__: Any) -> FixedLoader:
@@ -105,10 +130,20 @@ def reference_losses(tmp_path: Path, task: str, model: str) -> list[dict[str, fl
     if task != "classify":  # it counts the labels of a real dataset
         parts["_build_train_pipeline"] = lambda self: super(DetectionTrainer, self)._build_train_pipeline()
     trainer = type("Reference", (trainer_class,), parts)(
-        overrides={"model": model, "data": "x", "device": "cpu", "batch": BATCH, "seed": 0, "project": str(tmp_path), **YOLO}
+        overrides={
+            "model": model,
+            "data": "x",
+            "device": "cpu",
+            "batch": BATCH,
+            "seed": 0,
+            "project": str(tmp_path),
+            **YOLO,
+        }
     )
     losses: list[dict[str, float]] = []
-    trainer.add_callback("on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()}))
+    trainer.add_callback(
+        "on_train_batch_end", lambda t: losses.append({k: float(v) for k, v in t.loss_items.items()})
+    )
     trainer.train()
     return losses
 
@@ -117,7 +152,9 @@ def our_losses(task: str, model: str, **yolo: Any) -> list[dict[str, float]]:
     count = STEPS_PER_EPOCH * BATCH
     manifest = Manifest(task=task, class_names=CLASSES, splits={"train": Split(num_images=count)}, source="",
                         keypoint_shape=(POINTS, 3) if task == "pose" else None)  # fmt: skip
-    lender = Lender(YOLO | yolo, model=model, manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    lender = Lender(
+        YOLO | yolo, model=model, manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )
     loop = Loop(lender, num_images=count, steps_per_epoch=STEPS_PER_EPOCH)
     losses = []
     for epoch in range(lender.args.epochs):
@@ -148,7 +185,9 @@ def test_the_weight_of_yolo26s_two_losses_shifts_with_the_epochs_and_comes_back_
     from raypar.train import checkpoint
 
     manifest = Manifest(task="detect", class_names=CLASSES, splits={"train": Split(num_images=12)}, source="")
-    make = partial(Lender, YOLO, model="yolo26n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    make = partial(
+        Lender, YOLO, model="yolo26n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )
     loop, other = (Loop(make(), num_images=12, steps_per_epoch=STEPS_PER_EPOCH) for _ in range(2))
     loop.start_epoch()
     loop.step(make_batches("detect")[0], 0)

@@ -26,7 +26,10 @@ Image = tuple[str, Detections, NDArray[np.int32], NDArray[np.float32]]
 
 def found(boxes: Any, class_ids: Any, confidences: Any) -> Detections:
     return Detections(
-        np.array(boxes, np.float32).reshape(-1, 4), np.array(class_ids, np.int32), np.array(confidences, np.float32), (200, 200)
+        np.array(boxes, np.float32).reshape(-1, 4),
+        np.array(class_ids, np.int32),
+        np.array(confidences, np.float32),
+        (200, 200),
     )
 
 
@@ -41,11 +44,15 @@ def random_images(num: int) -> list[Image]:
         class_ids = rng.integers(0, len(NAMES), n).astype(np.int32)
         hits = rng.random(n) < 0.7
         wrong = rng.uniform(0, 100, (3, 2))
-        guessed = np.concatenate([boxes[hits] + rng.normal(0, 3, (hits.sum(), 4)), np.concatenate([wrong, wrong + 30], 1)])
+        guessed = np.concatenate(
+            [boxes[hits] + rng.normal(0, 3, (hits.sum(), 4)), np.concatenate([wrong, wrong + 30], 1)]
+        )
         confidences = np.sort(rng.random(len(guessed)))[::-1]
         order = rng.permutation(len(guessed))
         guessed_ids = np.concatenate([class_ids[hits], rng.integers(0, 3, 3)])
-        images.append((f"{i:03d}.jpg", found(guessed[order], guessed_ids[order], confidences), class_ids, boxes))
+        images.append(
+            (f"{i:03d}.jpg", found(guessed[order], guessed_ids[order], confidences), class_ids, boxes)
+        )
     return images
 
 
@@ -62,7 +69,8 @@ def small_box_weights(tiny_weights: Path, tmp_path_factory: pytest.TempPathFacto
     saved = torch.load(tiny_weights, weights_only=False)
     with torch.no_grad():
         for branch in saved["model"].model[-1].cv2:
-            branch[-1].bias += -2 * (torch.arange(16) - 1.5).square().repeat(4)  # of the 16 distances to each side
+            # of the 16 distances to each side
+            branch[-1].bias += -2 * (torch.arange(16) - 1.5).square().repeat(4)
     path = tmp_path_factory.mktemp("weights") / "small_boxes.pt"
     torch.save(saved, path)
     return path
@@ -85,10 +93,14 @@ def test_metrics_are_those_of_yolo_val(small_box_weights: Path, tmp_path: Path) 
         if i == 3:
             boxes, class_ids = NO_BOXES, class_ids[:0]
         (tmp_path / "images" / f"{i:02d}.png").write_bytes(encode_png(image))
-        lines = [f"{c} {' '.join(f'{v:.5f}' for v in box)}\n" for c, box in zip(class_ids, boxes, strict=True)]
+        lines = [
+            f"{c} {' '.join(f'{v:.5f}' for v in box)}\n" for c, box in zip(class_ids, boxes, strict=True)
+        ]
         (tmp_path / "labels" / f"{i:02d}.txt").write_text("".join(dict.fromkeys(lines)))
         scorer.update(detector([image]), [f"{i:02d}"], [class_ids], [xywhn_to_xyxy(boxes, labels.image_hw)])
-    (tmp_path / "data.yaml").write_text(f"path: {tmp_path}\ntrain: images\nval: images\nnames: {detector.class_names}\n")
+    (tmp_path / "data.yaml").write_text(
+        f"path: {tmp_path}\ntrain: images\nval: images\nnames: {detector.class_names}\n"
+    )
     theirs = YOLO(small_box_weights).val(data=tmp_path / "data.yaml", imgsz=160, batch=4, conf=CONF, iou=0.7, max_det=300, device="cpu",
                                     workers=0, plots=False, verbose=False, project=tmp_path / "val")  # fmt: skip
     ours = scorer.compute()
@@ -105,7 +117,9 @@ def test_metrics_are_those_of_yolo_val(small_box_weights: Path, tmp_path: Path) 
     assert ours["num_boxes"] == theirs.nt_per_class.sum()
     for i, class_id in enumerate(theirs.ap_class_index):
         row = ours["per_class"][class_id]
-        assert (row["precision"], row["recall"], row["map50"], row["map50_95"]) == pytest.approx(theirs.class_result(i), abs=1e-3)
+        assert (row["precision"], row["recall"], row["map50"], row["map50_95"]) == pytest.approx(
+            theirs.class_result(i), abs=1e-3
+        )
 
 
 def test_merging_in_any_order_gives_the_same_numbers() -> None:
@@ -135,7 +149,8 @@ def test_a_small_case_by_hand() -> None:
     # IoU of the second is 0.6: right at the thresholds 0.5, 0.55 and 0.6, wrong at the seven above
     circle = result["per_class"][0]
     assert (circle["num_boxes"], result["num_images"], result["num_boxes"]) == (2, 1, 2)
-    assert circle["map50"] == pytest.approx(0.995, abs=1e-6)  # Ultralytics' integral over 101 points ends a little below one
+    # Ultralytics' integral over 101 points ends a little below one
+    assert circle["map50"] == pytest.approx(0.995, abs=1e-6)
     assert circle["map50_95"] == pytest.approx(0.3 * 0.995 + 0.7 * 0.5, abs=0.01)
     square = result["per_class"][1]
     assert (square["num_boxes"], square["map50"]) == (0, None)

@@ -10,7 +10,9 @@ import pytest
 from raypar.dataset import pace
 
 
-def test_pauses_grow_while_no_block_moves_and_are_short_again_when_one_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pauses_grow_while_no_block_moves_and_are_short_again_when_one_does(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pauses: list[float] = []
     monkeypatch.setattr(pace.time, "sleep", pauses.append)
     metrics = SimpleNamespace(num_task_outputs_generated=1, num_outputs_taken=0)

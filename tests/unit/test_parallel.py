@@ -23,15 +23,34 @@ from raypar.train.loop import Loop
 from raypar.train.recipe import Lender, optimizer_of, settings
 
 BATCH, IMGSZ, STEPS = 4, 64, 4
-YOLO = {"epochs": 10, "imgsz": IMGSZ, "nbs": 4, "optimizer": "SGD", "lr0": 0.002, "warmup_epochs": 0.0, "deterministic": False}
+YOLO = {
+    "epochs": 10,
+    "imgsz": IMGSZ,
+    "nbs": 4,
+    "optimizer": "SGD",
+    "lr0": 0.002,
+    "warmup_epochs": 0.0,
+    "deterministic": False,
+}
 
 
 def make_loop(world_size: int = 1, spread: str = "ddp", sync_bn: bool = False, **yolo: Any) -> Loop:
-    manifest = Manifest(task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * STEPS)}, source="")
+    manifest = Manifest(
+        task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * STEPS)}, source=""
+    )
     device = torch.device("cpu")
-    lender = Lender({**YOLO, **yolo}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=device)
+    lender = Lender(
+        {**YOLO, **yolo}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=device
+    )
     torch.set_num_threads(1)
-    loop = Loop(lender, num_images=BATCH * STEPS, steps_per_epoch=STEPS, world_size=world_size, spread=spread, sync_bn=sync_bn)
+    loop = Loop(
+        lender,
+        num_images=BATCH * STEPS,
+        steps_per_epoch=STEPS,
+        world_size=world_size,
+        spread=spread,
+        sync_bn=sync_bn,
+    )
     loop.start_epoch()
     return loop
 
@@ -111,13 +130,17 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
 
 def test_weights_that_only_the_loss_uses_cannot_be_shared_out() -> None:
     with pytest.raises(ValueError, match=r"train\.parallel=ddp"):
-        parallel.spread_fsdp(PoseModel("yolo26n-pose.yaml", data_kpt_shape=(3, 3), verbose=False), torch.device("cpu"))
+        parallel.spread_fsdp(
+            PoseModel("yolo26n-pose.yaml", data_kpt_shape=(3, 3), verbose=False), torch.device("cpu")
+        )
 
 
 def assert_close(mine: dict[str, Tensor], other: dict[str, Tensor], atol: float) -> None:
     assert list(mine) == list(other)
     for name, value in mine.items():
-        torch.testing.assert_close(value, other[name], rtol=1e-3, atol=atol, msg=lambda text, name=name: f"{name}: {text}")
+        torch.testing.assert_close(
+            value, other[name], rtol=1e-3, atol=atol, msg=lambda text, name=name: f"{name}: {text}"
+        )
 
 
 def test_gradients_are_reduced_once_an_update(two: list[dict[str, Any]]) -> None:
@@ -144,7 +167,9 @@ def test_fsdp_resumes_with_the_same_bits_and_on_one_rank(two: list[dict[str, Any
     for part in ("model", "ema"):
         assert_close(state[part], two[0]["fsdp"][part], 0.0)
     for name, value in two[0]["fsdp"]["optimizer"]["state"].items():
-        assert torch.equal(state["optimizer"]["state"][name]["momentum_buffer"], value["momentum_buffer"]), name
+        assert torch.equal(state["optimizer"]["state"][name]["momentum_buffer"], value["momentum_buffer"]), (
+            name
+        )
     assert all(np.isfinite(trained(alone, 0, range(STEPS, STEPS + 1))))
 
 
@@ -160,7 +185,8 @@ def test_batch_norm_over_two_ranks_is_that_of_the_whole_batch(two: list[dict[str
         torch.testing.assert_close(two[1]["sync"]["model"][name], state["model"][name], rtol=1e-3, atol=1e-4)
         assert torch.equal(two[0]["sync"]["model"][name], two[1]["sync"]["model"][name])
     name = names[0]
-    assert not torch.allclose(two[0]["ddp"]["model"][name], two[1]["ddp"]["model"][name], rtol=1e-3)  # each rank's own, without it
+    # each rank's own, without it
+    assert not torch.allclose(two[0]["ddp"]["model"][name], two[1]["ddp"]["model"][name], rtol=1e-3)
 
 
 @pytest.mark.parametrize("optimizer", ["SGD", "AdamW"])
@@ -204,7 +230,8 @@ def test_a_step_that_overflows_leaves_no_trace(kind: type[torch.optim.Optimizer]
 def test_compiling_leaves_names_and_losses_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
     compile_model, asked = torch.compile, []
 
-    def eagerly(model: nn.Module, **how: Any) -> Any:  # the graph is captured; no machine code, which takes a minute
+    # the graph is captured; no machine code, which takes a minute
+    def eagerly(model: nn.Module, **how: Any) -> Any:
         asked.append(how)
         return compile_model(model, backend="eager", dynamic=how["dynamic"])
 
@@ -227,7 +254,8 @@ def test_no_compiler_and_what_does_not_go_together_are_refused(monkeypatch: pyte
         TrainConfig(parallel="fsdp", yolo={"compile": True})
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("musgd", 10), ("SGD", 10), ("auto", 2500), ("auto", 2501)])  # 4 steps each
+# 4 steps each
+@pytest.mark.parametrize(("name", "epochs"), [("musgd", 10), ("SGD", 10), ("auto", 2500), ("auto", 2501)])
 def test_the_driver_knows_which_optimizer_the_workers_get(name: str, epochs: int) -> None:
     loop = make_loop(optimizer=name, epochs=epochs)
     args = settings({**YOLO, "optimizer": name, "epochs": epochs}, batch=BATCH)
@@ -239,14 +267,20 @@ def test_the_driver_knows_which_optimizer_the_workers_get(name: str, epochs: int
     ("train", "said"),
     [
         ({"yolo": {"optimizer": "MuSGD"}}, r"optimizer=MuSGD, and that .*: write train\.yolo\.optimizer=SGD"),
-        ({"yolo": {"epochs": 1001}}, r"optimizer=auto takes MuSGD for 10,010 steps, and that needs whole matrices: write"),
+        (
+            {"yolo": {"epochs": 1001}},
+            r"optimizer=auto takes MuSGD for 10,010 steps, and that needs whole matrices: write",
+        ),
         ({"yolo": {"epochs": 1001}, "num_workers": {"min": 1, "max": 2}}, "optimizer=auto takes MuSGD"),
         ({"yolo": {"epochs": 1000}}, None),
         ({"yolo": {"epochs": 1001, "fraction": 0.5}}, None),
         ({"yolo": {"epochs": 1001}, "num_workers": 1}, None),
         ({"yolo": {"epochs": 1001, "optimizer": "AdamW"}}, None),
         ({"yolo": {"epochs": 1001}, "parallel": "ddp"}, None),
-        ({"yolo": {"optimizer": "Adma"}, "parallel": "ddp"}, r"train\.yolo\.optimizer: Optimizer 'Adma' not found"),
+        (
+            {"yolo": {"optimizer": "Adma"}, "parallel": "ddp"},
+            r"train\.yolo\.optimizer: Optimizer 'Adma' not found",
+        ),
     ],
 )
 def test_what_fsdp_cannot_do_is_refused_before_anything_starts(
@@ -255,9 +289,9 @@ def test_what_fsdp_cannot_do_is_refused_before_anything_starts(
     section = {"model": "yolov8n.yaml", "parallel": "fsdp", "num_workers": 2, **train}
     config = RunConfig.model_validate({"name": "x", "storage": str(tmp_path), "train": section})
     shard = Shard(path="train/00000.parquet", num_bytes=1, sha256="", row_groups=(320, 320))
-    Manifest(task="detect", class_names=("a",), splits={"train": Split(shards=(shard,), num_images=640)}, source="").save(
-        config.dataset_folder
-    )
+    Manifest(
+        task="detect", class_names=("a",), splits={"train": Split(shards=(shard,), num_images=640)}, source=""
+    ).save(config.dataset_folder)
     monkeypatch.setattr(raypar.train.verify, "check_sizes", lambda *_: None)
     with pytest.raises(ValueError, match=said) if said else nullcontext():
         raypar.train.check(config)

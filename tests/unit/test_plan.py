@@ -58,7 +58,10 @@ def test_ranks_share_each_step_without_overlap_whatever_the_world_size(plan: Pla
 def test_a_resumed_plan_is_the_tail_of_the_whole(plan: Plan, data: st.DataObject) -> None:
     steps = data.draw(st.integers(0, plan.epochs * plan.steps_per_epoch))
     whole = np.concatenate([epoch_order(plan, e) for e in range(plan.epochs)])
-    tail = [rows_seen(plan, i.epoch, i.window)[i.skip_steps * plan.global_batch :] for i in plan.items(steps * plan.global_batch)]
+    tail = [
+        rows_seen(plan, i.epoch, i.window)[i.skip_steps * plan.global_batch :]
+        for i in plan.items(steps * plan.global_batch)
+    ]
     resumed = np.concatenate(tail) if tail else np.empty(0, int)
     assert resumed.tolist() == whole[steps * plan.global_batch :].tolist()
 
@@ -85,11 +88,19 @@ def test_validation_shares_cover_the_split_in_order(num_images: int, world_size:
 
 
 def test_a_plan_for_ten_million_images_is_small() -> None:
-    shards = tuple(Shard(path=f"train/{i:05d}.parquet", row_groups=(64,) * 50, num_bytes=1, sha256="") for i in range(3_125))
+    shards = tuple(
+        Shard(path=f"train/{i:05d}.parquet", row_groups=(64,) * 50, num_bytes=1, sha256="")
+        for i in range(3_125)
+    )
     split = Split(shards=shards, num_images=10_000_000)
     tracemalloc.start()
     began = time.process_time()
-    plan = Plan(row_groups=tuple(n for shard in shards for n in shard.row_groups), seed=0, global_batch=512, epochs=300)
+    plan = Plan(
+        row_groups=tuple(n for shard in shards for n in shard.row_groups),
+        seed=0,
+        global_batch=512,
+        epochs=300,
+    )
     groups = RowGroups(split)
     first = list(islice(plan.items(), 4096))
     last = plan.window(299, plan.windows_per_epoch - 1)
@@ -107,24 +118,38 @@ def test_a_plan_for_ten_million_images_is_small() -> None:
     began = time.process_time()
     for window in range(2000):
         plan.window(299, window)
-    assert time.process_time() - began < 2  # a row group's place is worked out once an epoch, not once a window
+    # a row group's place is worked out once an epoch, not once a window
+    assert time.process_time() - began < 2
 
 
 @given(st.lists(st.integers(1, 5), max_size=8))
 def test_row_groups_are_found_in_their_shards(counts: list[int]) -> None:
-    shards = tuple(Shard(path=str(i), row_groups=(4,) * count, num_bytes=1, sha256="") for i, count in enumerate(counts))
+    shards = tuple(
+        Shard(path=str(i), row_groups=(4,) * count, num_bytes=1, sha256="") for i, count in enumerate(counts)
+    )
     groups = RowGroups(Split(shards=shards))
     assert list(groups) == groups[:] == [(str(i), n) for i, count in enumerate(counts) for n in range(count)]
 
 
 @given(plans, st.sampled_from([1, 2, 4]), st.data())
-def test_ranks_shares_are_disjoint_and_cover_what_is_left_of_the_run(plan: Plan, world_size: int, data: st.DataObject) -> None:
+def test_ranks_shares_are_disjoint_and_cover_what_is_left_of_the_run(
+    plan: Plan, world_size: int, data: st.DataObject
+) -> None:
     if plan.global_batch % world_size:
         return
     cursor = plan.global_batch * data.draw(st.integers(0, plan.epochs * plan.steps_per_epoch))
-    whole = np.concatenate([epoch_order(plan, epoch) for epoch in range(plan.epochs)])[cursor:].reshape(-1, plan.global_batch)
-    seen = [rows_seen(plan, item.epoch, item.window)[item.skip_steps * plan.global_batch :] for item in plan.items(cursor)]
-    steps = np.concatenate(seen).reshape(-1, plan.global_batch) if seen else np.zeros((0, plan.global_batch), np.int64)
+    whole = np.concatenate([epoch_order(plan, epoch) for epoch in range(plan.epochs)])[cursor:].reshape(
+        -1, plan.global_batch
+    )
+    seen = [
+        rows_seen(plan, item.epoch, item.window)[item.skip_steps * plan.global_batch :]
+        for item in plan.items(cursor)
+    ]
+    steps = (
+        np.concatenate(seen).reshape(-1, plan.global_batch)
+        if seen
+        else np.zeros((0, plan.global_batch), np.int64)
+    )
     ranks = [steps[:, plan.share(rank, world_size)] for rank in range(world_size)]
     assert all(rank.shape[1] == plan.global_batch // world_size for rank in ranks)
     assert np.array_equal(np.concatenate(ranks, axis=1), whole)

@@ -56,7 +56,9 @@ def test_on_a_cpu_nothing_is_copied_ahead_or_by_another_thread() -> None:
     assert to_device({"img": image}, CPU)["img"] is image
 
 
-def test_a_batch_that_cannot_be_written_to_becomes_tensors_without_a_word(recwarn: pytest.WarningsRecorder) -> None:
+def test_a_batch_that_cannot_be_written_to_becomes_tensors_without_a_word(
+    recwarn: pytest.WarningsRecorder,
+) -> None:
     batch = Batch(
         0,
         0,
@@ -122,7 +124,9 @@ class Pretender(torch.Tensor):
         self.cuda.told.append(f"used by {stream.name}")
 
 
-def test_on_a_gpu_the_models_stream_waits_for_the_copy_and_keeps_its_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_a_gpu_the_models_stream_waits_for_the_copy_and_keeps_its_memory(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     cuda = Cuda()
     monkeypatch.setattr(prefetch.torch, "cuda", cuda)
     monkeypatch.setattr(Pretender, "cuda", cuda, raising=False)

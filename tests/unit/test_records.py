@@ -19,8 +19,11 @@ from raypar.dataset.ingest import ShardJob
 from raypar.dataset.records import Records
 from raypar.storage import Folder
 
-names = st.text(st.characters(exclude_categories=[]), max_size=8)  # lone surrogates too: bytes of a name that are no text
-labels: st.SearchStrategy[Any] = st.one_of(st.none(), names, st.integers(), st.tuples(names, st.lists(st.integers())))
+# lone surrogates too: bytes of a name that are no text
+names = st.text(st.characters(exclude_categories=[]), max_size=8)
+labels: st.SearchStrategy[Any] = st.one_of(
+    st.none(), names, st.integers(), st.tuples(names, st.lists(st.integers()))
+)
 records = st.lists(st.builds(Record, names, names, labels), max_size=20)
 
 

@@ -41,7 +41,10 @@ def no_hints() -> Iterator[None]:
 def store_of(root: Path, fs: pafs.FileSystem | None = None) -> Folder:
     """A store whose one bucket is a folder of the disk."""
     folder = Folder("store://bucket?endpoint_override=host")
-    folder.__dict__["_resolved"] = (fs or pafs.SubTreeFileSystem(str(root.parent), pafs.LocalFileSystem()), root.name)
+    folder.__dict__["_resolved"] = (
+        fs or pafs.SubTreeFileSystem(str(root.parent), pafs.LocalFileSystem()),
+        root.name,
+    )
     return folder
 
 
@@ -54,7 +57,8 @@ def listed(scan: Callable[..., Listing], place: Place, root: Path, *args: Any) -
 
     def plain(value: Any) -> Any:
         if isinstance(value, str):
-            return value.replace(f"{root.parent}/", "store://").replace(f"store://{root.name}", "ROOT")  # the bucket lies in the store
+            # the bucket lies in the store
+            return value.replace(f"{root.parent}/", "store://").replace(f"store://{root.name}", "ROOT")
         if isinstance(value, list | tuple):
             return tuple(plain(item) for item in value)
         return tuple((key, plain(item)) for key, item in value.items()) if isinstance(value, dict) else value
@@ -64,7 +68,8 @@ def listed(scan: Callable[..., Listing], place: Place, root: Path, *args: Any) -
     except ValueError as error:
         return plain(str(error))
     splits = {
-        split: [(plain(r.image_id), plain(r.image_path), plain(r.labels)) for r in records] for split, records in found.splits.items()
+        split: [(plain(r.image_id), plain(r.image_path), plain(r.labels)) for r in records]
+        for split, records in found.splits.items()
     }
     return found.class_names, splits, plain(found.notes), found.task, found.keypoint_shape, found.flip_idx
 
@@ -89,7 +94,11 @@ entries = st.sampled_from(
     st.sampled_from([None, ".", "sub", "none"]), st.lists(st.sampled_from(["./images/train/a.jpg", "images/val/b.png", "none.jpg", ""])),
 )  # fmt: skip
 def test_a_data_yaml_lists_the_same(
-    tmp_path_factory: pytest.TempPathFactory, found: dict[str, list[str]], named: dict[str, str], path: str | None, lines: list[str]
+    tmp_path_factory: pytest.TempPathFactory,
+    found: dict[str, list[str]],
+    named: dict[str, str],
+    path: str | None,
+    lines: list[str],
 ) -> None:
     root = tmp_path_factory.mktemp("r") / "set"
     home = root / "sub" if path == "sub" else root
@@ -113,9 +122,18 @@ def test_a_data_yaml_lists_the_same(
 
 
 @settings(deadline=None, max_examples=60)
-@given(st.dictionaries(parts.filter(lambda p: "." not in p), files, max_size=3), st.booleans(), st.booleans(), st.booleans())
+@given(
+    st.dictionaries(parts.filter(lambda p: "." not in p), files, max_size=3),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
 def test_voc_lists_the_same(
-    tmp_path_factory: pytest.TempPathFactory, found: dict[str, list[str]], has_splits: bool, has_classes: bool, is_damaged: bool
+    tmp_path_factory: pytest.TempPathFactory,
+    found: dict[str, list[str]],
+    has_splits: bool,
+    has_classes: bool,
+    is_damaged: bool,
 ) -> None:
     root = tmp_path_factory.mktemp("r") / "set"
     ids = sorted({folder + name for folder, some in found.items() for name in some})
@@ -138,7 +156,9 @@ def test_voc_lists_the_same(
 @given(
     st.dictionaries(st.sampled_from(["train", "val", "valid", "test", "images"]), st.dictionaries(st.sampled_from(["cat", "a dog", ".x"]), files, max_size=3))
 )  # fmt: skip
-def test_folders_of_classes_list_the_same(tmp_path_factory: pytest.TempPathFactory, found: dict[str, dict[str, list[str]]]) -> None:
+def test_folders_of_classes_list_the_same(
+    tmp_path_factory: pytest.TempPathFactory, found: dict[str, dict[str, list[str]]]
+) -> None:
     root = tmp_path_factory.mktemp("r") / "set"
     root.mkdir()
     for split, classes in found.items():
@@ -148,13 +168,19 @@ def test_folders_of_classes_list_the_same(tmp_path_factory: pytest.TempPathFacto
     assert listed(folders.scan, root, root, 3) == listed(folders.scan, remote_of(root), root, 3)
 
 
-@pytest.mark.parametrize("place", ["train2017", "images/train2017", "train", "images/train", "images", "annotations", "."])
+@pytest.mark.parametrize(
+    "place", ["train2017", "images/train2017", "train", "images/train", "images", "annotations", "."]
+)
 @pytest.mark.parametrize("source", ["", "annotations", "annotations/instances_train2017.json", "none"])
 def test_coco_lists_the_same(tmp_path: Path, place: str, source: str) -> None:
     root = tmp_path / "set"
     touch(root / place / "a.jpg")
     annotations = [{"image_id": 1, "category_id": 3, "bbox": [1, 2, 3, 4]}]
-    data = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": annotations, "categories": [{"id": 3, "name": "cat"}]}
+    data = {
+        "images": [{"id": 1, "file_name": "a.jpg"}],
+        "annotations": annotations,
+        "categories": [{"id": 3, "name": "cat"}],
+    }
     touch(root / "annotations" / "instances_train2017.json", json.dumps(data))
     assert listed(coco.scan, root / source, root) == listed(coco.scan, remote_of(root) / source, root)
 
@@ -165,7 +191,9 @@ def test_a_path_of_a_disk_leads_nowhere_in_a_store(tmp_path: Path, key: str, ent
     root = tmp_path / "set"
     touch(root / "images" / "a.jpg")
     touch(root / "list.txt", entry + "/a.jpg")
-    data = {"names": ["cat"], "train": "list.txt" if key == "list" else "images", "val": "images"} | ({key: entry} if key != "list" else {})
+    data = {"names": ["cat"], "train": "list.txt" if key == "list" else "images", "val": "images"} | (
+        {key: entry} if key != "list" else {}
+    )
     touch(root / "data.yaml", json.dumps(data))
     with pytest.raises(ValueError, match=f"names {entry}.* not in this store: write it relative"):
         yolo.scan(remote_of(root))
@@ -207,7 +235,9 @@ class Flaky(pafs.FileSystemHandler):  # type: ignore[misc]
     def _no(self, *_: Any) -> Any:
         raise AssertionError("a source is never written")
 
-    normalize_path = create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = delete_file = move = copy_file = _no
+    normalize_path = create_dir = delete_dir = delete_dir_contents = delete_root_dir_contents = (
+        delete_file
+    ) = move = copy_file = _no
     open_input_stream = open_output_stream = open_append_stream = _no
 
 
@@ -233,7 +263,17 @@ def yolo_set(root: Path, num_images: int = 30) -> Path:
 
 
 def job_of(listing: Listing, out: Path, source: Folder | None) -> ShardJob:
-    return ShardJob(Folder.at(out), "train/0.parquet", "train", "yolo", 1, tuple(listing.splits["train"]), 8, 10**6, source=source)
+    return ShardJob(
+        Folder.at(out),
+        "train/0.parquet",
+        "train",
+        "yolo",
+        1,
+        tuple(listing.splits["train"]),
+        8,
+        10**6,
+        source=source,
+    )
 
 
 def test_a_shard_of_a_store_is_that_of_the_disk(tmp_path: Path, hurried: None) -> None:
@@ -249,7 +289,9 @@ def test_a_shard_of_a_store_is_that_of_the_disk(tmp_path: Path, hurried: None) -
 
 
 @pytest.mark.parametrize("reason", ["503 SlowDown", "ACCESS_DENIED"])
-def test_a_store_that_fails_stops_the_shard_and_rejects_nothing(tmp_path: Path, hurried: None, reason: str) -> None:
+def test_a_store_that_fails_stops_the_shard_and_rejects_nothing(
+    tmp_path: Path, hurried: None, reason: str
+) -> None:
     root = yolo_set(tmp_path / "set")
     handler = Flaky(root)
     store = store_of(root, pafs.PyFileSystem(handler))
@@ -268,13 +310,24 @@ def test_a_folder_is_asked_for_once(tmp_path: Path) -> None:
     place = RemotePath(Tree(store_of(root, pafs.PyFileSystem(handler))), root.name)
     records = Records.of(yolo.scan(place).splits["train"])
     template = ShardJob(Folder.at(tmp_path / "out"), "", "", "yolo", 1, (), 8, 10**6, source=place.tree.store)
-    made, _ = shards.portions({"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree)
+    made, _ = shards.portions(
+        {"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree
+    )
     assert sum(len(portion.rows) for portion in made) == 30
     assert sorted(handler.asked) == sorted(
-        ["list set", "list set/images/train", "list set/labels/train", "read set/data.yaml", "read set/train.txt"]
+        [
+            "list set",
+            "list set/images/train",
+            "list set/labels/train",
+            "read set/data.yaml",
+            "read set/train.txt",
+        ]
     )
     size = (root / "images" / "train" / "001.png").stat()
-    assert place.tree.file_info("store://set/images/train/001.png") == (size.st_size, pytest.approx(size.st_mtime))
+    assert place.tree.file_info("store://set/images/train/001.png") == (
+        size.st_size,
+        pytest.approx(size.st_mtime),
+    )
     assert place.tree.file_info("store://set/images/train/003.png") is None
 
 
@@ -284,8 +337,12 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
     def fingerprint() -> str:
         place = remote_of(root)
         records = Records.of(yolo.scan(place).splits["train"])
-        template = ShardJob(Folder.at(tmp_path / "out"), "", "", "yolo", 1, (), 8, 10**6, source=place.tree.store)
-        made, _ = shards.portions({"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree)
+        template = ShardJob(
+            Folder.at(tmp_path / "out"), "", "", "yolo", 1, (), 8, 10**6, source=place.tree.store
+        )
+        made, _ = shards.portions(
+            {"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree
+        )
         return made[0].fingerprint
 
     before = fingerprint()
@@ -298,14 +355,18 @@ def test_too_large_files_are_set_aside_unread(tmp_path: Path, monkeypatch: pytes
     root = yolo_set(tmp_path / "set")
     monkeypatch.setattr(ingest, "MAX_FILE_BYTES", 1)
     monkeypatch.setattr(ingest, "MAX_LABEL_BYTES", 1)
-    found = ingest._fetch(store_of(root), Record("x", "store://set/images/train/001.png", "store://set/labels/train/001.txt"))
+    found = ingest._fetch(
+        store_of(root), Record("x", "store://set/images/train/001.png", "store://set/labels/train/001.txt")
+    )
     assert [str(error) for error in found.values()] == ["file has 0 MB, more than 0"] * 2
     with pytest.raises(ValueError, match="label file has 0 MB"):
         yolo.read_labels(Record("x", "", "store://set/labels/train/001.txt"), 1, (20, 30), fetched=found)
 
 
 def test_a_store_that_there_is_not_is_said_in_one_line() -> None:
-    with pytest.raises(ValueError, match=r"prepare\.source nothing://x/data.yaml cannot be reached: ") as raised:
+    with pytest.raises(
+        ValueError, match=r"prepare\.source nothing://x/data.yaml cannot be reached: "
+    ) as raised:
         place_of("nothing://x/data.yaml")
     assert "\n" not in str(raised.value)
 
@@ -315,7 +376,9 @@ def test_a_path_in_the_store_is_followed(tmp_path: Path, path: str) -> None:
     root = tmp_path / "set"
     touch(root / "deep" / "images" / "a.jpg")
     touch(root / "deep" / "labels" / "a.txt")
-    touch(root / "data.yaml", json.dumps({"names": ["cat"], "path": path, "train": "images", "val": "images"}))
+    touch(
+        root / "data.yaml", json.dumps({"names": ["cat"], "path": path, "train": "images", "val": "images"})
+    )
     assert yolo.scan(remote_of(root)).splits["train"][0].image_path == "store://set/deep/images/a.jpg"
 
 
@@ -324,7 +387,10 @@ def test_keys_in_a_uri_are_not_shown() -> None:
 
 
 def test_a_uri_of_no_store_is_said_in_one_line_without_its_keys(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"https://host/a\.jpg cannot be opened: .*there are paths, and the stores of pyarrow") as caught:
+    with pytest.raises(
+        ValueError,
+        match=r"https://host/a\.jpg cannot be opened: .*there are paths, and the stores of pyarrow",
+    ) as caught:
         list_source("https://me:secret@host/a.jpg", Folder.at(tmp_path))
     assert "secret" not in str(caught.value)
 
@@ -335,7 +401,9 @@ def test_file_uris_are_local(tmp_path: Path) -> None:
 
 def test_what_was_checked_is_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = yolo_set(tmp_path / "set")
-    config = RunConfig.model_validate({"name": "x", "storage": str(tmp_path), "prepare": {"source": str(root)}})
+    config = RunConfig.model_validate(
+        {"name": "x", "storage": str(tmp_path), "prepare": {"source": str(root)}}
+    )
     scans = []
     scan = yolo.scan
     monkeypatch.setattr(yolo, "scan", lambda *args: scans.append(args) or scan(*args))
@@ -355,7 +423,11 @@ def test_prepare_stops_when_too_many_are_bad_for_certain(
 ) -> None:
     made = [shards.Portion(f"train/{i:05d}.parquet", "train", np.arange(10), "") for i in range(10)]
     bad = [{"split": "train", "image_id": "x", "file": "x", "reason": "bad"}] * 10
-    monkeypatch.setattr(shards, "write", lambda due, *_: ((portion, ShardReport("train", rejected=list(bad))) for portion in due))
+    monkeypatch.setattr(
+        shards,
+        "write",
+        lambda due, *_: ((portion, ShardReport("train", rejected=list(bad))) for portion in due),
+    )
     template = ShardJob(Folder.at(tmp_path), "", "", "yolo", 1, (), 8, 10**6)
     found = prepare._write(made, {}, template, max_rejected * 100)
     assert list(found) == [portion.path for portion in made[:num_tried]]

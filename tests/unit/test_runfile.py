@@ -152,11 +152,19 @@ def test_no_suggestion_is_refused(write) -> None:
 
 def test_every_pattern_is_said_in_words() -> None:
     sections = {
-        name: section for name, field in runfile.RunConfig.model_fields.items() if (section := runfile._section_in(field.annotation))
+        name: section
+        for name, field in runfile.RunConfig.model_fields.items()
+        if (section := runfile._section_in(field.annotation))
     }
     fields = dict(runfile.RunConfig.model_fields)
-    fields |= {f"{name}.{key}": field for name, section in sections.items() for key, field in section.model_fields.items()}
-    assert {key for key, field in fields.items() if any(getattr(m, "pattern", None) for m in field.metadata)} == set(runfile.PATTERNS)
+    fields |= {
+        f"{name}.{key}": field
+        for name, section in sections.items()
+        for key, field in section.model_fields.items()
+    }
+    assert {
+        key for key, field in fields.items() if any(getattr(m, "pattern", None) for m in field.metadata)
+    } == set(runfile.PATTERNS)
 
 
 @pytest.mark.parametrize(
@@ -175,12 +183,15 @@ def test_a_file_of_ultralytics_is_no_run_file(write, text: str, message: str) ->
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("content", [b"PK\x03\x04\x80\xff", b"abcd\x00", "nam\xe9: a\n".encode("latin-1") * 2])
+@pytest.mark.parametrize(
+    "content", [b"PK\x03\x04\x80\xff", b"abcd\x00", "nam\xe9: a\n".encode("latin-1") * 2]
+)
 def test_a_binary_file_is_no_run_file(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "x.pt"
     path.write_bytes(content)
     with pytest.raises(
-        ValueError, match=r"x\.pt: no run file: byte [0-9] is no text in UTF-8 \(a run file names weights, as train\.model\)$"
+        ValueError,
+        match=r"x\.pt: no run file: byte [0-9] is no text in UTF-8 \(a run file names weights, as train\.model\)$",
     ):
         load(path)
 
@@ -218,12 +229,17 @@ def test_overrides_win_and_the_later_one_too(write) -> None:
 
 
 def test_override_replaces_a_short_form(write) -> None:
-    config = load(write("name: a\nserve: {num_replicas: 1}\n"), ["serve.num_replicas.min=2", "serve.num_replicas.max=4"])
+    config = load(
+        write("name: a\nserve: {num_replicas: 1}\n"), ["serve.num_replicas.min=2", "serve.num_replicas.max=4"]
+    )
     assert config.serve.num_replicas.model_dump() == {"min": 2, "max": 4}  # type: ignore[union-attr]
 
 
 def test_override_splits_at_the_first_equals_sign() -> None:
-    assert parse_override("predict.source=s3://bucket/a=b?c=d") == (("predict", "source"), "s3://bucket/a=b?c=d")
+    assert parse_override("predict.source=s3://bucket/a=b?c=d") == (
+        ("predict", "source"),
+        "s3://bucket/a=b?c=d",
+    )
 
 
 @pytest.mark.parametrize("text", ["train", "=3", "train.=3", ".x=3", ""])
@@ -234,7 +250,10 @@ def test_what_is_no_override(text: str) -> None:
 
 def test_override_errors_name_the_override(write) -> None:
     path = write("name: a\ntrain:\n  batch: 8\n")
-    with pytest.raises(ValueError, match=r"^train\.num_worker=2: train\.num_worker: no such setting; did you mean 'num_workers'\?$"):
+    with pytest.raises(
+        ValueError,
+        match=r"^train\.num_worker=2: train\.num_worker: no such setting; did you mean 'num_workers'\?$",
+    ):
         load(path, ["train.num_worker=2"])
     with pytest.raises(ValueError, match=r"^train\.batch=\[1: the value is not YAML"):
         load(path, ["train.batch=[1"])
@@ -287,12 +306,18 @@ SCALARS = (
 @settings(deadline=None)
 @given(
     st.dictionaries(
-        st.from_regex("[a-z][a-z0-9]{0,8}", fullmatch=True).filter(lambda k: k not in runfile.RunConfig.model_fields), SCALARS, max_size=5
+        st.from_regex("[a-z][a-z0-9]{0,8}", fullmatch=True).filter(
+            lambda k: k not in runfile.RunConfig.model_fields
+        ),
+        SCALARS,
+        max_size=5,
     )
 )
 def test_dump_reads_back_to_the_same(extra: dict[str, object]) -> None:
     from raypar.config import OWNED_BY_RAYPAR
 
     yolo = {k: v for k, v in extra.items() if k not in OWNED_BY_RAYPAR}
-    config = runfile.RunConfig.model_validate({"name": "x", "train": {"yolo": {**yolo, "text": "1e-3", "word": "off", "time": "1:30"}}})
+    config = runfile.RunConfig.model_validate(
+        {"name": "x", "train": {"yolo": {**yolo, "text": "1e-3", "word": "off", "time": "1:30"}}}
+    )
     assert runfile.RunConfig.model_validate(yaml.load(dump(config), Loader)) == config

@@ -44,14 +44,21 @@ class FakeDetector:
         if self.is_broken:
             raise RuntimeError("the model failed")
 
-    def __call__(self, images: Sequence[Any], *, conf: Any = None, iou: Any = None, max_det: Any = None) -> list[Detections]:
+    def __call__(
+        self, images: Sequence[Any], *, conf: Any = None, iou: Any = None, max_det: Any = None
+    ) -> list[Detections]:
         self.batches.append(len(images))
         time.sleep(self.seconds)
         if self.is_broken or any((image == (255, 0, 0)).all() for image in images):
             raise RuntimeError("the model failed")
         confs = conf or [0.5] * len(images)
         return [
-            Detections(np.array([[1, 2, 3.3, 4]], np.float32), np.array([1], np.int32), np.array([c], np.float32), image.shape[:2])
+            Detections(
+                np.array([[1, 2, 3.3, 4]], np.float32),
+                np.array([1], np.int32),
+                np.array([c], np.float32),
+                image.shape[:2],
+            )
             for image, c in zip(images, confs, strict=True)
         ]
 
@@ -86,7 +93,9 @@ class FakeService:
 
 
 def client_of(service: FakeService, keys: Sequence[str] = (), **limits: Any) -> TestClient:
-    api = build_api(service.detect, service.annotate, service.info, Limits(**limits), [digest(key) for key in keys])
+    api = build_api(
+        service.detect, service.annotate, service.info, Limits(**limits), [digest(key) for key in keys]
+    )
     return TestClient(api, raise_server_exceptions=False)
 
 
@@ -103,16 +112,24 @@ def client(service: FakeService) -> TestClient:
 def is_problem(response: Any, status: int) -> bool:
     body = response.json()
     is_typed = response.headers["content-type"] == "application/problem+json"
-    return is_typed and response.status_code == status == body["status"] and {"type", "title", "detail"} <= set(body)
+    return (
+        is_typed
+        and response.status_code == status == body["status"]
+        and {"type", "title", "detail"} <= set(body)
+    )
 
 
 # --- routes ------------------------------------------------------------------------------------------------------------------------------
 
 
-def test_detect_answers_as_documented_and_passes_the_bytes_and_thresholds_on(client: TestClient, service: FakeService) -> None:
+def test_detect_answers_as_documented_and_passes_the_bytes_and_thresholds_on(
+    client: TestClient, service: FakeService
+) -> None:
     data = encode_png(IMAGE)
 
-    response = client.post("/v1/detect?conf=0.1&iou=0.2&max_det=7", content=data, headers={"Content-Type": "image/png"})
+    response = client.post(
+        "/v1/detect?conf=0.1&iou=0.2&max_det=7", content=data, headers={"Content-Type": "image/png"}
+    )
 
     assert response.status_code == 200, response.text
     assert response.json() == {
@@ -128,7 +145,9 @@ def test_a_form_is_the_same_request(client: TestClient, service: FakeService) ->
     data = encode_png(IMAGE)
 
     as_body = client.post("/v1/detect", content=data, headers={"Content-Type": "image/png"})
-    as_form = client.post("/v1/detect", files={"image": ("x.png", data, "image/png")}, data={"note": "unused"})
+    as_form = client.post(
+        "/v1/detect", files={"image": ("x.png", data, "image/png")}, data={"note": "unused"}
+    )
 
     assert as_form.json() == as_body.json()
     assert service.calls == [(data, 0.25, 0.7, 300)] * 2  # the defaults
@@ -145,10 +164,20 @@ def test_model_probes_page_and_schema(client: TestClient) -> None:
     assert client.get("/v1/model").json() == {
         **MODEL, "task": "detect", "class_names": ["cat", "dog"], "imgsz": 32, "conf": 0.25, "iou": 0.7, "max_det": 300
     }  # fmt: skip
-    assert client.get("/livez").status_code == client.get("/readyz").status_code == client.get("/docs").status_code == 200
+    assert (
+        client.get("/livez").status_code
+        == client.get("/readyz").status_code
+        == client.get("/docs").status_code
+        == 200
+    )
     schema = client.get("/openapi.json").json()
-    assert set(schema["paths"]["/v1/detect"]["post"]["requestBody"]["content"]) == {"image/*", "multipart/form-data"}
-    assert {"400", "401", "413", "415", "422", "503", "504"} <= set(schema["paths"]["/v1/annotate"]["post"]["responses"])
+    assert set(schema["paths"]["/v1/detect"]["post"]["requestBody"]["content"]) == {
+        "image/*",
+        "multipart/form-data",
+    }
+    assert {"400", "401", "413", "415", "422", "503", "504"} <= set(
+        schema["paths"]["/v1/annotate"]["post"]["responses"]
+    )
 
 
 def test_the_page_is_whole_and_loads_nothing_from_elsewhere(client: TestClient) -> None:
@@ -174,7 +203,10 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(client: TestClient) 
         (400, {"content": b"no form", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}),
         (400, {"content": b"no form", "headers": {"Content-Type": "multipart/form-data"}}),
         (415, {"content": encode_jpeg(IMAGE)}),
-        (415, {"content": encode_jpeg(IMAGE), "headers": {"Content-Type": "application/x-www-form-urlencoded"}}),
+        (
+            415,
+            {"content": encode_jpeg(IMAGE), "headers": {"Content-Type": "application/x-www-form-urlencoded"}},
+        ),
         (415, {"json": {"url": "file:///etc/passwd"}}),
         (422, {"files": {"picture": ("x.jpg", encode_jpeg(IMAGE), "image/jpeg")}}),
         (422, {"data": {"image": "text"}, "files": {"other": b"x"}}),
@@ -207,17 +239,26 @@ def test_too_many_bytes_are_refused_while_they_arrive(service: FakeService) -> N
 
     assert is_problem(client.post("/v1/detect", content=bytes(100_001), headers=JPEG), 413)
     assert is_problem(client.post("/v1/detect", content=chunks(), headers=JPEG), 413)  # no content-length
-    assert is_problem(client.post("/v1/detect", files={"image": ("x.jpg", bytes(100_001), "image/jpeg")}), 413)
-    assert is_problem(client.post("/v1/detect", files={"image": ("x.jpg", bytes(900_001), "image/jpeg")}), 413)
+    assert is_problem(
+        client.post("/v1/detect", files={"image": ("x.jpg", bytes(100_001), "image/jpeg")}), 413
+    )
+    assert is_problem(
+        client.post("/v1/detect", files={"image": ("x.jpg", bytes(900_001), "image/jpeg")}), 413
+    )
     assert service.calls == []
 
 
 def test_too_many_pixels_are_refused_by_the_header(service: FakeService) -> None:
     black = encode_png(np.zeros((1001, 1000, 3), np.uint8))
 
-    assert is_problem(client_of(service, max_pixels=1_000_000).post("/v1/detect", content=black, headers=JPEG), 413)
+    assert is_problem(
+        client_of(service, max_pixels=1_000_000).post("/v1/detect", content=black, headers=JPEG), 413
+    )
     assert service.calls == []
-    assert client_of(service, max_pixels=1_001_000).post("/v1/detect", content=black, headers=JPEG).status_code == 200
+    assert (
+        client_of(service, max_pixels=1_001_000).post("/v1/detect", content=black, headers=JPEG).status_code
+        == 200
+    )
 
 
 def test_full_slow_and_failing_services(service: FakeService) -> None:
@@ -254,7 +295,13 @@ def test_an_upload_that_stalls_is_given_up(service: FakeService) -> None:
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/detect", "query_string": b"", "headers": [(b"content-type", b"image/jpeg")]}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/detect",
+        "query_string": b"",
+        "headers": [(b"content-type", b"image/jpeg")],
+    }
     asyncio.run(api(scope, receive, send))
     assert sent[0]["status"] == 408
 
@@ -266,8 +313,15 @@ def test_keys(service: FakeService) -> None:
     client = client_of(service, keys=["one", "two"])
     send: dict[str, Any] = {"content": encode_jpeg(IMAGE)}
 
-    for wrong in ({}, {"X-API-Key": "three"}, {"Authorization": "Bearer on"}, {"Authorization": "Basic one"}, {"X-API-Key": ""}):
-        response = client.post("/v1/detect?conf=9", **send, headers=JPEG | wrong)  # the key comes before everything else
+    for wrong in (
+        {},
+        {"X-API-Key": "three"},
+        {"Authorization": "Bearer on"},
+        {"Authorization": "Basic one"},
+        {"X-API-Key": ""},
+    ):
+        # the key comes before everything else
+        response = client.post("/v1/detect?conf=9", **send, headers=JPEG | wrong)
         assert is_problem(response, 401)
         assert response.headers["www-authenticate"].startswith("Bearer")
         assert is_problem(client.get("/v1/model", headers=wrong), 401)
@@ -279,7 +333,9 @@ def test_keys(service: FakeService) -> None:
 
 
 def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    config = RunConfig.model_validate({"name": "run", "storage": str(tmp_path), "serve": {"api_key_env": "SOME_KEYS"}})
+    config = RunConfig.model_validate(
+        {"name": "run", "storage": str(tmp_path), "serve": {"api_key_env": "SOME_KEYS"}}
+    )
     with pytest.raises(ValueError, match=r"train first.*serve\.weights"):
         raypar.serve.check(config)
     (config.folder / "train").write("best.pt", b"")
@@ -294,7 +350,9 @@ def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "no.such.host.invalid"])
-def test_a_port_that_is_taken_is_said_before_ray_starts(host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said_before_ray_starts(
+    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         serve = {"host": host, "port": taken.getsockname()[1]}
@@ -370,14 +428,18 @@ def detectors(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> dict[str, Fake
     return known
 
 
-def test_a_broken_image_and_a_failing_one_fail_alone(detectors: dict[str, FakeDetector], tmp_path: Path) -> None:
+def test_a_broken_image_and_a_failing_one_fail_alone(
+    detectors: dict[str, FakeDetector], tmp_path: Path
+) -> None:
     red = encode_png(np.full((8, 8, 3), (255, 0, 0), np.uint8))
     images = [encode_png(IMAGE), b"broken", red, *[encode_png(IMAGE)] * 5]
 
     async def scene() -> list[Any]:
         one = Replica({"max_batch_size": 8, "batch_wait_s": 0.2}, "cpu")
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
-        return await asyncio.gather(*(one.detect(data, i / 10, 0.7, 10) for i, data in enumerate(images)), return_exceptions=True)
+        return await asyncio.gather(
+            *(one.detect(data, i / 10, 0.7, 10) for i, data in enumerate(images)), return_exceptions=True
+        )
 
     answers = asyncio.run(scene())
 
@@ -390,7 +452,9 @@ def test_a_broken_image_and_a_failing_one_fail_alone(detectors: dict[str, FakeDe
         assert answers[i].body["image"] == {"height": 48, "width": 64}
 
 
-def test_weights_are_swapped_beside_running_requests(detectors: dict[str, FakeDetector], tmp_path: Path) -> None:
+def test_weights_are_swapped_beside_running_requests(
+    detectors: dict[str, FakeDetector], tmp_path: Path
+) -> None:
     detectors["a"].seconds = 0.2
 
     async def scene() -> None:
@@ -432,7 +496,9 @@ def test_an_export_folder_is_copied_whole(tmp_path: Path) -> None:
     assert replica.download(str(source), tmp_path / "again")[1] != sha256
 
 
-def test_health_is_lost_only_when_the_model_fails_by_itself(detectors: dict[str, FakeDetector], tmp_path: Path) -> None:
+def test_health_is_lost_only_when_the_model_fails_by_itself(
+    detectors: dict[str, FakeDetector], tmp_path: Path
+) -> None:
     async def scene() -> None:
         one = Replica({}, "cpu")
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
@@ -463,7 +529,8 @@ def test_the_model_does_not_block_the_event_loop(detectors: dict[str, FakeDetect
         assert decode(answer.jpeg).shape == IMAGE.shape
 
     asyncio.run(scene())
-    assert threading.active_count() <= num_threads + 2 + replica.IMAGE_THREADS  # one that loads, one for the model, some for images
+    # one that loads, one for the model, some for images
+    assert threading.active_count() <= num_threads + 2 + replica.IMAGE_THREADS
 
 
 # --- the deploy file ---------------------------------------------------------------------------------------------------------------------

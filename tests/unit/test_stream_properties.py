@@ -34,21 +34,32 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def split_of(folder: Path, num_images: int, rows_per_group: int) -> tuple[Folder, Split]:
     dataset = Folder.at(folder / f"{num_images}-{rows_per_group}")
     records = tuple(Record(f"{i}.jpg", "", i) for i in range(num_images))
-    job = ShardJob(dataset, "train/00000.parquet", "train", "shapes", 4, records, rows_per_group, 10**6, 0, (24, 32))
+    job = ShardJob(
+        dataset, "train/00000.parquet", "train", "shapes", 4, records, rows_per_group, 10**6, 0, (24, 32)
+    )
     report = write_shard(job)
     assert report.shard is not None
     return dataset, Split(shards=(report.shard,), num_images=num_images)
 
 
-def spec_of(folder: Path, num_images: int, rows_per_group: int, world_size: int, percent: int = 100, **plan: int) -> StreamSpec:
+def spec_of(
+    folder: Path, num_images: int, rows_per_group: int, world_size: int, percent: int = 100, **plan: int
+) -> StreamSpec:
     dataset, split = split_of(folder, num_images, rows_per_group)
     made = Plan(first_images(split.shards[0].row_groups, percent / 100), **plan)  # type: ignore[arg-type]
-    return StreamSpec.of(dataset, split, made, RECIPE, mosaic_epochs=1, albumentations=[], world_size=world_size)
+    return StreamSpec.of(
+        dataset, split, made, RECIPE, mosaic_epochs=1, albumentations=[], world_size=world_size
+    )
 
 
 def stream(spec: StreamSpec, cursor: int = 0) -> list[Batch]:
     """What the workers are dealt, through packed blocks, in the order of steps and ranks."""
-    batches = (batch for item in spec.plan.items(cursor) for block in blocks(spec, item) for batch in unpack(pack(block)))
+    batches = (
+        batch
+        for item in spec.plan.items(cursor)
+        for block in blocks(spec, item)
+        for batch in unpack(pack(block))
+    )
     return sorted(batches, key=lambda b: (b.epoch, b.step, b.rank))
 
 
@@ -73,7 +84,9 @@ cases = st.fixed_dictionaries(
 
 @settings(max_examples=25)
 @given(cases, st.data())
-def test_the_stream_from_a_cursor_is_the_tail_of_the_whole_byte_for_byte(folder: Path, case: dict[str, int], data: st.DataObject) -> None:
+def test_the_stream_from_a_cursor_is_the_tail_of_the_whole_byte_for_byte(
+    folder: Path, case: dict[str, int], data: st.DataObject
+) -> None:
     spec = spec_of(folder, world_size=1, **case)
     steps = data.draw(st.integers(0, spec.plan.epochs * spec.plan.steps_per_epoch))
     whole, tail = stream(spec), stream(spec, steps * spec.plan.global_batch)
@@ -89,10 +102,14 @@ def test_one_two_and_four_workers_see_the_same_global_batches(folder: Path, case
         assert len(dealt) == world_size * len(alone)
         for step, one in enumerate(alone):
             ranks = dealt[step * world_size : (step + 1) * world_size]
-            assert [(b.epoch, b.step, b.rank) for b in ranks] == [(one.epoch, one.step, rank) for rank in range(world_size)]
+            assert [(b.epoch, b.step, b.rank) for b in ranks] == [
+                (one.epoch, one.step, rank) for rank in range(world_size)
+            ]
             per_rank = case["global_batch"] // world_size
             for name in ("images", "rows", "class_ids", "boxes_xywhn"):
-                assert np.array_equal(np.concatenate([getattr(b, name) for b in ranks]), getattr(one, name)), name
+                assert np.array_equal(
+                    np.concatenate([getattr(b, name) for b in ranks]), getattr(one, name)
+                ), name
             index = np.concatenate([b.image_index + rank * per_rank for rank, b in enumerate(ranks)])
             assert np.array_equal(index, one.image_index)
 
@@ -105,7 +122,8 @@ def test_every_image_is_seen_once_an_epoch(folder: Path, case: dict[str, int]) -
     for epoch in range(spec.plan.epochs):
         rows = np.concatenate([batch.rows for batch in batches if batch.epoch == epoch])
         assert len(rows) == spec.plan.positions_per_epoch
-        num_images = max(1, round(case["num_images"] * case["percent"] / 100))  # the first ones, as Ultralytics' fraction
+        # the first ones, as Ultralytics' fraction
+        num_images = max(1, round(case["num_images"] * case["percent"] / 100))
         counts = np.bincount(rows, minlength=num_images)
         assert len(counts) == num_images
         assert counts.min() >= 1
@@ -113,21 +131,31 @@ def test_every_image_is_seen_once_an_epoch(folder: Path, case: dict[str, int]) -
 
 
 @given(
-    st.lists(st.lists(st.binary(max_size=5), max_size=4), max_size=3), st.integers(0, 4), st.sampled_from([pa.binary(), pa.large_binary()])
+    st.lists(st.lists(st.binary(max_size=5), max_size=4), max_size=3),
+    st.integers(0, 4),
+    st.sampled_from([pa.binary(), pa.large_binary()]),
 )
-def test_cells_are_the_values_of_a_column_and_not_copies(chunks: list[list[bytes]], start: int, dtype: pa.DataType) -> None:
+def test_cells_are_the_values_of_a_column_and_not_copies(
+    chunks: list[list[bytes]], start: int, dtype: pa.DataType
+) -> None:
     column = pa.chunked_array([pa.array(chunk, dtype) for chunk in chunks], dtype).slice(start)
     assert [cell.to_pybytes() for cell in cells(column)] == column.to_pylist()
     whole = {chunk.buffers()[2].address: chunk.buffers()[2] for chunk in column.chunks if chunk.buffers()[2]}
-    assert all(any(a <= cell.address <= a + b.size for a, b in whole.items()) for cell in cells(column) if cell.size)
+    assert all(
+        any(a <= cell.address <= a + b.size for a, b in whole.items()) for cell in cells(column) if cell.size
+    )
 
 
 @given(st.integers(1, 4096), st.integers(0, 2048), st.integers(0, 10**7))
-def test_more_cpus_may_look_further_ahead_within_half_of_the_object_stores(window_images: int, cpus: int, store_images: int) -> None:
+def test_more_cpus_may_look_further_ahead_within_half_of_the_object_stores(
+    window_images: int, cpus: int, store_images: int
+) -> None:
     found = look_ahead_images(window_images, cpus, store_images)
     assert 1 <= found <= max(1, store_images // 2)
     assert found <= look_ahead_images(window_images, cpus + 1, store_images)
     if store_images > 10**6:
         assert found >= min(LOOK_AHEAD_IMAGES, store_images // 2)
     if 2 * 8 * cpus * window_images < store_images and cpus > 4:
-        assert found / window_images / 2.7 >= cpus / 4, "no CPU is idle for want of room, whatever Ray Data keeps back"
+        assert found / window_images / 2.7 >= cpus / 4, (
+            "no CPU is idle for want of room, whatever Ray Data keeps back"
+        )

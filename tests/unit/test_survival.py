@@ -40,9 +40,13 @@ CLASSES, BATCH, IMGSZ, STEPS = ("a", "b"), 4, 64, 3
 
 def make_loop(world_size: int = 1) -> Loop:
     """yolov8n at 64 px; three steps an epoch, gradients of up to four added up."""
-    manifest = Manifest(task="detect", class_names=CLASSES, splits={"train": Split(num_images=STEPS * BATCH)}, source="")
+    manifest = Manifest(
+        task="detect", class_names=CLASSES, splits={"train": Split(num_images=STEPS * BATCH)}, source=""
+    )
     yolo = {"epochs": 4, "imgsz": IMGSZ, "nbs": 4 * BATCH, "warmup_epochs": 1.0}
-    lender = Lender(yolo, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    lender = Lender(
+        yolo, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )
     torch.set_num_threads(1)
     return Loop(lender, num_images=STEPS * BATCH, steps_per_epoch=STEPS, world_size=world_size)
 
@@ -61,7 +65,9 @@ def test_trains_cleaner_is_told_which_cluster_it_is_in(monkeypatch: pytest.Monke
     told: dict[str, str] = {}
     monkeypatch.setattr(ray, "get_runtime_context", lambda: SimpleNamespace(gcs_address="10.0.0.1:6379"))
     monkeypatch.setattr(ray.train.torch.TorchTrainer, "_initialize_and_run_controller", lambda self, **_: told.update(constants.get_env_vars_to_propagate()))  # fmt: skip
-    trainer = launch.Trainer(run_id="x", world_sizes=[1], placement_timeout_s=1.0, train_loop_per_worker=print)
+    trainer = launch.Trainer(
+        run_id="x", world_sizes=[1], placement_timeout_s=1.0, train_loop_per_worker=print
+    )
     monkeypatch.setattr(launch.pulse, "clear", lambda *_: None)
     trainer._initialize_and_run_controller()
     assert told["RAY_API_SERVER_ADDRESS"] == "10.0.0.1:6379"
@@ -159,7 +165,9 @@ def test_gradients_that_wait_may_overflow_only_where_the_scaler_leaves_such_an_u
     assert checkpoint.is_finite(state)
 
 
-def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_newest_checkpoints_are_kept_and_a_damaged_one_is_passed_over(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     out = Folder.at(tmp_path)
     for cursor in (8, 16, 24):
         checkpoint.write(out, {"cursor": cursor}, keep=2)
@@ -181,20 +189,27 @@ def _ranks(rank: int, path: str, results: Any) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
     agreement = Agreement(2, 30)
     agreed = [
-        sorted(agreement.step({"save"} if (rank, step) == (0, 1) else {"nan"} if (rank, step) == (1, 2) else ())) for step in range(4)
+        sorted(
+            agreement.step({"save"} if (rank, step) == (0, 1) else {"nan"} if (rank, step) == (1, 2) else ())
+        )
+        for step in range(4)
     ]
     agreed.append(sorted(agreement.last()))
     epoch = Epoch(6, {"losses": {"box": 4.0}, "num_steps": 2, "num_replaced": 1, "times_seen": np.array([1, 1, 0, 0, 0, 0], np.uint8),
                       "wait_s": 1.0, "step_s": 1.0, "seconds": 5.0})  # fmt: skip
     rows = np.array([[2, 3], [4, 0]][rank])
-    epoch.stepped({"box": torch.tensor(1.0 + rank)}, Batch(0, 2, rank, *[np.empty(0)] * 4, rows, num_replaced=rank))  # type: ignore[arg-type]
+    epoch.stepped(
+        {"box": torch.tensor(1.0 + rank)}, Batch(0, 2, rank, *[np.empty(0)] * 4, rows, num_replaced=rank)
+    )  # type: ignore[arg-type]
     reduced = epoch.reduced(agreement)
     loop = make_loop(world_size=2)
     loop.last_optimizer_step = 3  # so that the next steps only add up
     loop.accumulate = loop.nominal_accumulate = 4
     loop.start_epoch()
     loop.step(make_batch(4, rank, 2), 4)
-    own = torch.cat([p.grad.reshape(-1) for p in loop.lender.model.parameters() if p.grad is not None]).clone()
+    own = torch.cat(
+        [p.grad.reshape(-1) for p in loop.lender.model.parameters() if p.grad is not None]
+    ).clone()
     checkpoint.fold_gradients(loop)
     mean = torch.cat([p.grad.reshape(-1) for p in loop.lender.model.parameters() if p.grad is not None])
     both = [torch.empty_like(own) for _ in range(2)]
@@ -250,8 +265,21 @@ def test_three_ranks_resume_to_the_last_bit(tmp_path: Path) -> None:
 
 def _with_weights_of_the_loss(rank: int, path: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=3)
-    manifest = Manifest(task="pose", class_names=CLASSES, keypoint_shape=(3, 3), splits={"train": Split(num_images=BATCH)}, source="")
-    lender = Lender({"imgsz": IMGSZ}, model="yolo26n-pose.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    manifest = Manifest(
+        task="pose",
+        class_names=CLASSES,
+        keypoint_shape=(3, 3),
+        splits={"train": Split(num_images=BATCH)},
+        source="",
+    )
+    lender = Lender(
+        {"imgsz": IMGSZ},
+        model="yolo26n-pose.yaml",
+        manifest=manifest,
+        batch=BATCH,
+        seed=0,
+        device=torch.device("cpu"),
+    )
     torch.set_num_threads(1)
     settle_buckets(Loop(lender, num_images=BATCH, steps_per_epoch=1, world_size=3))
     dist.destroy_process_group()
@@ -299,7 +327,9 @@ def no_pauses(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return pauses
 
 
-def test_storage_is_tried_again_and_each_failure_is_told(no_pauses: list[float], capsys: pytest.CaptureFixture[str]) -> None:
+def test_storage_is_tried_again_and_each_failure_is_told(
+    no_pauses: list[float], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert patiently(Failing(5, OSError("connection reset")), "write x", 60) == "done"
     assert no_pauses == [0.5, 1.0, 2.0, 4.0, 8.0]
     assert capsys.readouterr().out.count("cannot write x (attempt ") == 5
@@ -333,7 +363,9 @@ def test_a_full_disk_leaves_earlier_checkpoints_and_no_scraps(tmp_path: Path) ->
         path = str(tmp_path)  # type: ignore[assignment]
 
     saver = Saver(60)
-    saver.submit("write checkpoint_0000000016", lambda: checkpoint.write(Full(str(tmp_path)), {"cursor": 16}, keep=2))
+    saver.submit(
+        "write checkpoint_0000000016", lambda: checkpoint.write(Full(str(tmp_path)), {"cursor": 16}, keep=2)
+    )
     with pytest.raises(OutOfDiskError, match="no space is left to write checkpoint_0000000016"):
         saver.flush()
     assert checkpoint.names(out) == ["checkpoint_0000000008"]
@@ -359,7 +391,9 @@ def test_the_saver_writes_in_order_beside_the_training() -> None:
     assert not saver._thread.is_alive()
 
 
-def test_the_savers_end_writes_what_waits_and_waits_for_no_store_that_hangs(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_savers_end_writes_what_waits_and_waits_for_no_store_that_hangs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     monkeypatch.setattr(saver_module, "END_S", 0.3)
     saver, done, gate = Saver(60), list[int](), threading.Event()
     saver.submit("a", lambda: done.append(1))
@@ -375,7 +409,9 @@ def test_the_savers_end_writes_what_waits_and_waits_for_no_store_that_hangs(monk
 
 
 def test_workers_that_share_the_batch_and_leave_a_cpu_to_the_data() -> None:
-    sizes = RunConfig.model_validate({"name": "x", "train": {"batch": 16, "num_workers": {"min": 1, "max": 8}}}).train.world_sizes
+    sizes = RunConfig.model_validate(
+        {"name": "x", "train": {"batch": 16, "num_workers": {"min": 1, "max": 8}}}
+    ).train.world_sizes
     assert sizes == [1, 2, 4, 8]
     assert largest(sizes, 7, cpus=64, cpus_per_worker=1) == 4
     assert largest(sizes, 8, cpus=8, cpus_per_worker=1) == 4  # eight would leave no CPU to the data
@@ -385,7 +421,11 @@ def test_workers_that_share_the_batch_and_leave_a_cpu_to_the_data() -> None:
 
 @pytest.mark.parametrize(
     ("num_workers", "batch", "message"),
-    [({"min": 3, "max": 2}, 16, "min 3 is above max 2"), ({"min": 1, "max": 3}, 16, "multiple of 3"), (5, 16, "multiple of 5")],
+    [
+        ({"min": 3, "max": 2}, 16, "min 3 is above max 2"),
+        ({"min": 1, "max": 3}, 16, "multiple of 3"),
+        (5, 16, "multiple of 5"),
+    ],
 )
 def test_workers_that_cannot_be(num_workers: Any, batch: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
@@ -403,7 +443,9 @@ class Words:
 
 
 def lost(rank: int) -> Exception:
-    return ray.train.WorkerGroupError("x", {0: failure.RankError("rank 0: gloo: connection closed"), rank: ray.exceptions.ActorDiedError()})
+    return ray.train.WorkerGroupError(
+        "x", {0: failure.RankError("rank 0: gloo: connection closed"), rank: ray.exceptions.ActorDiedError()}
+    )
 
 
 def policy(max_failures: int = 2) -> failure.Policy:
@@ -415,9 +457,16 @@ def test_lost_workers_are_replaced_so_often_and_each_time_is_told(
 ) -> None:
     words = Words(monkeypatch, [pulse.Beat(1, 2, "b (10.0.0.2)", 77, "step 3 of epoch 2", 1.0, 120, 9, 0.5)])
     decide = policy(max_failures=2)
-    assert [decide.make_decision(lost(1)) for _ in range(3)] == [FailureDecision.RETRY, FailureDecision.RETRY, FailureDecision.RAISE]
+    assert [decide.make_decision(lost(1)) for _ in range(3)] == [
+        FailureDecision.RETRY,
+        FailureDecision.RETRY,
+        FailureDecision.RAISE,
+    ]
     told = capsys.readouterr().out
-    assert "worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, is lost: its process died; failure 1 of 2" in told
+    assert (
+        "worker 1 on b (10.0.0.2), in stage 'step 3 of epoch 2' after 120 images, is lost: its process died; failure 1 of 2"
+        in told
+    )
     assert "failure 2 of 2" in told
     assert "(failure 3, and train.max_failures=2)" in words.posted["cause"]
 
@@ -429,21 +478,35 @@ def test_an_elastic_run_counts_room_anew_before_long() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("bad"), TypeError("bad"), failure.OutOfMemoryError("16 fit"), OutOfDiskError("full"), failure.DivergedError("lr0")]
+    "error",
+    [
+        ValueError("bad"),
+        TypeError("bad"),
+        failure.OutOfMemoryError("16 fit"),
+        OutOfDiskError("full"),
+        failure.DivergedError("lr0"),
+    ],
 )
 def test_what_would_fail_again_is_not_tried_again(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     words = Words(monkeypatch, [])
-    both = ray.train.WorkerGroupError("x", {0: failure.RankError("rank 0: gloo: connection closed"), 1: error})
+    both = ray.train.WorkerGroupError(
+        "x", {0: failure.RankError("rank 0: gloo: connection closed"), 1: error}
+    )
     assert policy().make_decision(both) == FailureDecision.RAISE
     assert str(error) in words.posted["cause"]
 
 
-@pytest.mark.parametrize("error", [failure.Restart("grow"), failure.Restart("preempted"), failure.NotFiniteError("not finite")])
+@pytest.mark.parametrize(
+    "error", [failure.Restart("grow"), failure.Restart("preempted"), failure.NotFiniteError("not finite")]
+)
 def test_what_is_no_failure_is_not_counted_as_one(monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     Words(monkeypatch, [])
     decide = policy(max_failures=0)
     for _ in range(5):
-        assert decide.make_decision(ray.train.WorkerGroupError("x", {0: error, 1: error})) == FailureDecision.RETRY
+        assert (
+            decide.make_decision(ray.train.WorkerGroupError("x", {0: error, 1: error}))
+            == FailureDecision.RETRY
+        )
 
 
 class Life:
@@ -459,9 +522,15 @@ def test_a_stuck_rank_names_itself_and_who_is_silent(monkeypatch: pytest.MonkeyP
     silent = pulse.Beat(1, 2, "b (10.0.0.2)", 77, "wait for data", 31.0, 12, 9, 0.5)
     Words(monkeypatch, [silent])
     monkeypatch.setattr(pulse, "silent", lambda run_id: [silent])
-    error = failure.explained(RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv"), Life())  # type: ignore[arg-type]
+    error = failure.explained(
+        RuntimeError("[gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 30000ms for recv"), Life()
+    )  # type: ignore[arg-type]
     assert isinstance(error, failure.StuckError)
-    for part in ("rank 0 on a (10.0.0.1)", "step 4 of epoch 1", "no sign of life from rank 1 on b (10.0.0.2) in stage 'wait for data'"):
+    for part in (
+        "rank 0 on a (10.0.0.1)",
+        "step 4 of epoch 1",
+        "no sign of life from rank 1 on b (10.0.0.2) in stage 'wait for data'",
+    ):
         assert part in str(error)
 
 
@@ -476,12 +545,18 @@ def test_out_of_memory_names_the_batch_that_fits(monkeypatch: pytest.MonkeyPatch
 
     monkeypatch.setattr(memory, "_try", attempt)
     with (
-        pytest.raises(failure.OutOfMemoryError, match=r"with 32 images a worker \(train.batch=64\); 4 fit: train.batch=8"),
+        pytest.raises(
+            failure.OutOfMemoryError,
+            match=r"with 32 images a worker \(train.batch=64\); 4 fit: train.batch=8",
+        ),
         memory.advice(loop, make_batch(0, images=32), world_size=2, who="rank 0"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
     assert tried == [16, 8, 4]
-    with pytest.raises(RuntimeError, match="something else"), memory.advice(loop, make_batch(0), world_size=2, who="rank 0"):
+    with (
+        pytest.raises(RuntimeError, match="something else"),
+        memory.advice(loop, make_batch(0), world_size=2, who="rank 0"),
+    ):
         raise RuntimeError("something else")
 
 

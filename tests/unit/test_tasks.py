@@ -46,11 +46,15 @@ def make_spec(folder: Path, manifest: Manifest, world_size: int = 1, **settings:
     split = manifest.split("train")
     plan = Plan(row_groups=split.shards[0].row_groups, seed=0, epochs=3, global_batch=8, window_images=8)
     recipe = recipe_of(vars(get_cfg(overrides={"imgsz": SIZE, **settings})), manifest)
-    return StreamSpec.of(Folder.at(str(folder)), split, plan, recipe, mosaic_epochs=2, albumentations=[], world_size=world_size)
+    return StreamSpec.of(
+        Folder.at(str(folder)), split, plan, recipe, mosaic_epochs=2, albumentations=[], world_size=world_size
+    )
 
 
 def stream(spec: StreamSpec) -> list[Batch]:
-    return [batch for item in spec.plan.items(0) for block in blocks(spec, item) for batch in unpack(pack(block))]
+    return [
+        batch for item in spec.plan.items(0) for block in blocks(spec, item) for batch in unpack(pack(block))
+    ]
 
 
 @pytest.mark.parametrize("task", TASKS)
@@ -99,7 +103,9 @@ def test_shapes_have_the_labels_of_their_pixels() -> None:
         _, obb = shapes.draw(0, "val", index, *HW, task="obb")
         assert obb.segments_xyn is not None
         around = (obb.segments_xyn[0] * HW[::-1]).astype(np.float32)
-        assert all(cv2.pointPolygonTest(around, (float(x), float(y)), True) > -1.0 for y, x in np.argwhere(is_shape))
+        assert all(
+            cv2.pointPolygonTest(around, (float(x), float(y)), True) > -1.0 for y, x in np.argwhere(is_shape)
+        )
     assert num_alone > 3
 
 
@@ -143,7 +149,8 @@ def test_the_stream_does_not_depend_on_the_number_of_workers(tmp_path: Path, tas
                 np.testing.assert_array_equal(values[0], np.concatenate(values[1:]))
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # a process keeps one cache open, and lets go of the last
+# a process keeps one cache open, and lets go of the last
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("task", TASKS)
 def test_a_cache_changes_nothing(tmp_path: Path, task: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = prepared(tmp_path, task)
@@ -166,7 +173,15 @@ def test_classify_is_ultralytics(tmp_path: Path) -> None:
 
     image, _ = shapes.draw(0, "train", 5, 200, 150, task="classify")
     for auto_augment in (None, "randaugment", "augmix", "autoaugment"):
-        settings = {"fliplr": 0.5, "flipud": 0.3, "hsv_h": 0.1, "hsv_s": 0.5, "hsv_v": 0.4, "erasing": 0.6, "scale": 0.6}
+        settings = {
+            "fliplr": 0.5,
+            "flipud": 0.3,
+            "hsv_h": 0.1,
+            "hsv_s": 0.5,
+            "hsv_v": 0.4,
+            "erasing": 0.6,
+            "scale": 0.6,
+        }
         args = vars(get_cfg(overrides={"imgsz": SIZE, **settings}))
         args["auto_augment"] = auto_augment
         recipe = ClassifyRecipe.from_yolo(args)
@@ -197,7 +212,11 @@ def test_only_boxes_follow_albumentations_that_move_pixels() -> None:
         with pytest.raises(ValueError, match="HorizontalFlip moves pixels"):
             albu.make(moving, task)
         albu.make([{"Blur": {"p": 1.0}}], task)
-    image, class_ids, boxes = np.zeros((40, 50, 3), np.uint8), np.array([3], np.int32), np.array([[0.5, 0.5, 1, 1]], np.float32)
+    image, class_ids, boxes = (
+        np.zeros((40, 50, 3), np.uint8),
+        np.array([3], np.int32),
+        np.array([[0.5, 0.5, 1, 1]], np.float32),
+    )
     image[:, 25:] = 200
     flipped, kept, _ = albu.make(moving, "classify")(image, class_ids, boxes, np.random.default_rng(0))
     assert (flipped[:, :25] == 200).all()

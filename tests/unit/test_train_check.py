@@ -19,7 +19,12 @@ from raypar.train.recipe import Lender, settings, staged
 MANIFEST = Manifest(
     task="detect",
     class_names=("a",),
-    splits={"train": Split(shards=(Shard(path="train/00000.parquet", num_bytes=1, sha256="", row_groups=(64,)),), num_images=64)},
+    splits={
+        "train": Split(
+            shards=(Shard(path="train/00000.parquet", num_bytes=1, sha256="", row_groups=(64,)),),
+            num_images=64,
+        )
+    },
     source="",
 )
 
@@ -31,7 +36,9 @@ def unsaid(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def make_config(storage: Path, **train: Any) -> RunConfig:
-    config = RunConfig.model_validate({"name": "run", "storage": str(storage), "train": {"model": "yolov8n.yaml", **train}})
+    config = RunConfig.model_validate(
+        {"name": "run", "storage": str(storage), "train": {"model": "yolov8n.yaml", **train}}
+    )
     MANIFEST.save(config.dataset_folder)
     return config
 
@@ -39,7 +46,10 @@ def make_config(storage: Path, **train: Any) -> RunConfig:
 @pytest.mark.parametrize(
     ("yolo", "said"),
     [
-        ({"lr0": 0.01, "momentum": 0.9}, "train.yolo.lr0, train.yolo.momentum without effect: optimizer=auto"),
+        (
+            {"lr0": 0.01, "momentum": 0.9},
+            "train.yolo.lr0, train.yolo.momentum without effect: optimizer=auto",
+        ),
         ({"lr0": 0.01, "optimizer": "SGD"}, ""),
         ({"imgsz": 100}, "train.yolo.imgsz=100 becomes 128"),
         ({"imgsz": 96}, ""),
@@ -67,8 +77,17 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr("tempfile.gettempdir", lambda: str(tmp_path))
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     for _ in range(2):
-        Lender({"imgsz": 64}, model="yolov8n.yaml", manifest=MANIFEST, batch=2, seed=0, device=torch.device("cpu"))
-    assert [path.name for path in tmp_path.glob("raypar*")] == [f"raypar-{os.getuid()}"], "one folder, however many workers there were"
+        Lender(
+            {"imgsz": 64},
+            model="yolov8n.yaml",
+            manifest=MANIFEST,
+            batch=2,
+            seed=0,
+            device=torch.device("cpu"),
+        )
+    assert [path.name for path in tmp_path.glob("raypar*")] == [f"raypar-{os.getuid()}"], (
+        "one folder, however many workers there were"
+    )
     out = Folder.at(tmp_path / "run")
     out.write("init.pt", b"weights")
     with staged("init.pt", out) as path:
@@ -78,7 +97,14 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path: Path, monkeypatch: py
 
 def test_a_model_with_a_longer_stride_says_so() -> None:
     with pytest.raises(ValueError, match=r"imgsz=96: yolov8n-p6\.yaml needs a multiple of 64"):
-        Lender({"imgsz": 96}, model="yolov8n-p6.yaml", manifest=MANIFEST, batch=2, seed=0, device=torch.device("cpu"))
+        Lender(
+            {"imgsz": 96},
+            model="yolov8n-p6.yaml",
+            manifest=MANIFEST,
+            batch=2,
+            seed=0,
+            device=torch.device("cpu"),
+        )
 
 
 def test_a_run_that_was_begun_otherwise_is_refused_before_ray_is_there(tmp_path: Path) -> None:
@@ -110,7 +136,9 @@ def test_a_run_that_was_begun_otherwise_is_refused_before_ray_is_there(tmp_path:
         ("yolov8n-seg.yaml", "a model for 'segment', the dataset is for 'detect'"),
     ],
 )
-def test_a_model_that_is_none_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str) -> None:
+def test_a_model_that_is_none_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
+) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
         initial.find(name, "detect")
@@ -127,7 +155,9 @@ def test_weights_that_cannot_be_downloaded_are_said_to_be_missing(
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("ultralytics.utils.downloads.attempt_download_asset", offline)
-    with pytest.raises(ValueError, match=r"yolov8x\.pt cannot be downloaded|cannot be downloaded now.*write yolov8x\.yaml"):
+    with pytest.raises(
+        ValueError, match=r"yolov8x\.pt cannot be downloaded|cannot be downloaded now.*write yolov8x\.yaml"
+    ):
         initial.find("yolov8x.pt", "detect")
 
 

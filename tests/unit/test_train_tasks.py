@@ -49,7 +49,12 @@ def prepared(folder: Path, task: str) -> Manifest:
                    listing.keypoint_shape)  # fmt: skip
     report = write_shard(job)
     assert report.shard is not None
-    split = Split(shards=(report.shard,), num_images=report.num_images, num_boxes=report.num_boxes, boxes_per_class=(1, 1, 1, 1))
+    split = Split(
+        shards=(report.shard,),
+        num_images=report.num_images,
+        num_boxes=report.num_boxes,
+        boxes_per_class=(1, 1, 1, 1),
+    )
     return Manifest(task=task, class_names=listing.class_names, splits={"train": split, "val": split}, source="shapes",
                     keypoint_shape=listing.keypoint_shape, flip_idx=listing.flip_idx)  # fmt: skip
 
@@ -69,19 +74,26 @@ def as_yolo(folder: Path, manifest: Manifest, root: Path) -> str:
         if keypoints is not None:
             rows = [
                 [*box, *points]
-                for box, points in zip(boxes, keypoints.reshape(len(boxes), keypoints[0].size if len(boxes) else 0), strict=True)
+                for box, points in zip(
+                    boxes, keypoints.reshape(len(boxes), keypoints[0].size if len(boxes) else 0), strict=True
+                )
             ]
         for kind in ("images", "labels"):
             (root / kind).mkdir(parents=True, exist_ok=True)
         (root / "images" / f"{i:03d}.png").write_bytes(image)
-        lines = [" ".join([str(c), *map(repr, map(float, row))]) for c, row in zip(class_ids, rows, strict=True)]
+        lines = [
+            " ".join([str(c), *map(repr, map(float, row))]) for c, row in zip(class_ids, rows, strict=True)
+        ]
         (root / "labels" / f"{i:03d}.txt").write_text("\n".join(lines))
     if manifest.task == "classify":
         return str(root)
     names = dict(enumerate(manifest.class_names))
     data: dict[str, Any] = {"path": str(root), "train": "images", "val": "images", "names": names}
     if manifest.keypoint_shape:
-        data |= {"kpt_shape": list(manifest.keypoint_shape), "flip_idx": list(manifest.flip_idx or range(points))}
+        data |= {
+            "kpt_shape": list(manifest.keypoint_shape),
+            "flip_idx": list(manifest.flip_idx or range(points)),
+        }
     (root / "data.yaml").write_text(yaml.safe_dump(data))
     return str(root / "data.yaml")
 
@@ -90,8 +102,19 @@ def as_yolo(folder: Path, manifest: Manifest, root: Path) -> str:
 def test_a_task_is_learnt_and_judged_as_by_ultralytics(tmp_path: Path, task: str) -> None:
     manifest, dataset = prepared(tmp_path / "dataset", task), Folder.at(str(tmp_path / "dataset"))
     torch.set_num_threads(2)
-    yolo = {"imgsz": SIZE, "epochs": STEPS, "warmup_epochs": 0.0, "optimizer": "AdamW", "lr0": 0.003, "lrf": 1.0, "nbs": BATCH, **PLAIN}
-    lender = Lender(yolo, model=f"{MODELS[task]}.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
+    yolo = {
+        "imgsz": SIZE,
+        "epochs": STEPS,
+        "warmup_epochs": 0.0,
+        "optimizer": "AdamW",
+        "lr0": 0.003,
+        "lrf": 1.0,
+        "nbs": BATCH,
+        **PLAIN,
+    }
+    lender = Lender(
+        yolo, model=f"{MODELS[task]}.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )
     plan = Plan(manifest.split("train").shards[0].row_groups, seed=0, global_batch=BATCH, epochs=1)
     spec = StreamSpec.of(dataset, manifest.split("train"), plan, recipe_of(vars(lender.args), manifest), mosaic_epochs=0, albumentations=[],
                          world_size=1)  # fmt: skip
@@ -116,11 +139,17 @@ def test_a_task_is_learnt_and_judged_as_by_ultralytics(tmp_path: Path, task: str
     (tmp_path / "best.pt").write_bytes(weights_file(model, lender.args, epoch=0, metrics={}))
     saved = YOLO(tmp_path / "best.pt").model.float()
     lender.model.criterion = None
-    found = make_validator(lender, dataset, rank=0, world_size=1, batch=5)(saved.eval(), lender.model, torch.device("cpu"))
+    found = make_validator(lender, dataset, rank=0, world_size=1, batch=5)(
+        saved.eval(), lender.model, torch.device("cpu")
+    )
     theirs = YOLO(tmp_path / "best.pt").val(
         data=as_yolo(tmp_path / "dataset", manifest, tmp_path / "yolo"), imgsz=SIZE, batch=1, plots=False, verbose=False, workers=0,
         device="cpu", project=str(tmp_path), conf=0.01 if task == "obb" else 0.001)  # fmt: skip
-    expected = {ours: float(theirs.results_dict[name]) for ours, name in ULTRALYTICS_NAMES.items() if name in theirs.results_dict}
+    expected = {
+        ours: float(theirs.results_dict[name])
+        for ours, name in ULTRALYTICS_NAMES.items()
+        if name in theirs.results_dict
+    }
     assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
     assert found["fitness"] == pytest.approx(float(theirs.results_dict["fitness"]), abs=1e-4)
     assert found["fitness"] > 0.05  # it did learn, so that the figures say something
@@ -136,12 +165,25 @@ def test_the_class_of_each_pixel() -> None:
 
 
 def test_classify_trains_at_its_trainers_size_unless_told_otherwise() -> None:
-    assert (settings({}, task="classify").imgsz, settings({"imgsz": 64}, task="classify").imgsz, settings({}).imgsz) == (224, 64, 640)
+    assert (
+        settings({}, task="classify").imgsz,
+        settings({"imgsz": 64}, task="classify").imgsz,
+        settings({}).imgsz,
+    ) == (224, 64, 640)
 
 
 def test_tensors_of_classify_are_images_and_classes() -> None:
     labels = Labels(np.array([2, 0], np.int32), np.zeros((0, 4), np.float32), np.arange(2, dtype=np.int32))
-    batch = Batch(0, 0, 0, np.zeros((2, 3, 8, 8), np.uint8), labels.class_ids, labels.boxes_xywhn, labels.image_index, np.arange(2))
+    batch = Batch(
+        0,
+        0,
+        0,
+        np.zeros((2, 3, 8, 8), np.uint8),
+        labels.class_ids,
+        labels.boxes_xywhn,
+        labels.image_index,
+        np.arange(2),
+    )
     tensors = to_tensors(batch)
     assert set(tensors) == {"img", "cls"}
     assert tensors["cls"].tolist() == [2, 0]

@@ -75,7 +75,11 @@ def test_a_domain_in_an_override_joins_the_run_files() -> None:
     path = Path(__file__).parents[2] / "jobs/tune.yaml"
     before = runfile.load(path).tune.space
     after = runfile.load(
-        path, ["tune.space.train.yolo.momentum={uniform: [0.8, 0.95]}", "tune.space.train.yolo.lr0.loguniform=[1e-3, 1e-2]"]
+        path,
+        [
+            "tune.space.train.yolo.momentum={uniform: [0.8, 0.95]}",
+            "tune.space.train.yolo.lr0.loguniform=[1e-3, 1e-2]",
+        ],
     ).tune.space
     assert after.keys() == {*before, "train.yolo.momentum"}
     assert after["train.yolo.lr0"].arguments == [0.001, 0.01]
@@ -125,7 +129,10 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
     ("space", "message"),
     [
         ({}, "tune.space is empty"),
-        ({"train.yolo.lr": {"uniform": [0, 1]}}, "Ultralytics has no such setting; did you mean 'train.yolo.lr"),
+        (
+            {"train.yolo.lr": {"uniform": [0, 1]}},
+            "Ultralytics has no such setting; did you mean 'train.yolo.lr",
+        ),
         ({"train.bacth": {"choice": [4]}}, "no such setting; did you mean 'train.batch'?"),
         ({"lr0": {"uniform": [0, 1]}}, "no such setting"),
         ({"name": {"choice": ["x"]}}, "is the same for every trial"),
@@ -143,7 +150,12 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
 )
 def test_a_wrong_space_is_refused(checked: list[RunConfig], space: dict[str, Any], message: str) -> None:
     config = config_of(space)
-    config = config.model_validate({**config.model_dump(mode="json"), "train": {**config.train.model_dump(mode="json"), "num_workers": 2}})
+    config = config.model_validate(
+        {
+            **config.model_dump(mode="json"),
+            "train": {**config.train.model_dump(mode="json"), "num_workers": 2},
+        }
+    )
     with pytest.raises(ValueError) as caught:
         raypar.tune.check(config)
     assert message in str(caught.value)
@@ -168,13 +180,18 @@ def test_what_optimizer_auto_ignores_is_refused(checked: list[RunConfig]) -> Non
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tune": {"metric": "top1"}}, "tune.metric: top1 is no metric of this task: there are fitness, map50_95"),
+        (
+            {"tune": {"metric": "top1"}},
+            "tune.metric: top1 is no metric of this task: there are fitness, map50_95",
+        ),
         ({"tune": {"grace_epochs": 9}}, "tune.grace_epochs=9 is more than train.yolo.epochs=4"),
         ({"train": {"num_workers": {"min": 1, "max": 2}}}, "train.num_workers: trials that grow"),
         ({"train": {"yolo": {"val": False}}}, "train.yolo.val=false"),
     ],
 )
-def test_other_settings_that_are_refused(checked: list[RunConfig], change: dict[str, Any], message: str) -> None:
+def test_other_settings_that_are_refused(
+    checked: list[RunConfig], change: dict[str, Any], message: str
+) -> None:
     value = config_of().model_dump(mode="json")
     runfile._merge(value, change)
     with pytest.raises(ValueError) as caught:
@@ -198,7 +215,12 @@ def test_dry_run_without_a_dataset_is_exit_code_2(tmp_path: Path, capsys: pytest
 
 def test_a_trials_run_is_its_own(tmp_path: Path) -> None:
     config = config_of(storage=str(tmp_path))
-    config = config.model_validate({**config.model_dump(mode="json"), "train": {**config.train.model_dump(mode="json"), "overwrite": True}})
+    config = config.model_validate(
+        {
+            **config.model_dump(mode="json"),
+            "train": {**config.train.model_dump(mode="json"), "overwrite": True},
+        }
+    )
     params = {"train.yolo.lr0": 0.02, "train.batch": 8}
     run = space.trial_run(config, "trial_003", params)
     assert run.folder.uri == f"{tmp_path}/a/tune/trial_003"
@@ -225,7 +247,8 @@ def test_what_a_training_used_is_compared() -> None:
     used = {"seed": 0, "train": {"batch": 8, "yolo": {"lr0": 0.01}}}
     assert space.used_others({"train.batch": 8, "train.yolo.lr0": 0.01, "seed": 0}, used) == ""
     assert (
-        space.used_others({"train.batch": 4, "train.yolo.lr0": 0.02}, used) == "train.batch was 8, not 4, train.yolo.lr0 was 0.01, not 0.02"
+        space.used_others({"train.batch": 4, "train.yolo.lr0": 0.02}, used)
+        == "train.batch was 8, not 4, train.yolo.lr0 was 0.01, not 0.02"
     )
     assert "was None" in space.used_others({"train.yolo.mosaic": 1.0}, used)
 
@@ -241,10 +264,16 @@ def test_the_score_is_that_of_the_best_weights() -> None:
     assert best_so_far([{"epoch": 1}], "map50") is None
 
 
-def record(number: int, state: str, score: float | None, scores: list[list[float]] = [], **more: Any) -> study.Record:  # noqa: B006
+def record(
+    number: int,
+    state: str,
+    score: float | None,
+    scores: list[list[float]] | None = None,
+    **more: Any,
+) -> study.Record:
     params = {"train.yolo.lr0": 0.01 * (number + 1), "train.batch": 8, "train.yolo.mosaic": 0.5}
     return {"trial": f"trial_{number:03d}", "state": state, "params": params, "score": score, "best_epoch": 2, "epochs": 4, "began": 0.0,
-            "seconds": 3.0, "own_settings": True, "error": None, "scores": scores, **more}  # fmt: skip
+            "seconds": 3.0, "own_settings": True, "error": None, "scores": scores or [], **more}  # fmt: skip
 
 
 def test_asha_stops_by_what_trials_before_a_restart_reached() -> None:
@@ -258,14 +287,21 @@ def test_asha_stops_by_what_trials_before_a_restart_reached() -> None:
 
     assert decision([]) == "CONTINUE"
     assert decision([record(0, "finished", 0.9, [[1, 0.8], [2, 0.9]])]) == "STOP"
-    assert decision([record(0, "running", 0.9, [[1, 0.8]])]) == "CONTINUE", "one that goes on tells its epochs again itself"
+    assert decision([record(0, "running", 0.9, [[1, 0.8]])]) == "CONTINUE", (
+        "one that goes on tells its epochs again itself"
+    )
 
 
 def test_optuna_knows_earlier_trials_and_draws_others(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("optuna")
     config = config_of()
     first = study.make_optuna(config, []).suggest("x")
-    records = [record(0, "finished", 0.9), record(1, "failed", None), record(2, "stopped", 0.1), record(3, "running", None)]
+    records = [
+        record(0, "finished", 0.9),
+        record(1, "failed", None),
+        record(2, "stopped", 0.1),
+        record(3, "running", None),
+    ]
     again = study.make_optuna(config, records)
     assert [t.state.name for t in again._ot_study.trials] == ["COMPLETE", "FAIL", "COMPLETE"]
     assert again.suggest("x") != first
@@ -283,11 +319,19 @@ def test_a_study_is_written_down_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert [a and a["run"]["name"] for a in asked] == ["trial_000", "trial_001", "trial_002"]
     (tmp_path / "a/tune/trial_000/train").mkdir()
     params = ours.records[0]["params"]
-    used = {"train": {"batch": params["train.batch"], "yolo": {"lr0": params["train.yolo.lr0"], "mosaic": params["train.yolo.mosaic"]}}}
+    used = {
+        "train": {
+            "batch": params["train.batch"],
+            "yolo": {"lr0": params["train.yolo.lr0"], "mosaic": params["train.yolo.mosaic"]},
+        }
+    }
     (tmp_path / "a/tune/trial_000/train/used.json").write_text(json.dumps(used))
     ours.on_trial_result("id0", {"epoch": 1, "score": 0.2, "best_epoch": 1})
     ours.on_trial_complete("id0", {"epoch": 2, "score": 0.3, "best_epoch": 2, "state": "finished"})
-    ours.on_trial_complete("id1", {"epoch": 0, "score": float("nan"), "best_epoch": 0, "state": "failed", "error": "out of memory"})
+    ours.on_trial_complete(
+        "id1",
+        {"epoch": 0, "score": float("nan"), "best_epoch": 0, "state": "failed", "error": "out of memory"},
+    )
     ours.is_interrupted = True
     ours.on_trial_complete("id2", {"epoch": 1, "score": 0.1, "best_epoch": 1})
     told = capsys.readouterr().out
@@ -299,7 +343,10 @@ def test_a_study_is_written_down_and_goes_on(tmp_path: Path, capsys: pytest.Capt
     assert found[0]["scores"] == [[1, 0.2], [2, 0.3]]
     assert (found[0]["own_settings"], found[1]["own_settings"]) == (True, None)
     again = a_study(tmp_path, found)
-    assert [a and a["run"]["name"] for a in (again.suggest("id0"), again.suggest("id1"))] == ["trial_002", "trial_003"]
+    assert [a and a["run"]["name"] for a in (again.suggest("id0"), again.suggest("id1"))] == [
+        "trial_002",
+        "trial_003",
+    ]
     assert [r["params"] for r in again.records[:3]] == [r["params"] for r in ours.records]
     assert study.best_of(again.records) == found[0]
 
@@ -308,7 +355,9 @@ def test_a_trial_that_used_other_settings_has_failed(tmp_path: Path) -> None:
     ours = a_study(tmp_path, [])
     ours.suggest("id")
     (tmp_path / "a/tune/trial_000/train").mkdir()
-    (tmp_path / "a/tune/trial_000/train/used.json").write_text(json.dumps({"train": {"batch": 2, "yolo": {}}}))
+    (tmp_path / "a/tune/trial_000/train/used.json").write_text(
+        json.dumps({"train": {"batch": 2, "yolo": {}}})
+    )
     ours.on_trial_complete("id", {"epoch": 4, "score": 0.9, "best_epoch": 2, "state": "finished"})
     assert (ours.records[0]["state"], ours.records[0]["own_settings"]) == ("failed", False)
     assert "did not train with its own settings: train.batch was 2" in ours.records[0]["error"]
@@ -322,13 +371,21 @@ def a_trial(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Any) -> Trial:
     monkeypatch.setattr(trial, "LOOK_EVERY_S", 0.01)
     ours = Trial.__new__(Trial)
     ours.setup(
-        {"run": {"name": "trial_000", "storage": str(tmp_path)}, "run_id": "x", "epochs": 3, "metric": "map50", "folder": str(tmp_path)}
+        {
+            "run": {"name": "trial_000", "storage": str(tmp_path)},
+            "run_id": "x",
+            "epochs": 3,
+            "metric": "map50",
+            "folder": str(tmp_path),
+        }
     )
     return ours
 
 
 def epochs(*fitness: float) -> str:
-    return "".join(json.dumps({"epoch": i + 1, "fitness": f, "map50": f / 2}) + "\n" for i, f in enumerate(fitness))
+    return "".join(
+        json.dumps({"epoch": i + 1, "fitness": f, "map50": f / 2}) + "\n" for i, f in enumerate(fitness)
+    )
 
 
 def told(ours: Trial) -> list[dict[str, Any]]:
@@ -338,7 +395,9 @@ def told(ours: Trial) -> list[dict[str, Any]]:
     return results
 
 
-def test_a_trial_tells_every_epoch_and_the_last_one_with_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_tells_every_epoch_and_the_last_one_with_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(out: Folder) -> None:
         out.write("metrics.jsonl", epochs(0.4, 0.2))  # of an earlier start: told again
         time.sleep(0.1)
@@ -346,11 +405,17 @@ def test_a_trial_tells_every_epoch_and_the_last_one_with_the_end(tmp_path: Path,
         time.sleep(0.1)
 
     results = told(a_trial(tmp_path, monkeypatch, run))
-    assert [(r["epoch"], r["score"], r["best_epoch"]) for r in results] == [(1, 0.2, 1), (2, 0.2, 1), (3, 0.3, 3)]
+    assert [(r["epoch"], r["score"], r["best_epoch"]) for r in results] == [
+        (1, 0.2, 1),
+        (2, 0.2, 1),
+        (3, 0.3, 3),
+    ]
     assert [r.get("state") for r in results] == [None, None, "finished"]
 
 
-def test_a_trial_that_fails_says_why_and_does_not_raise(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_trial_that_fails_says_why_and_does_not_raise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def run(out: Folder) -> None:
         out.write("metrics.jsonl", epochs(0.4))
         raise RuntimeError("training failed: out of memory")
@@ -385,8 +450,12 @@ def test_best_yaml_is_taken_as_overrides(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("name: a\ntrain: {batch: 2, yolo: {epochs: 7, lr0: 1}}\n")
     config = runfile.load(tmp_path / "run.yaml", [f"@{tmp_path}/best.yaml"])
     assert (config.train.batch, config.train.yolo) == (8, {"epochs": 7, "lr0": 0.04, "mosaic": 0.5})
-    assert runfile.load(tmp_path / "run.yaml", [f"@{tmp_path}/best.yaml", "train.batch=4"]).train.batch == 4, "the later of two wins"
-    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {"train": {"yolo": {"lr0": 0.04, "mosaic": 0.5}, "batch": 8}}
+    assert (
+        runfile.load(tmp_path / "run.yaml", [f"@{tmp_path}/best.yaml", "train.batch=4"]).train.batch == 4
+    ), "the later of two wins"
+    assert yaml.safe_load((tmp_path / "best.yaml").read_text()) == {
+        "train": {"yolo": {"lr0": 0.04, "mosaic": 0.5}, "batch": 8}
+    }
 
 
 @pytest.mark.parametrize(
@@ -416,9 +485,18 @@ def test_the_screen_the_table_and_the_picture(tmp_path: Path) -> None:
     assert best == records[3], "a trial that was stopped early is not the best, whatever it reached"
     lines = report.screen(records, best, "map50")
     assert lines[0] == "4 trials: 2 finished, 1 stopped, 1 failed; each used its own settings"
-    assert [line.split()[0] for line in lines[1:]] == ["trial", "trial_003", "trial_000", "trial_001", "trial_002"]
+    assert [line.split()[0] for line in lines[1:]] == [
+        "trial",
+        "trial_003",
+        "trial_000",
+        "trial_001",
+        "trial_002",
+    ]
     assert lines[-1] == "trial_002 failed: out of memory"
     rows = report.table(records, "map50").splitlines()
-    assert rows[0] == "trial,state,map50,best_epoch,epochs,seconds,own_settings,train.yolo.lr0,train.batch,train.yolo.mosaic,error"
+    assert (
+        rows[0]
+        == "trial,state,map50,best_epoch,epochs,seconds,own_settings,train.yolo.lr0,train.batch,train.yolo.mosaic,error"
+    )
     assert len(rows) == 5
     assert report.picture(config_of(), records, best).startswith(b"\x89PNG")

@@ -25,7 +25,12 @@ def dataset(tmp_path: Path) -> Folder:
             data = f"{split} {i} ".encode() * 1000
             folder.write(f"{split}/{i:05d}.parquet", data)
             shards.append(
-                Shard(path=f"{split}/{i:05d}.parquet", row_groups=(4,), num_bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+                Shard(
+                    path=f"{split}/{i:05d}.parquet",
+                    row_groups=(4,),
+                    num_bytes=len(data),
+                    sha256=hashlib.sha256(data).hexdigest(),
+                )
             )
         splits[split] = Split(shards=tuple(shards), num_images=4 * count)
     Manifest(task="detect", class_names=("a",), splits=splits, source="test").save(folder)
@@ -55,7 +60,9 @@ def test_whole_dataset_is_hashed_once(dataset: Folder, monkeypatch: pytest.Monke
     verify.check_sums(dataset, manifest, ("val",))
     assert read == ["val/00000.parquet"]
     verify.check_sums(dataset, manifest, SPLITS)
-    assert sorted(read) == sorted([shard.path for split in manifest.splits.values() for shard in split.shards])
+    assert sorted(read) == sorted(
+        [shard.path for split in manifest.splits.values() for shard in split.shards]
+    )
     verify.check_sums(dataset, manifest, SPLITS)
     assert len(read) == 6
     touched = path_of(dataset, "train/00002.parquet")
@@ -71,7 +78,9 @@ def test_damage_is_named(dataset: Folder, was_verified: bool) -> None:
     shard = path_of(dataset, "train/00003.parquet")
     data = shard.read_bytes()
     shard.write_bytes(data[:-7])
-    assert f"shard train/00003.parquet has {len(data) - 7} bytes, the manifest says {len(data)}" in refusal(dataset)
+    assert f"shard train/00003.parquet has {len(data) - 7} bytes, the manifest says {len(data)}" in refusal(
+        dataset
+    )
     shard.write_bytes(bytes([data[0] ^ 1]) + data[1:])
     assert "shard train/00003.parquet is altered" in refusal(dataset)
     assert "shard train/00003.parquet is altered" in refusal(dataset)  # not remembered as good
@@ -88,7 +97,9 @@ def test_many_losses_make_one_short_line(dataset: Folder) -> None:
     assert "(and 2 more)" in refusal(dataset)
 
 
-def test_a_memory_that_is_damaged_or_cannot_be_written_only_costs_time(dataset: Folder, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_that_is_damaged_or_cannot_be_written_only_costs_time(
+    dataset: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
     manifest = Manifest.load(dataset)
     dataset.write(verify.VERIFIED, "no JSON")
     verify.check_sums(dataset, manifest, SPLITS)

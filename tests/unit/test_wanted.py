@@ -17,7 +17,13 @@ FORMATS = ("yolo", "coco", "voc", "folders")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with images of no format, a dataset of each format, and ``data.yaml`` files that lead nowhere."""
     root = tmp_path_factory.mktemp("sources")
-    images = ["loose/images/0.jpg", "voc/JPEGImages/a.jpg", "yolo/images/sub/a.jpg", "coco/images/a.jpg", "folders/train/cat/a.jpg"]
+    images = [
+        "loose/images/0.jpg",
+        "voc/JPEGImages/a.jpg",
+        "yolo/images/sub/a.jpg",
+        "coco/images/a.jpg",
+        "folders/train/cat/a.jpg",
+    ]
     for name in images:
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         Image.new("RGB", (8, 6)).save(root / name)
@@ -28,7 +34,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "voc/ImageSets/Main/train.txt": "b\n",
         "yolo/data.yaml": "train: images\nval: images\nnames: [cat]",
         "yolo/labels/sub/a.txt": "0 0.5 0.5 0.1 0.1",
-        "coco/annotations/instances_train.json": json.dumps({"images": [{"id": 1, "file_name": "a.jpg"}], "categories": []}),
+        "coco/annotations/instances_train.json": json.dumps(
+            {"images": [{"id": 1, "file_name": "a.jpg"}], "categories": []}
+        ),
         "loose/folder.yaml": "train: images/trian\nval: images\nnames: [cat]",
         "loose/glob.yaml": "train: image/**\nval: images\nnames: [cat]",
         "loose/up.yaml": "train: ../image/**\nval: images\nnames: [cat]",
@@ -73,7 +81,12 @@ def error_of(source: str, format_: str, tmp_path: Path, capsys: pytest.CaptureFi
     ],
 )
 def test_a_source_that_is_no_dataset(
-    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], format_: str, source: str, why: str | None
+    place: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    format_: str,
+    source: str,
+    why: str | None,
 ) -> None:
     said = error_of(str(place / source), format_, tmp_path, capsys)
     assert said.startswith(f"error: prepare.source {place / source} ")
@@ -105,21 +118,36 @@ def test_the_dataset_that_was_meant_is_named(
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("folder", "'train' points to {root}/images/trian, which does not exist ({root}/images has no 'trian')"),
-        ("glob", "'train' points to {root}/image/**, which does not exist ({root} has no 'image', but 'images')"),
+        (
+            "folder",
+            "'train' points to {root}/images/trian, which does not exist ({root}/images has no 'trian')",
+        ),
+        (
+            "glob",
+            "'train' points to {root}/image/**, which does not exist ({root} has no 'image', but 'images')",
+        ),
         ("up", "'train' points to {above}/image/**, which does not exist"),
-        ("list", "'train' is {root}/missing.txt, and none of the first images that it names is there, e.g. {root}/a.jpg"),
+        (
+            "list",
+            "'train' is {root}/missing.txt, and none of the first images that it names is there, e.g. {root}/a.jpg",
+        ),
         ("bytes", "{root}/images/0.bin is not text in UTF-8"),
         ("path", "path '{above}/losse' does not exist ({above} has no 'losse', but 'loose')"),
         ("relative", "path 'losse' is neither in {root}, nor in "),
     ],
 )
-def test_a_yaml_whose_paths_lead_nowhere(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str) -> None:
+def test_a_yaml_whose_paths_lead_nowhere(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str, said: str
+) -> None:
     loose = place / "loose"
-    assert said.format(root=loose, above=place) in error_of(str(loose / f"{name}.yaml"), "yolo", tmp_path, capsys)
+    assert said.format(root=loose, above=place) in error_of(
+        str(loose / f"{name}.yaml"), "yolo", tmp_path, capsys
+    )
 
 
-def test_image_sets_that_name_other_images(place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_image_sets_that_name_other_images(
+    place: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert "none of the 1 images that ImageSets/Main names for train is in JPEGImages, e.g. b" in error_of(
         str(place / "voc"), "voc", tmp_path, capsys
     )

@@ -71,7 +71,8 @@ def test_tensorboard_files_hold_each_epoch_once_over_a_resume(tmp_path: Path) ->
     first(history[:2])
     first(history)
     stale = (tmp_path / "tensorboard/events.out.tfevents.0000000003.raypar").stat().st_mtime_ns
-    (tmp_path / "tensorboard/events.out.tfevents.0000000002.raypar").unlink()  # its start ended before that was written
+    # its start ended before that was written
+    (tmp_path / "tensorboard/events.out.tfevents.0000000002.raypar").unlink()
     again = TensorBoard(Folder.at(tmp_path), num_logged=2)  # goes back to the end of epoch 2
     again([*history[:2], line(3, map50=0.7)])
     found = scalars(tmp_path / "tensorboard")
@@ -146,10 +147,17 @@ def test_what_fails_aside_is_told_once_and_stops_nothing(capsys: pytest.CaptureF
         aside.submit("tensorboard", lambda: done.append("logged"))
     aside.end()
     assert done == ["tried", "logged", "logged", "logged"]
-    assert capsys.readouterr().out.count("mlflow is given up, metrics.jsonl has all metrics: RuntimeError: no server\n") == 1
+    assert (
+        capsys.readouterr().out.count(
+            "mlflow is given up, metrics.jsonl has all metrics: RuntimeError: no server\n"
+        )
+        == 1
+    )
 
 
-def test_a_store_that_is_away_for_a_while_costs_no_logger(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_that_is_away_for_a_while_costs_no_logger(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("raypar.storage.FIRST_PAUSE_S", 0.0)
     aside, left = Aside(), [2]
 
@@ -166,7 +174,9 @@ def test_a_store_that_is_away_for_a_while_costs_no_logger(capsys: pytest.Capture
     assert not aside.failed
 
 
-def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     aside, let_go = Aside(), threading.Event()
     aside.submit("mlflow", let_go.wait)
     aside.end(patience_s=0.1)
@@ -177,7 +187,14 @@ def test_a_logger_that_hangs_holds_the_end_up_no_longer_than_is_allowed(capsys: 
 class Leaving:
     """A worker that is about to leave, and what it does then, in order."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, rank: int = 0, asked: str = "", error: Exception | None = None):
+    def __init__(
+        self,
+        monkeypatch: pytest.MonkeyPatch,
+        *,
+        rank: int = 0,
+        asked: str = "",
+        error: Exception | None = None,
+    ):
         self.done: list[str] = []
         self.worker = worker.Worker.__new__(worker.Worker)
         told = {name: lambda *_, name=name: self.done.append(name) for name in ("flush", "end")}
@@ -200,7 +217,10 @@ class Leaving:
 
 @pytest.mark.parametrize(
     ("asked", "result", "done"),
-    [("", line(1), ["flush", "end", "finished"]), ("stop", {"stopped": 8}, ["flush", "stopped", "others told", "flush", "end"])],
+    [
+        ("", line(1), ["flush", "end", "finished"]),
+        ("stop", {"stopped": 8}, ["flush", "stopped", "others told", "flush", "end"]),
+    ],
 )
 def test_loggers_are_closed_after_the_last_checkpoint(
     monkeypatch: pytest.MonkeyPatch, asked: str, result: dict[str, Any], done: list[str]
@@ -212,7 +232,9 @@ def test_loggers_are_closed_after_the_last_checkpoint(
 
 
 @pytest.mark.parametrize("reason", ["preempted", "grow"])
-def test_loggers_are_closed_before_workers_are_placed_anew(monkeypatch: pytest.MonkeyPatch, reason: str) -> None:
+def test_loggers_are_closed_before_workers_are_placed_anew(
+    monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
     leaving = Leaving(monkeypatch, asked=reason)
     with pytest.raises(failure.Restart):
         leaving.worker.run()
@@ -284,7 +306,8 @@ def test_page_is_whole_and_needs_nothing_else() -> None:
         "1970-01-01",
     ):
         assert words in said, words
-    assert page.tags.count("svg") == 7  # mAP, precision and recall, box loss, images/s, learning rate, seconds of epochs, seconds by stage
+    # mAP, precision and recall, box loss, images/s, learning rate, seconds of epochs, seconds by stage
+    assert page.tags.count("svg") == 7
 
 
 @pytest.mark.parametrize(
@@ -314,7 +337,10 @@ def test_report_is_drawn_from_a_folder(tmp_path: Path) -> None:
     assert ">failed<" in text
 
 
-@pytest.mark.parametrize(("low", "high"), [(0.0, 1.0), (0.013, 0.99), (-3.0, 7.0), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (1, 123456)])
+@pytest.mark.parametrize(
+    ("low", "high"),
+    [(0.0, 1.0), (0.013, 0.99), (-3.0, 7.0), (5.0, 5.0), (0.0, 0.0), (1e-6, 3e-6), (1, 123456)],
+)
 def test_ticks_are_round_and_cover(low: float, high: float) -> None:
     found = charts.ticks(low, high)
     assert found == sorted(found)
@@ -362,7 +388,9 @@ def a_figures(monkeypatch: pytest.MonkeyPatch, rank: int = 0) -> tuple[Figures, 
 
 def test_figures_say_what_the_pulse_knows(monkeypatch: pytest.MonkeyPatch) -> None:
     figures, told = a_figures(monkeypatch)
-    life: Any = SimpleNamespace(seconds=lambda: {"wait": 1.0}, memory_gb=lambda: 2.0, cursor=100, total=1000, world_size=2)
+    life: Any = SimpleNamespace(
+        seconds=lambda: {"wait": 1.0}, memory_gb=lambda: 2.0, cursor=100, total=1000, world_size=2
+    )
     now = [50.0]
     monkeypatch.setattr("raypar.train.watch.time", SimpleNamespace(monotonic=lambda: now[0]))
     figures.on_beat(life)
@@ -386,12 +414,16 @@ def test_dashboard_asks_for_what_is_exported() -> None:
     assert asked == exported, "each figure is shown, and no other is asked for"
     variables = [v["definition"] for v in board["templating"]["list"] if "definition" in v]
     assert {v["query"]["query"] for v in board["templating"]["list"] if "definition" in v} == set(variables)
-    for name, label in (re.fullmatch(r"label_values\((\w+), (\w+)\)", variable).groups() for variable in variables):  # type: ignore[union-attr]
+    for name, label in (
+        re.fullmatch(r"label_values\((\w+), (\w+)\)", variable).groups() for variable in variables
+    ):  # type: ignore[union-attr]
         assert name in exported
         assert label in TAGS
     for expression in expressions:
         labels = {"run", "rank", "stage"} if "stage_seconds" in expression else set(TAGS)
-        named = {label for group in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in group.split(", ")}
+        named = {
+            label for group in re.findall(r"(?:by|on) \(([^)]*)\)", expression) for label in group.split(", ")
+        }
         matched = dict(re.findall(r'(\w+)=~?"([^"]*)"', expression))
         assert named | set(matched) <= labels, expression
         if "stage" in matched:
@@ -399,7 +431,9 @@ def test_dashboard_asks_for_what_is_exported() -> None:
         assert expression.count("(") == expression.count(")"), expression
         assert 'run=~"$run"' in expression, expression
     for panel in board["panels"]:
-        shown = {label for target in panel["targets"] for label in re.findall(r"{{(\w+)}}", target["legendFormat"])}
+        shown = {
+            label for target in panel["targets"] for label in re.findall(r"{{(\w+)}}", target["legendFormat"])
+        }
         for target in panel["targets"]:
             assert shown <= set(re.search(r"by \(([^)]*)\)", target["expr"])[1].split(", ")), panel["title"]  # type: ignore[index]
     assert len({panel["id"] for panel in board["panels"]}) == len(board["panels"])

@@ -29,9 +29,13 @@ def store(monkeypatch: pytest.MonkeyPatch) -> dict[bytes, bytes]:
         for key in [key for key in kept if key.startswith(prefix)]:
             del kept[key]
 
-    monkeypatch.setattr(kv, "_internal_kv_put", lambda key, value, overwrite, namespace: kept.__setitem__(key, value))
+    monkeypatch.setattr(
+        kv, "_internal_kv_put", lambda key, value, overwrite, namespace: kept.__setitem__(key, value)
+    )
     monkeypatch.setattr(kv, "_internal_kv_get", lambda key, namespace: kept.get(key))
-    monkeypatch.setattr(kv, "_internal_kv_list", lambda prefix, namespace: [key for key in kept if key.startswith(prefix)])
+    monkeypatch.setattr(
+        kv, "_internal_kv_list", lambda prefix, namespace: [key for key in kept if key.startswith(prefix)]
+    )
     monkeypatch.setattr(kv, "_internal_kv_del", delete)
     worker(0)._beat()
     return kept
@@ -61,7 +65,11 @@ def decide(*errors: Exception, max_failures: int = 3) -> FailureDecision:
 
 def test_room_to_grow_takes_no_stop_away(store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
     assert launch.ask_to_stop(RUN)
-    monkeypatch.setattr(ElasticScalingPolicy, "make_decision_for_running_worker_group", lambda *_: ResizeDecision(4, {"CPU": 1}))
+    monkeypatch.setattr(
+        ElasticScalingPolicy,
+        "make_decision_for_running_worker_group",
+        lambda *_: ResizeDecision(4, {"CPU": 1}),
+    )
     elastic = Elastic.__new__(Elastic)
     elastic.run_id = RUN
     elastic.make_decision_for_running_worker_group(SimpleNamespace(num_workers=2), None)
@@ -69,9 +77,16 @@ def test_room_to_grow_takes_no_stop_away(store: dict[bytes, bytes], monkeypatch:
     assert heard(1, monkeypatch) == set(), "rank 0 tells the others"
 
 
-@pytest.mark.parametrize("error", [LOST, failure.Restart("grow"), failure.Restart("preempted"), failure.NotFiniteError("not finite")])
+@pytest.mark.parametrize(
+    "error",
+    [LOST, failure.Restart("grow"), failure.Restart("preempted"), failure.NotFiniteError("not finite")],
+)
 def test_who_asked_to_stop_gets_no_new_workers(
-    store: dict[bytes, bytes], error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    store: dict[bytes, bytes],
+    error: Exception,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     assert launch.ask_to_stop(RUN)
     assert decide(error) == FailureDecision.RAISE
@@ -83,7 +98,9 @@ def test_who_asked_to_stop_gets_no_new_workers(
     decide(error)
     assert fitted(tmp_path, monkeypatch).return_value == {"stopped": 16}
     chronicle.happened(SimpleNamespace(exists=lambda _: False, write=lambda *_: None), RUN)  # type: ignore[arg-type]
-    assert sorted(key.decode() for key in store) == [f"{RUN}:stop"], "only what the trainer clears in any case"
+    assert sorted(key.decode() for key in store) == [f"{RUN}:stop"], (
+        "only what the trainer clears in any case"
+    )
 
 
 def fitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
@@ -94,12 +111,20 @@ def fitted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 
     monkeypatch.setattr(ray.train.torch.TorchTrainer, "fit", fit)
     config = {"folder": str(folder), "train": {"storage_timeout_s": 1.0}}
-    trainer = launch.Trainer(run_id=RUN, world_sizes=[1], placement_timeout_s=1.0, train_loop_per_worker=print, train_loop_config=config)
+    trainer = launch.Trainer(
+        run_id=RUN,
+        world_sizes=[1],
+        placement_timeout_s=1.0,
+        train_loop_per_worker=print,
+        train_loop_config=config,
+    )
     found: SimpleNamespace = trainer.fit()
     return found
 
 
-def test_a_stop_that_comes_a_moment_later_is_heard_by_the_next_workers(store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stop_that_comes_a_moment_later_is_heard_by_the_next_workers(
+    store: dict[bytes, bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
     old_beats = dict(store)
     pulse.post(RUN, "grow", "asked")
     assert decide(failure.Restart("grow")) == FailureDecision.RETRY
@@ -110,9 +135,15 @@ def test_a_stop_that_comes_a_moment_later_is_heard_by_the_next_workers(store: di
     assert heard(0, monkeypatch) == {"stop"}
 
 
-@pytest.mark.parametrize(("error", "max_failures"), [(failure.OutOfDiskError("no space is left"), 3), (LOST, 0)])
+@pytest.mark.parametrize(
+    ("error", "max_failures"), [(failure.OutOfDiskError("no space is left"), 3), (LOST, 0)]
+)
 def test_what_ends_a_run_anyway_stays_its_reason(
-    store: dict[bytes, bytes], error: Exception, max_failures: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: dict[bytes, bytes],
+    error: Exception,
+    max_failures: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     assert launch.ask_to_stop(RUN)
     assert decide(error, max_failures=max_failures) == FailureDecision.RAISE

@@ -26,7 +26,10 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, **args: Any) -> Worker:
     worker.args = SimpleNamespace(**{"seed": 0, "single_cls": False, "compile": False, "epochs": 2, **args})
     worker.pulse = SimpleNamespace(stage="", cursor=0, wishes=set)  # type: ignore[assignment]
     worker.epoch = SimpleNamespace(waited=lambda: None, stepped=lambda *_: None, reduced=lambda _: {})  # type: ignore[assignment]
-    worker.agreement, worker.finite = Agreement(1, 10.0), SimpleNamespace(push=lambda _: None, is_broken=False)  # type: ignore[assignment]
+    worker.agreement, worker.finite = (
+        Agreement(1, 10.0),
+        SimpleNamespace(push=lambda _: None, is_broken=False),
+    )  # type: ignore[assignment]
     worker.saver = SimpleNamespace(check=lambda: None, is_busy=False)  # type: ignore[assignment]
     worker.saved_at, worker.saved_cursor = 0.0, -1
     monkeypatch.setattr(module.say, "progress", lambda *_: None)
@@ -72,7 +75,11 @@ def test_single_cls_leaves_one_class_to_the_pixels_too(monkeypatch: pytest.Monke
     worker.rank = 1  # rank 0 draws pictures
     seen: list[dict[str, torch.Tensor]] = []
     worker.loop = SimpleNamespace(step=lambda tensors, _: seen.append(tensors) or {})  # type: ignore[assignment]
-    tensors = {"cls": torch.tensor([[2.0], [1.0]]), "sem_masks": torch.full((1, 2, 2), 2.0), "masks": torch.ones(1, 2, 2)}
+    tensors = {
+        "cls": torch.tensor([[2.0], [1.0]]),
+        "sem_masks": torch.full((1, 2, 2), 2.0),
+        "masks": torch.ones(1, 2, 2),
+    }
     worker._step(SimpleNamespace(epoch=0, step=0), tensors, 0)  # type: ignore[arg-type]
     assert not seen[0]["cls"].any()
     assert not seen[0]["sem_masks"].any()

@@ -16,7 +16,22 @@ from raypar.dataset.remote import Place, Tree
 SPLITS = ("train", "val", "test")
 # What Ultralytics lists as images, raypar lists.
 IMAGE_SUFFIXES = frozenset(
-    {".avif", ".bmp", ".dng", ".heic", ".heif", ".jp2", ".jpeg", ".jpeg2000", ".jpg", ".mpo", ".png", ".tif", ".tiff", ".webp"}
+    {
+        ".avif",
+        ".bmp",
+        ".dng",
+        ".heic",
+        ".heif",
+        ".jp2",
+        ".jpeg",
+        ".jpeg2000",
+        ".jpg",
+        ".mpo",
+        ".png",
+        ".tif",
+        ".tiff",
+        ".webp",
+    }
 )
 MAX_VALUE = 1e9  # of a coordinate or class id
 MAX_LABEL_BYTES = 32 << 20  # of a label file: a million boxes
@@ -84,7 +99,9 @@ class Labels:
     def none(cls, task: str = "detect", keypoint_shape: tuple[int, int] | None = None) -> Labels:
         """An image without labels."""
         keypoints = np.zeros((0, keypoint_shape[0], 3)) if task == "pose" and keypoint_shape else None
-        return cls(np.zeros(0, np.int64), np.zeros((0, 4)), 0, () if task in ("segment", "obb") else None, keypoints)
+        return cls(
+            np.zeros(0, np.int64), np.zeros((0, 4)), 0, () if task in ("segment", "obb") else None, keypoints
+        )
 
 
 def names_below(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
@@ -122,7 +139,8 @@ def all_below(place: Place) -> Iterator[str]:
 
 def label_file(record: Record) -> str | None:
     """The file that has a record's labels, where they are in one of their own."""
-    labels = record.labels[0] if isinstance(record.labels, tuple) else record.labels  # of coco and folders: no path
+    # of coco and folders: no path
+    labels = record.labels[0] if isinstance(record.labels, tuple) else record.labels
     return labels if isinstance(labels, str) else None
 
 
@@ -196,13 +214,17 @@ def labels_from_xyxy(rows: list[tuple[float, ...]], num_classes: int, image_hw: 
     check_table(table, num_classes)
     height, width = image_hw
     x1, y1, x2, y2 = table[:, 1:].T
-    boxes = np.stack([(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], axis=1)
+    boxes = np.stack(
+        [(x1 + x2) / 2 / width, (y1 + y2) / 2 / height, (x2 - x1) / width, (y2 - y1) / height], axis=1
+    )
     return Labels(table[:, 0].astype(np.int64), boxes, len(rows) - len(unique))
 
 
 def boxes_around(polygons: Sequence[NDArray[np.float64]]) -> NDArray[np.float64]:
     """Upright boxes around polygons (P, 2), as ``ultralytics.utils.ops.segments2boxes``: float64 (N, 4), centre and size."""
-    low, high = (np.array([f(polygon, axis=0) for polygon in polygons]).reshape(-1, 2) for f in (np.min, np.max))
+    low, high = (
+        np.array([f(polygon, axis=0) for polygon in polygons]).reshape(-1, 2) for f in (np.min, np.max)
+    )
     with np.errstate(invalid="ignore", over="ignore"):  # what is not finite is for check_table to refuse
         return np.concatenate([(low + high) / 2, high - low], axis=1)
 
@@ -228,7 +250,9 @@ def check_table(table: NDArray[np.float64], num_classes: int) -> None:
     ids = table[:, 0]
     wrong = ids[(ids < 0) | (ids >= num_classes) | (ids % 1 != 0)]
     if len(wrong):
-        raise ValueError(f"class {wrong[0]:g} is not one of the {num_classes} classes (0 to {num_classes - 1})")
+        raise ValueError(
+            f"class {wrong[0]:g} is not one of the {num_classes} classes (0 to {num_classes - 1})"
+        )
 
 
 def check_declared_size(declared_hw: tuple[int, int] | None, image_hw: tuple[int, int]) -> None:
@@ -238,4 +262,6 @@ def check_declared_size(declared_hw: tuple[int, int] | None, image_hw: tuple[int
         ValueError: the labels were made for an image of another size (or for the image before its EXIF rotation).
     """
     if declared_hw is not None and declared_hw != image_hw:
-        raise ValueError(f"labels are for an image of {declared_hw[1]}x{declared_hw[0]} px, this one has {image_hw[1]}x{image_hw[0]} px")
+        raise ValueError(
+            f"labels are for an image of {declared_hw[1]}x{declared_hw[0]} px, this one has {image_hw[1]}x{image_hw[0]} px"
+        )

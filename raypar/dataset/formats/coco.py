@@ -12,7 +12,15 @@ import json
 import posixpath
 from typing import Any
 
-from raypar.dataset.formats import SPLITS, Labels, Listing, Record, check_declared_size, labels_from_xyxy, wanted
+from raypar.dataset.formats import (
+    SPLITS,
+    Labels,
+    Listing,
+    Record,
+    check_declared_size,
+    labels_from_xyxy,
+    wanted,
+)
 from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
 from raypar.dataset.remote import Place, place_of
 
@@ -52,8 +60,12 @@ def scan(source: str | Place, task: str = "auto") -> Listing:
     if task == "pose" and not flip_idx:
         notes.append("no keypoint is called left or right: images are not mirrored in training")
     if path.is_file():
-        notes.append(f"{path} is a single JSON, all of it train: training needs a val split too, so name the folder that has both")
-    return Listing(tuple(classes[i] for i in sorted(classes)), splits, tuple(notes), task, keypoint_shape, flip_idx)
+        notes.append(
+            f"{path} is a single JSON, all of it train: training needs a val split too, so name the folder that has both"
+        )
+    return Listing(
+        tuple(classes[i] for i in sorted(classes)), splits, tuple(notes), task, keypoint_shape, flip_idx
+    )
 
 
 def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
@@ -76,23 +88,31 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
         return with_polygons(rows, [annotation[2] for annotation in annotations], num_classes, image_hw)
     if task == "pose":
         assert keypoint_shape is not None
-        return with_keypoints(rows, [annotation[2] for annotation in annotations], num_classes, image_hw, keypoint_shape[0])
+        return with_keypoints(
+            rows, [annotation[2] for annotation in annotations], num_classes, image_hw, keypoint_shape[0]
+        )
     return labels_from_xyxy(rows, num_classes, image_hw)
 
 
 def _split_files(root: Place, task: str) -> dict[str, Place]:
     found: dict[str, Place] = {}
     for split in SPLITS:
-        files: list[Place] = sorted((root / "annotations").glob(f"person_keypoints_{split}*.json")) if task == "pose" else []
+        files: list[Place] = (
+            sorted((root / "annotations").glob(f"person_keypoints_{split}*.json")) if task == "pose" else []
+        )
         files = files or sorted((root / "annotations").glob(f"instances_{split}*.json"))
         for name in (split, "valid") if split == "val" else (split,):
             files += [f for f in [root / name / "_annotations.coco.json"] if f.is_file()]
         if len(files) > 1:
-            raise ValueError(f"{root} has several files for {split} ({', '.join(f.name for f in files)}): leave one")
+            raise ValueError(
+                f"{root} has several files for {split} ({', '.join(f.name for f in files)}): leave one"
+            )
         if files:
             found[split] = files[0]
     if "train" not in found:
-        raise wanted.wrong(root, "coco", "has no annotations/instances_train*.json (nor train/_annotations.coco.json)")
+        raise wanted.wrong(
+            root, "coco", "has no annotations/instances_train*.json (nor train/_annotations.coco.json)"
+        )
     return found
 
 
@@ -101,8 +121,14 @@ def _load(file: Place) -> dict[str, Any]:
         data = json.loads(file.read_bytes())
     except ValueError as error:
         raise wanted.wrong(file, "coco", f"is not JSON ({error})") from error
-    if not isinstance(data, dict) or not isinstance(data.get("images"), list) or not isinstance(data.get("categories"), list):
-        raise ValueError(f"{file} is not a COCO file: it needs the lists 'images', 'annotations' and 'categories'")
+    if (
+        not isinstance(data, dict)
+        or not isinstance(data.get("images"), list)
+        or not isinstance(data.get("categories"), list)
+    ):
+        raise ValueError(
+            f"{file} is not a COCO file: it needs the lists 'images', 'annotations' and 'categories'"
+        )
     if not data["images"]:
         raise ValueError(f"{file} has no images")
     return data
@@ -118,7 +144,9 @@ def _categories(data: dict[str, Any], file: Place) -> dict[int, str]:
     return categories
 
 
-def _records(data: dict[str, Any], file: Place, root: Place, classes: dict[int, str], notes: list[str], task: str) -> list[Record]:
+def _records(
+    data: dict[str, Any], file: Place, root: Place, classes: dict[int, str], notes: list[str], task: str
+) -> list[Record]:
     class_ids = {category: class_id for class_id, category in enumerate(sorted(classes))}
     boxes: dict[Any, list[tuple[Any, ...]]] = {}
     points = {"segment": "segmentation", "pose": "keypoints"}.get(task)
@@ -135,7 +163,8 @@ def _records(data: dict[str, Any], file: Place, root: Place, classes: dict[int, 
             if task == "pose" and not has_keypoints(annotation):
                 num_without += 1
                 continue
-            class_id = class_ids.get(annotation["category_id"], -1)  # -1 is refused by read_labels, and the image with it
+            # -1 is refused by read_labels, and the image with it
+            class_id = class_ids.get(annotation["category_id"], -1)
             labels = (class_id, annotation.get("bbox"), *([annotation.get(points)] if points else []))
             boxes[annotation["image_id"]].append(labels)
         folder = _image_folder([image["file_name"] for image in data["images"][:NUM_PROBES]], file, root)
@@ -143,20 +172,36 @@ def _records(data: dict[str, Any], file: Place, root: Place, classes: dict[int, 
         for image in data["images"]:
             name = posixpath.normpath(str(image["file_name"]).replace("\\", "/"))
             declared_hw = (int(image.get("height") or 0), int(image.get("width") or 0))
-            records.append(Record(name, str(folder / name), (declared_hw if all(declared_hw) else None, boxes[image["id"]])))
+            records.append(
+                Record(
+                    name, str(folder / name), (declared_hw if all(declared_hw) else None, boxes[image["id"]])
+                )
+            )
     except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is not a COCO file: an image or annotation lacks or misuses {error}") from error
+        raise ValueError(
+            f"{file} is not a COCO file: an image or annotation lacks or misuses {error}"
+        ) from error
     if num_unknown:
         notes.append(f"{file.name}: {num_unknown} annotations of images that it does not list were left out")
     if num_without:
-        notes.append(f"{file.name}: {num_without} annotations without a labelled keypoint were left out, as COCO's evaluation does")
+        notes.append(
+            f"{file.name}: {num_without} annotations without a labelled keypoint were left out, as COCO's evaluation does"
+        )
     return records
 
 
 def _image_folder(names: list[str], file: Place, root: Place) -> Place:
     stem = file.stem.removeprefix("instances_").removeprefix("person_keypoints_")
     split = next((s for s in SPLITS if stem.startswith(s)), stem)
-    places = [root / stem, root / "images" / stem, root / split, root / "images" / split, root / "images", file.parent, root]
+    places = [
+        root / stem,
+        root / "images" / stem,
+        root / split,
+        root / "images" / split,
+        root / "images",
+        file.parent,
+        root,
+    ]
     if root.name == "annotations":
         # the JSON itself was named: its images are one level up
         places += [root.parent / place.relative_to(root) for place in places[:5]]  # type: ignore[arg-type]

@@ -24,7 +24,9 @@ def keypoints_of(categories: list[dict[str, Any]], file: object) -> tuple[tuple[
         raise ValueError(f"{file}: for pose each category needs 'keypoints', the same list of names")
     names = found.pop()
     mirrored = [_mirrored(name) for name in names]
-    has_sides = any(a != b for a, b in zip(names, mirrored, strict=True)) and all(name in names for name in mirrored)
+    has_sides = any(a != b for a, b in zip(names, mirrored, strict=True)) and all(
+        name in names for name in mirrored
+    )
     return (len(names), 3), tuple(names.index(name) for name in mirrored) if has_sides else ()
 
 
@@ -41,7 +43,9 @@ def has_keypoints(annotation: dict[str, Any]) -> bool:
     return isinstance(values, list) and any(values[2::3])
 
 
-def with_polygons(rows: list[tuple[float, ...]], segmentations: list[Any], num_classes: int, image_hw: tuple[int, int]) -> Labels:
+def with_polygons(
+    rows: list[tuple[float, ...]], segmentations: list[Any], num_classes: int, image_hw: tuple[int, int]
+) -> Labels:
     """Labels for segment.
 
     Args:
@@ -55,12 +59,15 @@ def with_polygons(rows: list[tuple[float, ...]], segmentations: list[Any], num_c
     """
     labels_from_xyxy(rows, num_classes, image_hw)  # checks
     wh = np.array(image_hw[::-1], np.float64)
-    lines = without_duplicates([(*row, *_polygon(row, s).ravel()) for row, s in zip(rows, segmentations, strict=True)])
+    lines = without_duplicates(
+        [(*row, *_polygon(row, s).ravel()) for row, s in zip(rows, segmentations, strict=True)]
+    )
     segments = tuple(np.reshape(line[5:], (-1, 2)) / wh for line in lines)
     if not all(np.isfinite(segment).all() for segment in segments):
         raise ValueError("labels hold a value that is not a finite number")
     boxes = boxes_around(segments)
-    boxes[[line[3] <= line[1] or line[4] <= line[2] for line in lines], 2:] = 0  # tidied away, as boxes of no area are elsewhere
+    # tidied away, as boxes of no area are elsewhere
+    boxes[[line[3] <= line[1] or line[4] <= line[2] for line in lines], 2:] = 0
     return Labels(np.array([line[0] for line in lines], np.int64), boxes, len(rows) - len(lines), segments)
 
 
@@ -78,7 +85,9 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"keypoints are {repr(values)[:60]}, not a list of numbers") from error
         if len(points) != 3 * num_keypoints:
-            raise ValueError(f"an annotation has {len(points)} keypoint values, {num_keypoints} keypoints need {3 * num_keypoints}")
+            raise ValueError(
+                f"an annotation has {len(points)} keypoint values, {num_keypoints} keypoints need {3 * num_keypoints}"
+            )
         lines.append((*row, *points))
     unique = without_duplicates(lines)
     labels = labels_from_xyxy([line[:5] for line in unique], num_classes, image_hw, keep_duplicates=True)
@@ -92,22 +101,34 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
 def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
     if isinstance(segmentation, dict):
-        raise ValueError("a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)")
+        raise ValueError(
+            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
+        )
     try:
-        found = [np.asarray(part, np.float64) for part in segmentation if _is_polygon(part)] if isinstance(segmentation, list) else []
+        found = (
+            [np.asarray(part, np.float64) for part in segmentation if _is_polygon(part)]
+            if isinstance(segmentation, list)
+            else []
+        )
     except OverflowError as error:
         raise ValueError("a segmentation holds a number beyond all measure") from error
     parts = [part.reshape(-1, 2) for part in found]
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):  # nor NaN: their distances are no numbers
+    # nor NaN: their distances are no numbers
+    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):
         raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return parts[0] if len(parts) == 1 else merged(parts)
 
 
 def _is_polygon(part: Any) -> bool:
-    return isinstance(part, list) and len(part) >= 6 and len(part) % 2 == 0 and all(type(value) in (int, float) for value in part)
+    return (
+        isinstance(part, list)
+        and len(part) >= 6
+        and len(part) % 2 == 0
+        and all(type(value) in (int, float) for value in part)
+    )
 
 
 def merged(parts: list[Floats]) -> Floats:

@@ -23,7 +23,10 @@ def scan(source: str | Place, seed: int) -> Listing:
     """
     root = place_of(source)
     wanted.check(root, "folders", is_folder=True)
-    folders = {split: next((root / name for name in NAMES[split] if (root / name).is_dir()), None) for split in SPLITS}
+    folders = {
+        split: next((root / name for name in NAMES[split] if (root / name).is_dir()), None)
+        for split in SPLITS
+    }
     train = folders["train"]
     if train is None:
         if not any(entry.is_dir() and not entry.name.startswith(".") for entry in root.iterdir()):
@@ -40,8 +43,12 @@ def scan(source: str | Place, seed: int) -> Listing:
             continue
         unknown = sorted(set(_class_names(folder)) - set(class_names))
         if unknown:
-            raise ValueError(f"{folder} has {len(unknown)} classes that {train} lacks ({', '.join(unknown[:5])})")
-        splits[split] = [record for class_id, name in enumerate(class_names) for record in _records(folder, name, class_id)]
+            raise ValueError(
+                f"{folder} has {len(unknown)} classes that {train} lacks ({', '.join(unknown[:5])})"
+            )
+        splits[split] = [
+            record for class_id, name in enumerate(class_names) for record in _records(folder, name, class_id)
+        ]
         if not splits[split]:
             raise ValueError(f"{folder} has no images")
     return Listing(class_names, splits, _absent(train, splits["train"], class_names), "classify")
@@ -63,17 +70,23 @@ def _split(root: Place, seed: int) -> Listing:
         splits["train"] += [records[i] for i in sorted(order[num_val:])]
     for split, records in splits.items():
         if not records:
-            raise ValueError(f"{root} has no train folder, and too few images in its folders to set some apart for {split}")
+            raise ValueError(
+                f"{root} has no train folder, and too few images in its folders to set some apart for {split}"
+            )
     note = f"{root} has no train folder: {len(splits['val'])} images, a fifth of each class, were set apart for val"
     return Listing(class_names, splits, (note, *_absent(root, splits["train"], class_names)), "classify")
 
 
 def _class_names(folder: Place) -> tuple[str, ...]:
-    names = tuple(sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")))
+    names = tuple(
+        sorted(entry.name for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    )
     if not names:
         raise ValueError(f"{folder} has no folders: it should hold one for each class")
     if {"images", "labels"} <= set(names):
-        raise ValueError(f"{folder} holds images and labels, not a folder for each class: write prepare.format=yolo and name its data.yaml")
+        raise ValueError(
+            f"{folder} holds images and labels, not a folder for each class: write prepare.format=yolo and name its data.yaml"
+        )
     return names
 
 

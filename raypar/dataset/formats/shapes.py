@@ -20,22 +20,30 @@ BYTES_PER_PIXEL = 0.35  # of a finished JPEG; sizes shards
 EMPTY_SHARE = 0.03  # of the images
 MAX_SHAPES = 8
 SIDES = (0.12, 0.45)  # of the image's height
-SINGLE_SIDES = (0.4, 0.8)  # of an image that shows one shape, about its middle: classifiers see a square out of there
+# of an image that shows one shape, about its middle: classifiers see a square out of there
+SINGLE_SIDES = (0.4, 0.8)
 MAX_COVERED = 0.6  # a shape hidden more than this is not drawn
 HUE_SPREAD = 25  # degrees to both sides of a class's hue
 KEYPOINT_SHAPE, FLIP_IDX = (5, 3), (0, 1, 3, 2, 4)  # a shape's centre, top, left, right and bottom
-Shape = tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]  # class id, colour, mask (H, W), outline (P, 2) px
+# class id, colour, mask (H, W), outline (P, 2) px
+Shape = tuple[int, NDArray[np.float64], NDArray[np.bool_], NDArray[np.float64]]
 
 
 def scan(num_images: dict[str, int], task: str = "detect") -> Listing:
     """Records of images that are still to be drawn; ``num_images`` by split."""
-    splits = {split: Records.of(Record(f"{i:06d}.jpg", "", i) for i in range(n)) for split, n in num_images.items() if n}
+    splits = {
+        split: Records.of(Record(f"{i:06d}.jpg", "", i) for i in range(n))
+        for split, n in num_images.items()
+        if n
+    }
     if task == "pose":
         return Listing(CLASS_NAMES, splits, task=task, keypoint_shape=KEYPOINT_SHAPE, flip_idx=FLIP_IDX)
     return Listing(CLASS_NAMES, splits, task=task)
 
 
-def render(seed: int, split: str, index: int, height: int, width: int) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float64]]:
+def render(
+    seed: int, split: str, index: int, height: int, width: int
+) -> tuple[NDArray[np.uint8], NDArray[np.int64], NDArray[np.float64]]:
     """Draws one image.
 
     Returns:
@@ -44,10 +52,16 @@ def render(seed: int, split: str, index: int, height: int, width: int) -> tuple[
     """
     image, shapes = _scene(seed, split, index, height, width)
     boxes = [_hull(mask) for _, _, mask, _ in shapes]
-    return image, np.asarray([shape[0] for shape in shapes], np.int64), np.asarray(boxes, np.float64).reshape(-1, 4)
+    return (
+        image,
+        np.asarray([shape[0] for shape in shapes], np.int64),
+        np.asarray(boxes, np.float64).reshape(-1, 4),
+    )
 
 
-def draw(seed: int, split: str, index: int, height: int, width: int, task: str = "detect") -> tuple[NDArray[np.uint8], Labels]:
+def draw(
+    seed: int, split: str, index: int, height: int, width: int, task: str = "detect"
+) -> tuple[NDArray[np.uint8], Labels]:
     """An image uint8 (height, width, 3) RGB and its labels; the images of classify show one shape each."""
     hw = (height, width)
     if task == "detect":
@@ -61,20 +75,33 @@ def draw(seed: int, split: str, index: int, height: int, width: int, task: str =
         segments = tuple(cut_polygon(outline, width, height) / [width, height] for *_, outline in shapes)
         return image, Labels(class_ids, boxes_around(segments), segments_xyn=segments)
     if task == "obb":
-        corners = tuple(cv2.boxPoints(cv2.minAreaRect(outline.astype(np.float32))) / [width, height] for *_, outline in shapes)
+        corners = tuple(
+            cv2.boxPoints(cv2.minAreaRect(outline.astype(np.float32))) / [width, height]
+            for *_, outline in shapes
+        )
         return image, Labels(class_ids, boxes_around(corners), segments_xyn=corners)
-    found = labels(class_ids, np.asarray([_hull(mask) for _, _, mask, _ in shapes], np.float64).reshape(-1, 4), hw)
-    keypoints = np.stack([_keypoints(shapes, i, hw) for i in range(len(shapes))]) if shapes else np.zeros((0, *KEYPOINT_SHAPE))
+    found = labels(
+        class_ids, np.asarray([_hull(mask) for _, _, mask, _ in shapes], np.float64).reshape(-1, 4), hw
+    )
+    keypoints = (
+        np.stack([_keypoints(shapes, i, hw) for i in range(len(shapes))])
+        if shapes
+        else np.zeros((0, *KEYPOINT_SHAPE))
+    )
     return image, Labels(found.class_ids, found.boxes_xywhn, keypoints=keypoints)
 
 
-def _scene(seed: int, split: str, index: int, height: int, width: int, *, is_single: bool = False) -> tuple[NDArray[np.uint8], list[Shape]]:
+def _scene(
+    seed: int, split: str, index: int, height: int, width: int, *, is_single: bool = False
+) -> tuple[NDArray[np.uint8], list[Shape]]:
     """The image and the shapes that can be seen, in drawing order."""
     rng = np.random.default_rng([seed, SPLITS.index(split), index])
     image = _background(rng, height, width)
     num_shapes = 0 if rng.random() < EMPTY_SHARE else int(rng.integers(1, MAX_SHAPES + 1))
     shapes = (
-        [_shape(rng, height, width, is_single=True)] if is_single else _visible([_shape(rng, height, width) for _ in range(num_shapes)])
+        [_shape(rng, height, width, is_single=True)]
+        if is_single
+        else _visible([_shape(rng, height, width) for _ in range(num_shapes)])
     )
     for _, colour, mask, _ in shapes:
         image[mask] = np.clip(colour + rng.normal(0, 4, (int(mask.sum()), 3)), 0, 255)
@@ -101,12 +128,16 @@ def _keypoints(shapes: list[Shape], i: int, image_hw: tuple[int, int]) -> NDArra
 
 def encode(image: NDArray[np.uint8]) -> bytes:
     """uint8 (H, W, 3) RGB -> JPEG."""
-    is_encoded, data = cv2.imencode(".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY])
+    is_encoded, data = cv2.imencode(
+        ".jpg", np.ascontiguousarray(image[..., ::-1]), [cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY]
+    )
     assert is_encoded
     return bytes(data.tobytes())
 
 
-def labels(class_ids: NDArray[np.int64], boxes_xyxy: NDArray[np.float64], image_hw: tuple[int, int]) -> Labels:
+def labels(
+    class_ids: NDArray[np.int64], boxes_xyxy: NDArray[np.float64], image_hw: tuple[int, int]
+) -> Labels:
     """Labels of a drawn image; ``boxes_xyxy`` float64 (N, 4) px."""
     x1, y1, x2, y2 = boxes_xyxy.T / np.array([image_hw[1], image_hw[0]] * 2)[:, None]
     return Labels(class_ids, np.stack([(x1 + x2) / 2, (y1 + y2) / 2, x2 - x1, y2 - y1], axis=1))
@@ -126,7 +157,9 @@ def _background(rng: np.random.Generator, height: int, width: int) -> NDArray[np
 def _shape(rng: np.random.Generator, height: int, width: int, *, is_single: bool = False) -> Shape:
     """One shape; its centre lies inside the image."""
     class_id = int(rng.integers(len(CLASS_NAMES)))
-    side = (min(height, width) if is_single else height) * float(np.exp(rng.uniform(*np.log(SINGLE_SIDES if is_single else SIDES))))
+    side = (min(height, width) if is_single else height) * float(
+        np.exp(rng.uniform(*np.log(SINGLE_SIDES if is_single else SIDES)))
+    )
     margin = min(0.25 * side, 0.5 * width)
     centre = np.array([rng.uniform(margin, width - margin), rng.uniform(0.25 * side, height - 0.25 * side)])
     if is_single:

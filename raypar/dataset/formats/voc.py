@@ -55,7 +55,9 @@ def scan(source: str | Place, seed: int) -> Listing:
     return Listing(class_names, splits, tuple(notes))
 
 
-def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], fetched: Fetched | None = None) -> Labels:
+def read_labels(
+    record: Record, num_classes: int, image_hw: tuple[int, int], fetched: Fetched | None = None
+) -> Labels:
     """Parses an annotation file; no file means no labels.
 
     Raises:
@@ -67,7 +69,8 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], fet
         return Labels(np.zeros(0, np.int64), np.zeros((0, 4)))
     try:
         annotation = ElementTree.fromstring(data)
-    except (ElementTree.ParseError, LookupError) as error:  # LookupError: an encoding that Python does not know
+    # LookupError: an encoding that Python does not know
+    except (ElementTree.ParseError, LookupError) as error:
         raise ValueError(f"labels are not XML ({error})") from error
     size = (_int(annotation.findtext("size/height")), _int(annotation.findtext("size/width")))
     check_declared_size(size if all(size) else None, image_hw)
@@ -120,7 +123,9 @@ def _splits(root: Place, images: list[str], seed: int, notes: list[str]) -> dict
         return {split: found[split] for split in SPLITS if split in found}
     order = np.random.default_rng([seed, len(images)]).permutation(len(images))
     num_val = max(1, round(VAL_SHARE * len(images))) if len(images) > 1 else 0
-    notes.append(f"no ImageSets/Main: {len(images) - num_val} images drawn for train and {num_val} for val (seed {seed})")
+    notes.append(
+        f"no ImageSets/Main: {len(images) - num_val} images drawn for train and {num_val} for val (seed {seed})"
+    )
     splits = {"train": [images[i] for i in order[num_val:]], "val": [images[i] for i in order[:num_val]]}
     return {split: names for split, names in splits.items() if names}
 
@@ -140,7 +145,9 @@ def _class_names(root: Place, notes: list[str]) -> tuple[str, ...]:
     found: set[str] = set()
     for data in contents(sorted((root / "Annotations").rglob("*.xml"))):
         try:
-            found |= {(name.text or "").strip() for name in ElementTree.fromstring(data).iterfind("object/name")}
+            found |= {
+                (name.text or "").strip() for name in ElementTree.fromstring(data).iterfind("object/name")
+            }
         except ElementTree.ParseError:
             continue  # its image is set aside by read_labels
     found.discard("")

@@ -35,7 +35,13 @@ def check(place: Place, format_: str, *, is_folder: bool = False) -> None:
             raise wrong(place, format_, "is an empty folder")
     elif not place.is_file():
         what = "exists but is neither a file nor a folder" if place.exists() else absent(place)
-        raise wrong(place, format_, "is a pattern of names, and one place is wanted" if any(sign in str(place) for sign in "*?[") else what)
+        raise wrong(
+            place,
+            format_,
+            "is a pattern of names, and one place is wanted"
+            if any(sign in str(place) for sign in "*?[")
+            else what,
+        )
     elif is_folder:
         raise wrong(place, format_, "is a file, not a folder")
 
@@ -47,7 +53,11 @@ def wrong(place: Place, format_: str, why: str) -> ValueError:
     if found is not None and found != (place, format_):
         source, as_format = found
         other = "" if as_format == format_ else f" prepare.format={as_format}"
-        instead = f"write prepare.source={source}{other}" if source != place else f"it looks like another format: write{other}"
+        instead = (
+            f"write prepare.source={source}{other}"
+            if source != place
+            else f"it looks like another format: write{other}"
+        )
     return ValueError(f"prepare.source {place} {why}: {instead}")
 
 
@@ -80,7 +90,9 @@ def _recognised(folder: Path) -> tuple[Path, str] | None:
         return folder, "voc"
     if (folder / "data.yaml").is_file():
         return folder / "data.yaml", "yolo"
-    if (folder / "train" / "_annotations.coco.json").is_file() or any((folder / "annotations").glob("instances_train*.json")):
+    if (folder / "train" / "_annotations.coco.json").is_file() or any(
+        (folder / "annotations").glob("instances_train*.json")
+    ):
         return folder, "coco"
     if (folder / "train").is_dir() and not (folder / "train" / "images").is_dir():
         entries = list(islice((folder / "train").iterdir(), NUM_NAMES))

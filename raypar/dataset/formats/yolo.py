@@ -60,12 +60,20 @@ def scan(source: str | Place, task: str = "auto") -> Listing:
     if task == "auto":
         task = "pose" if keypoint_shape else "detect"
     if task == "pose" and not keypoint_shape:
-        raise ValueError(f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'")
+        raise ValueError(
+            f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'"
+        )
     root = _root(data.get("path"), file)
     splits = {split: _records(data[split], root, split, file) for split in SPLITS if data.get(split)}
     if not any(_place(record.labels, file).is_file() for records in splits.values() for record in records):
-        raise ValueError(f"{file}: no image has labels; the first image's were looked for in {next(iter(splits.values()))[0].labels}")
-    notes = (f"{file.name} has no 'flip_idx': images are not mirrored in training",) if task == "pose" and not flip_idx else ()
+        raise ValueError(
+            f"{file}: no image has labels; the first image's were looked for in {next(iter(splits.values()))[0].labels}"
+        )
+    notes = (
+        (f"{file.name} has no 'flip_idx': images are not mirrored in training",)
+        if task == "pose" and not flip_idx
+        else ()
+    )
     return Listing(class_names, splits, notes, task, keypoint_shape, flip_idx)
 
 
@@ -86,20 +94,28 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     is_polygons = task != "pose" and any(len(line) > 6 for line in lines)
     _check_columns(lines, is_polygons, num_columns if task == "pose" else None)
     if lines and not is_polygons and task in ("segment", "obb"):
-        raise ValueError(f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}")
+        raise ValueError(
+            f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}"
+        )
     try:
         rows = [tuple(float(value) for value in line) for line in lines]
     except ValueError as error:
         raise ValueError(f"a label line holds something that is not a number ({error})") from error
     unique = without_duplicates(rows)
     polygons = [np.asarray(row[1:], np.float64).reshape(-1, 2) for row in unique] if is_polygons else []
-    boxes = boxes_around(polygons) if is_polygons else np.asarray([row[1:5] for row in unique], np.float64).reshape(-1, 4)
+    boxes = (
+        boxes_around(polygons)
+        if is_polygons
+        else np.asarray([row[1:5] for row in unique], np.float64).reshape(-1, 4)
+    )
     table = np.concatenate([np.asarray([row[0] for row in unique], np.float64)[:, None], boxes], axis=1)
     check_table(table, num_classes)
     _check_range(boxes)
     keypoints = None
     if task == "pose" and keypoint_shape:
-        keypoints = _with_visibility(np.asarray([row[5:] for row in unique], np.float64).reshape(-1, *keypoint_shape))
+        keypoints = _with_visibility(
+            np.asarray([row[5:] for row in unique], np.float64).reshape(-1, *keypoint_shape)
+        )
     segments = None
     if task in ("segment", "obb"):
         segments = tuple(as_corners(polygon, image_hw) if task == "obb" else polygon for polygon in polygons)
@@ -109,7 +125,9 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
 def _check_columns(lines: list[list[str]], is_polygons: bool, num_columns: int | None) -> None:
     for line in lines:
         if num_columns is not None and len(line) != num_columns:
-            raise ValueError(f"a label line has {len(line)} columns, 'kpt_shape' asks for {num_columns}: {' '.join(line)[:60]!r}")
+            raise ValueError(
+                f"a label line has {len(line)} columns, 'kpt_shape' asks for {num_columns}: {' '.join(line)[:60]!r}"
+            )
         if is_polygons and len(line) == 5:
             raise ValueError("labels mix lines of boxes and of polygons")
         if num_columns is None and (len(line) < 5 or len(line) % 2 == 0):
@@ -119,7 +137,9 @@ def _check_columns(lines: list[list[str]], is_polygons: bool, num_columns: int |
 def _check_range(boxes: NDArray[np.float64], what: str = "coordinate") -> None:
     """Boxes (N, 4) or points (N, 2), which must lie in [0, 1] but for a hundredth."""
     if boxes.size and boxes.max() > 1 + TOLERANCE:
-        raise ValueError(f"{what} {boxes.max():g} is above 1: labels must be divided by the image's width and height")
+        raise ValueError(
+            f"{what} {boxes.max():g} is above 1: labels must be divided by the image's width and height"
+        )
     if boxes.size and (boxes.min() < -TOLERANCE or (boxes.shape[1] == 4 and boxes[:, 2:].min() < 0)):
         raise ValueError(f"{what} {boxes.min():g} is negative")
 
@@ -153,7 +173,9 @@ def _yaml_file(source: Place) -> Place:
         if len(found) != 1:
             if found:
                 names = ", ".join(file.name for file in found[:5])
-                raise ValueError(f"prepare.source {source} is a folder with {len(found)} yaml files ({names}): name the one that is meant")
+                raise ValueError(
+                    f"prepare.source {source} is a folder with {len(found)} yaml files ({names}): name the one that is meant"
+                )
             raise wanted.wrong(source, "yolo", "is a folder with 0 yaml files")
         return found[0]
     return source
@@ -170,10 +192,16 @@ def _load(file: Place) -> dict[str, Any]:
         data["val"] = data["validation"]
     for key in ("train", "val"):
         if not data.get(key):
-            raise ValueError(f"{file} has no '{key}': Ultralytics' data.yaml names the images of train and val")
+            raise ValueError(
+                f"{file} has no '{key}': Ultralytics' data.yaml names the images of train and val"
+            )
     for key in SPLITS:
         value = data.get(key)
-        if value and not isinstance(value, str) and not (isinstance(value, list) and all(isinstance(v, str) for v in value)):
+        if (
+            value
+            and not isinstance(value, str)
+            and not (isinstance(value, list) and all(isinstance(v, str) for v in value))
+        ):
             raise ValueError(f"{file}: '{key}' must be a path or a list of paths, not {value!r}")
     return data
 
@@ -201,9 +229,17 @@ def _keypoints(data: dict[str, Any], file: Place) -> tuple[tuple[int, int] | Non
     shape, flip_idx = data.get("kpt_shape"), data.get("flip_idx") or []
     if not shape:
         return None, ()
-    if not isinstance(shape, list) or len(shape) != 2 or not all(type(n) is int for n in shape) or shape[0] < 1 or shape[1] not in (2, 3):
+    if (
+        not isinstance(shape, list)
+        or len(shape) != 2
+        or not all(type(n) is int for n in shape)
+        or shape[0] < 1
+        or shape[1] not in (2, 3)
+    ):
         raise ValueError(f"{file}: 'kpt_shape' must be [number of keypoints, 2 or 3], not {shape!r}")
-    if flip_idx and (not isinstance(flip_idx, list) or sorted(flip_idx, key=str) != sorted(range(shape[0]), key=str)):
+    if flip_idx and (
+        not isinstance(flip_idx, list) or sorted(flip_idx, key=str) != sorted(range(shape[0]), key=str)
+    ):
         raise ValueError(f"{file}: 'flip_idx' must hold each of 0 to {shape[0] - 1} once, not {flip_idx!r}")
     return (shape[0], shape[1]), tuple(flip_idx)
 
@@ -215,7 +251,9 @@ def _root(path: object, file: Place) -> Place:
     if isinstance(file, RemotePath):
         root = _joined(file.parent, str(path), "path", file)
         if not root.is_dir():
-            raise ValueError(f"{file}: path '{path}' is {root}, which does not exist; without 'path' it is the file's own folder")
+            raise ValueError(
+                f"{file}: path '{path}' is {root}, which does not exist; without 'path' it is the file's own folder"
+            )
         return root
     assert isinstance(file, Path)
     root = Path(str(path)).expanduser()
@@ -231,7 +269,9 @@ def _root(path: object, file: Place) -> Place:
             f"{file}: path '{path}' is neither in {file.parent}, nor in {Path.cwd()}, nor in {DATASETS_DIR}: "
             "mend it, or leave 'path' out where the images are beside the file"
         )
-    raise ValueError(f"{file}: path '{path}' {wanted.absent(root)}: mend it, or leave 'path' out where the images are beside the file")
+    raise ValueError(
+        f"{file}: path '{path}' {wanted.absent(root)}: mend it, or leave 'path' out where the images are beside the file"
+    )
 
 
 def _records(value: str | list[str], root: Place, split: str, file: Place) -> Records:
@@ -248,12 +288,14 @@ def _records(value: str | list[str], root: Place, split: str, file: Place) -> Re
                 found.append(str(place))
             elif len(places) == 1 or place.suffix == ".txt":
                 found += _listed(place, root, split, file)
-        found = found if len(places) == 1 else list(dict.fromkeys(found))  # a pattern such as images/** names folders, and what is in them
+        # a pattern such as images/** names folders, and what is in them
+        found = found if len(places) == 1 else list(dict.fromkeys(found))
         images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
         raise ValueError(f"{file}: '{split}' ({value}) has no images")
     inside = len(roots) > 0 and all(path.startswith(tuple(f"{r}/" for r in roots)) for path in images)
-    top = os.path.commonpath([str(r) for r in roots] if inside else [os.path.dirname(path) for path in images])  # noqa: PTH120
+    folders = [str(r) for r in roots] if inside else [os.path.dirname(path) for path in images]  # noqa: PTH120
+    top = os.path.commonpath(folders)
     if isinstance(root, RemotePath):
         top = top.replace(":/", "://", 1)  # as before commonpath
     images.sort()
@@ -267,7 +309,8 @@ def _below(path: str, top: str) -> str:
 def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]:
     paths = [_joined(root, entry, split, file)]
     if entry.startswith("../"):
-        paths.append(_joined(root, entry[3:], split, file))  # Roboflow writes ../train/images for train/images
+        # Roboflow writes ../train/images for train/images
+        paths.append(_joined(root, entry[3:], split, file))
     for path in paths:
         if path.exists():
             return [path.resolve() if isinstance(path, Path) else path]
@@ -275,7 +318,9 @@ def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]
         if found := path.globbed() if isinstance(path, RemotePath) else _globbed(path):
             return found
     path = paths[0]
-    raise ValueError(f"{file}: '{split}' points to {path}, which {wanted.absent(path)}: paths start at {root}; mend '{split}' or 'path'")
+    raise ValueError(
+        f"{file}: '{split}' points to {path}, which {wanted.absent(path)}: paths start at {root}; mend '{split}' or 'path'"
+    )
 
 
 def _globbed(pattern: Path) -> list[Place]:
@@ -297,10 +342,15 @@ def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]
             continue
         assert isinstance(file, Path)
         assert isinstance(root, Path)
-        places = [os.path.normpath(base / name) for base in ([file.parent] if name.startswith("./") else [Path.cwd(), root, file.parent])]
+        places = [
+            os.path.normpath(base / name)
+            for base in ([file.parent] if name.startswith("./") else [Path.cwd(), root, file.parent])
+        ]
         paths.append(next((place for place in places if Path(place).exists()), places[0]))
     if paths and not any(_place(path, file).is_file() for path in paths[:NUM_PROBES]):
-        raise ValueError(f"{yaml_file}: '{split}' is {file}, and none of the first images that it names is there, e.g. {paths[0]}")
+        raise ValueError(
+            f"{yaml_file}: '{split}' is {file}, and none of the first images that it names is there, e.g. {paths[0]}"
+        )
     return paths
 
 
@@ -311,7 +361,9 @@ def _joined(root: Place, entry: str, key: str, file: Place) -> Place:
     if entry.startswith(f"{root.tree.scheme}://") and not root.path.startswith("/"):
         return _place(entry, root)
     if "://" in entry or entry.startswith(("/", "~")):
-        raise ValueError(f"{file}: '{key}' names {entry}, which is not in this store: write it relative to the file, or leave 'path' out")
+        raise ValueError(
+            f"{file}: '{key}' names {entry}, which is not in this store: write it relative to the file, or leave 'path' out"
+        )
     return root / entry
 
 
