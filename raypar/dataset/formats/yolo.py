@@ -9,7 +9,6 @@ Paths are resolved as Ultralytics does (``check_det_dataset``, ``BaseDataset.get
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,8 +30,10 @@ from raypar.dataset.formats import (
     as_text,
     boxes_around,
     check_table,
+    matching,
     read_label_file,
     read_text,
+    visible,
     wanted,
     without_duplicates,
 )
@@ -168,7 +169,7 @@ def label_path(image_path: str) -> str:
 def _yaml_file(source: Place) -> Place:
     wanted.check(source, "yolo")
     if source.is_dir():
-        found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+        found = [file for file in visible(source) if file.suffix.lower() in (".yaml", ".yml")]
         found = [file for file in found if file.name == "data.yaml"] or found
         if len(found) != 1:
             if found:
@@ -315,17 +316,12 @@ def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]
         if path.exists():
             return [path.resolve() if isinstance(path, Path) else path]
     for path in paths if any(sign in entry for sign in "*?[") else ():
-        if found := path.globbed() if isinstance(path, RemotePath) else _globbed(path):
-            return found
+        if found := matching(path):
+            return [place.resolve() if isinstance(place, Path) else place for place in found]
     path = paths[0]
     raise ValueError(
         f"{file}: '{split}' points to {path}, which {wanted.absent(path)}: paths start at {root}; mend '{split}' or 'path'"
     )
-
-
-def _globbed(pattern: Path) -> list[Place]:
-    found = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # of none/** where none is not there, it finds none/
-    return [Path(place).resolve() for place in found if Path(place).exists()]
 
 
 def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]:
