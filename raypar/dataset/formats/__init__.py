@@ -210,6 +210,10 @@ def optional_test(
         try:
             found[split] = read(split)
         except SplitMissingError as error:
+            if split == "val":
+                raise SplitMissingError(
+                    f"{error} (without val in the source, prepare.val_fraction draws one from train)"
+                ) from error
             if split != "test":
                 raise
             notes.append(f"there is no test split: {error}")

@@ -36,6 +36,7 @@ from raypar.dataset.formats import (
 )
 from raypar.dataset.remote import Place, contents, place_of
 
+QUOTES = "\"'"
 VAL_SHARE = 0.2  # of the images, where ImageSets/ is missing
 
 
@@ -51,28 +52,27 @@ class Files:
     images: dict[str, list[str]]
     annotations: dict[str, str]
 
-    def named(self, line: str) -> str:
-        """The image that a line of a list names, without its suffix unless that is needed to tell it from another.
+    def of_line(self, line: str) -> list[str]:
+        """Files of the images that a line of a list names; that of a missing one where it names none.
 
         A line is a name, perhaps with a suffix, in quotes, below JPEGImages or with columns behind it (``000012  1``). The longest
         part of it that is an image is meant, so that names may hold blanks.
         """
-        texts = [line[: match.start()] for match in re.finditer(r"\s+|$", line)][::-1]
-        for text in texts:
-            for name in _spellings(text):
-                if name in self.images or self.files_of(name):
-                    return name
-        return _spellings(texts[-1])[-1]
+        parts = [line[: match.start()] for match in re.finditer(r"\s+|$", line)]
+        for part in reversed(parts):
+            for name in _spellings(part):
+                if files := self._of_name(name):
+                    return files
+        name = _spellings(line if line[0] in QUOTES else parts[0])[-1]
+        return [name if _suffix(name) in IMAGE_SUFFIXES else f"{name}.jpg"]
 
-    def files_of(self, name: str) -> list[str]:
-        """Files of an image's name with or without suffix; none where there is no such image."""
+    def _of_name(self, name: str) -> list[str]:
         if name in self.images:
             return self.images[name]
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        files = self.images.get(stem, [])
+        files = self.images.get(_stem(name), [])
         if name in files:
             return [name]
-        return files if suffix.lower() in IMAGE_SUFFIXES else []
+        return files if _suffix(name) in IMAGE_SUFFIXES else []
 
 
 def scan(source: str | Place, seed: int, val_fraction: float | None = None) -> Listing:
@@ -94,13 +94,13 @@ def scan(source: str | Place, seed: int, val_fraction: float | None = None) -> L
     notes: list[str] = []
     files = Files(_images(root / "JPEGImages"), _annotations(root / "Annotations"))
     class_names = _class_names(root, files, notes)
-    lists = _lists(root, notes)
+    lists = _lists(root, files, notes)
     if lists:
         splits = optional_test(
             lambda split: _listed(root, split, lists[split], files, class_names), lists, notes
         )
         return Listing(class_names, splits, tuple(notes))
-    records = [record for name in files.images for record in _records(root, name, files, class_names)]
+    records = [_record(root, name, files, class_names) for some in files.images.values() for name in some]
     train, val = hold_out(records, val_fraction or VAL_SHARE, [seed, len(files.images)])
     notes.append(
         f"no ImageSets/Main: {len(train)} images drawn for train and {len(val)} for val (seed {seed})"
@@ -169,9 +169,8 @@ def _images(folder: Place) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for path in sorted(all_below(folder)):
         name = path[len(f"{folder}/") :]
-        stem, suffix = os.path.splitext(name)  # noqa: PTH122
-        if suffix.lower() in IMAGE_SUFFIXES:
-            found.setdefault(stem, []).append(name)
+        if _suffix(name) in IMAGE_SUFFIXES:
+            found.setdefault(_stem(name), []).append(name)
     if not found:
         raise ValueError(f"{folder} has no images")
     return found
@@ -183,14 +182,18 @@ def _annotations(folder: Place) -> dict[str, str]:
     return {path[start:-4]: path for path in paths}  # of a.XML and a.xml the second
 
 
-def _lists(root: Place, notes: list[str]) -> dict[str, list[str]]:
-    """The lines of the list of each split, in the order of the splits."""
+def _lists(root: Place, files: Files, notes: list[str]) -> dict[str, list[str]]:
+    """The image files that each split's list names, in the order of the splits."""
     folder = root / "ImageSets" / "Main"
-    files = {split: folder / f"{split}.txt" for split in SPLITS}
-    found = {split: _lines(file) for split, file in files.items() if file.is_file()}
+
+    def named(file: Place) -> list[str]:
+        return [name for line in _lines(file) for name in files.of_line(line)]
+
+    places = {split: folder / f"{split}.txt" for split in SPLITS}
+    found = {split: named(file) for split, file in places.items() if file.is_file()}
     if "train" not in found and (folder / "trainval.txt").is_file():
         held_out = set(found.get("val", []))
-        found["train"] = [line for line in _lines(folder / "trainval.txt") if line not in held_out]
+        found["train"] = [name for name in named(folder / "trainval.txt") if name not in held_out]
         notes.append("train is ImageSets/Main/trainval.txt: there is no train.txt")
     if found and "train" not in found:
         raise ValueError(f"{folder} has neither train.txt nor trainval.txt")
@@ -203,23 +206,30 @@ def _lines(file: Place) -> list[str]:
 
 def _spellings(text: str) -> list[str]:
     """What a name in a list may be called in the folder."""
-    if len(text) > 1 and text[0] == text[-1] and text[0] in "\"'":
+    if len(text) > 1 and text[0] == text[-1] and text[0] in QUOTES:
         text = text[1:-1].strip()
     name = text.replace("\\", "/").removeprefix("./")
     return list(dict.fromkeys([text, name, name.rpartition("JPEGImages/")[2]]))
 
 
+def _stem(name: str) -> str:
+    return os.path.splitext(name)[0]  # noqa: PTH122 (a million of them: without a Path each)
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()  # noqa: PTH122
+
+
 def _listed(
-    root: Place, split: str, lines: list[str], files: Files, class_names: tuple[str, ...]
+    root: Place, split: str, names: list[str], files: Files, class_names: tuple[str, ...]
 ) -> list[Record]:
-    if not lines:
+    if not names:
         raise SplitMissingError(f"{root}: split '{split}' has no images")
-    names = [files.named(line) for line in lines]
-    if not any(files.files_of(name) for name in names):
+    if not any(name in files.images.get(_stem(name), ()) for name in names):
         raise SplitMissingError(
-            f"{root}: none of the {len(names)} images that ImageSets/Main names for {split} is in JPEGImages, e.g. {names[0]}"
+            f"{root}: none of the {len(names)} images that ImageSets/Main names for {split} is in JPEGImages, e.g. {_stem(names[0])}"
         )
-    return [record for name in names for record in _records(root, name, files, class_names)]
+    return [_record(root, name, files, class_names) for name in names]
 
 
 def _class_names(root: Place, files: Files, notes: list[str]) -> tuple[str, ...]:
@@ -254,11 +264,7 @@ def _names_in(root: Place, files: Files) -> Iterator[str]:
         yield from (_name(item) for item in annotation.iter("object"))
 
 
-def _records(root: Place, name: str, files: Files, class_names: tuple[str, ...]) -> list[Record]:
-    """A record of each image of a name; of a missing one, so that it is rejected."""
-    found = []
-    for file in files.files_of(name) or [f"{name}.jpg"]:
-        stem = os.path.splitext(file)[0]  # noqa: PTH122
-        annotation = files.annotations.get(stem, f"{root / 'Annotations' / stem}.xml")
-        found.append(Record(file, f"{root / 'JPEGImages'}/{file}", (annotation, class_names)))
-    return found
+def _record(root: Place, name: str, files: Files, class_names: tuple[str, ...]) -> Record:
+    stem = _stem(name)
+    annotation = files.annotations.get(stem, f"{root / 'Annotations'}/{stem}.xml")
+    return Record(name, f"{root / 'JPEGImages'}/{name}", (annotation, class_names))
