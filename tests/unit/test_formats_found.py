@@ -289,13 +289,12 @@ def test_an_annotation_that_cannot_be_read_rejects_its_image_alone(tmp_path: Pat
     for name, data in {**BAD_XML, **GOOD_XML}.items():
         write_image(tmp_path / "JPEGImages" / f"{name}.jpg")
         write(tmp_path / "Annotations" / f"{name}.xml", data)
-    for name, odd in {
-        "pipe": os.mkfifo,
-        "folder": os.mkdir,
-        "link": lambda path: path.symlink_to("none"),
-    }.items():
+    places = {name: tmp_path / "Annotations" / f"{name}.xml" for name in ("pipe", "folder", "link")}
+    for name in places:
         write_image(tmp_path / "JPEGImages" / f"{name}.jpg")
-        odd(tmp_path / "Annotations" / f"{name}.xml")
+    os.mkfifo(places["pipe"])
+    places["folder"].mkdir()
+    places["link"].symlink_to("none")
     write(tmp_path / "ImageSets" / "Main" / "train.txt", "\n".join([*BAD_XML, *GOOD_XML]))
     if has_classes:
         write(tmp_path / "classes.txt", "cat\n")
