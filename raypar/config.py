@@ -66,7 +66,13 @@ class PrepareConfig(Section):
     )
     task: Literal["auto", "detect", "segment", "pose", "obb", "classify"] = Field(
         "auto",
-        description="what to learn; auto: classify for folders, pose where data.yaml has kpt_shape, else detect",
+        description="what to learn; auto: classify for folders, pose where data.yaml has kpt_shape, else the task of train.model (-seg, -pose, -obb) if the labels allow it, else detect",
+    )
+    val_fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="share of the images of train that is drawn for val, by the seed, where the source has no val split; unset: a fifth where it has no splits at all, else there is no val",
     )
     shapes: ShapesConfig = Field(ShapesConfig(), description="what to generate when format is shapes")
     max_rejected: float = Field(
@@ -84,6 +90,14 @@ class PrepareConfig(Section):
     def _keeps_or_replaces(self) -> Self:
         if self.append and self.overwrite:
             raise ValueError("append keeps what is there and overwrite replaces it: choose one")
+        return self
+
+    @model_validator(mode="after")
+    def _shapes_have_val(self) -> Self:
+        if self.format == "shapes" and self.val_fraction is not None:
+            raise ValueError(
+                "val_fraction is for sources without a val split: shapes.val says how many images shapes has for val"
+            )
         return self
 
     @model_validator(mode="after")

@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 
 from raypar.config import RunConfig
 from raypar.dataset import verify
+from raypar.dataset.formats import some_of
 from raypar.dataset.manifest import Manifest
 from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
@@ -241,11 +242,13 @@ def _finish(
     summary = {
         **settings, "weights": pool.weights.uri, "num_images": num_images, "num_rejected": len(rejected),
         "num_boxes": sum(piece["num_boxes"] for piece in facts), "num_pieces": len(facts),
-        "boxes_per_class": dict(zip(settings["class_names"], per_class, strict=True)),
+        # by class id: two classes may have one name
+        "boxes_per_class": {str(class_id): count for class_id, count in enumerate(per_class)},
         "seconds": seconds, "images_per_s": num_now / seconds if seconds else None,
     }  # fmt: skip
     out.write_json(SUMMARY, summary)
-    boxes = ", ".join(f"{name} {count}" for name, count in summary["boxes_per_class"].items())
-    print(f"predict: {num_images} images, {summary['num_boxes']} boxes ({boxes}), {len(rejected)} images could not be read\n"
+    counts = sorted(zip(per_class, settings["class_names"], strict=True), key=lambda pair: -pair[0])
+    boxes = some_of((f"{name} {count}" for count, name in counts if count), 10)
+    print(f"predict: {num_images} images, {summary['num_boxes']} boxes ({boxes or 'none'}), {len(rejected)} images could not be read\n"
           f"predict: detections are in {out.uri}/*.parquet, the first images in samples.png", flush=True)  # fmt: skip
     return summary

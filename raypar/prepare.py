@@ -14,17 +14,30 @@ and writes (``raypar.dataset.ingest``).
 from __future__ import annotations
 
 import json
+import re
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from raypar.config import PrepareConfig, RunConfig
 from raypar.dataset import append, remote, shards, verify
-from raypar.dataset.formats import SPLITS, Listing, coco, folders, shapes, voc, yolo
+from raypar.dataset.formats import (
+    SPLITS,
+    Listing,
+    Record,
+    coco,
+    folders,
+    hold_out,
+    shapes,
+    some_of,
+    voc,
+    yolo,
+)
 from raypar.dataset.ingest import ShardJob, ShardReport
 from raypar.dataset.manifest import MANIFEST, Manifest, Shard, Split
 from raypar.dataset.records import Records
@@ -35,7 +48,7 @@ from raypar.versions import versions
 REJECTED = "rejected.jsonl"
 CHECK_HOLDS_S = 60.0
 # by the command line, which checks and then runs; and when
-_checked: tuple[PrepareConfig, int, Listing, float] | None = None
+_checked: tuple[tuple[PrepareConfig | None, int, str], Listing, float] | None = None
 
 
 def check(config: RunConfig) -> None:
@@ -45,8 +58,7 @@ def check(config: RunConfig) -> None:
         ValueError: the source is missing, malformed, has no classes or an empty split; one line that says which.
     """
     global _checked
-    section = _section(config)
-    _checked = (section, config.seed, _list(section, config.seed), time.monotonic())
+    _checked = (_key(config), _list(config), time.monotonic())
 
 
 def run(config: RunConfig) -> Manifest:
@@ -76,28 +88,28 @@ def run(config: RunConfig) -> Manifest:
 def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before: Manifest | None) -> Manifest:
     """Writes the shards that are missing, then the manifest; ``before`` is what the dataset has, when images are added to it."""
     started_s = time.monotonic()
-    listing = _listed(section, config.seed)
+    listing = _listed(config)
     if before is not None:
         append.check(before, listing, dataset)
     dataset.check_writable()
-    splits = {
-        split: records if isinstance(records, Records) else Records.of(records)
-        for split, records in listing.splits.items()
-    }
-    listing = replace(listing, splits=splits)  # the lists go, the buffers stay
+    splits = {split: records for split, records in listing.splits.items() if isinstance(records, Records)}
     template = ShardJob(
         dataset, "", "", section.format, len(listing.class_names), (), section.rows_per_group, section.max_pixels, config.seed,
         (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape,
         listing.tree.store if listing.tree else None)  # fmt: skip
     taken, first = append.taken(dataset, before, splits) if before is not None else ({}, {})
-    wanted, repeated = shards.portions(splits, template, section, taken=taken, first=first, tree=listing.tree)
+    if (
+        listing.is_val_drawn and taken
+    ):  # another draw than then, of more images: what was in train must not come to val
+        everywhere = pa.concat_arrays(list(taken.values()))
+        taken = dict.fromkeys(splits, everywhere)
+    wanted = shards.portions(splits, template, section, taken=taken, first=first, tree=listing.tree)
     num_before = sum(split.num_images for split in before.splits.values()) if before is not None else 0
-    num_repeated = sum(map(len, repeated.values()))
-    num_images = num_before + num_repeated + sum(len(portion.rows) for portion in wanted)
-    found = _write(wanted, splits, template, section.max_rejected * num_images - num_repeated)
+    num_images = num_before + sum(len(portion.rows) for portion in wanted)
+    found = _write(wanted, splits, template, section.max_rejected * num_images)
     is_stopped = len(found) < len(wanted)
     wanted, reports = [portion for portion in wanted if portion.path in found], list(found.values())
-    rejected = _rejected(splits, repeated, reports)
+    rejected = _rejected(reports)
     if before is not None:
         num_images -= len(rejected)
         rejected = append.merged(dataset, rejected, wanted, splits, REJECTED)
@@ -154,17 +166,9 @@ def _write(
     return {portion.path: reports[portion.path] for portion in wanted if portion.path in reports}
 
 
-def _rejected(
-    splits: dict[str, Records], repeated: dict[str, Any], reports: list[ShardReport]
-) -> list[dict[str, str]]:
-    """The lines of ``rejected.jsonl``: images set aside, and those that the source lists again."""
+def _rejected(reports: list[ShardReport]) -> list[dict[str, str]]:
+    """The lines of ``rejected.jsonl``."""
     lines = [line for report in reports for line in report.rejected]
-    for split, rows in repeated.items():
-        for record in splits[split].take(rows):
-            reason = "image_id is listed twice: the first was kept"
-            lines.append(
-                {"split": split, "image_id": record.image_id, "file": record.image_path, "reason": reason}
-            )
     return sorted(lines, key=lambda line: (line["split"], line["image_id"]))
 
 
@@ -203,38 +207,104 @@ def _source(section: PrepareConfig) -> str:
     )
 
 
-def _list(section: PrepareConfig, seed: int) -> Listing:
+def _list(config: RunConfig) -> Listing:
+    section = _section(config)
+    listing = _with_val(_scanned(config, section), section, config.seed)
+    for name in listing.class_names:
+        try:
+            name.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(f"prepare.source: the class name {name!r} is not text in UTF-8") from error
+    packed = {split: _packed(records).told_apart() for split, records in listing.splits.items()}
+    again = [
+        f"{count} lines of {split} list an image again: it is repeated as often as it is listed, as in Ultralytics"
+        for split, (_, count) in packed.items()
+        if count
+    ]
+    splits = {split: records for split, (records, _) in packed.items()}
+    return replace(listing, splits=splits, notes=(*listing.notes, *again))
+
+
+def _packed(records: Sequence[Record]) -> Records:
+    return records if isinstance(records, Records) else Records.of(records)
+
+
+def _scanned(config: RunConfig, section: PrepareConfig) -> Listing:
+    wish = _task_of(config.train.model) if section.task == "auto" else None
     if section.format == "shapes":
-        return shapes.scan(
-            {split: getattr(section.shapes, split) for split in SPLITS},
-            "detect" if section.task == "auto" else section.task,
-        )
+        task = "detect" if section.task == "auto" else section.task
+        return shapes.scan({split: getattr(section.shapes, split) for split in SPLITS}, wish or task)
     assert section.source is not None
     try:
         place = remote.place_of(section.source)
-        listing = _scan(place, section, seed)
-        return listing if isinstance(place, Path) else replace(listing, tree=place.tree)
+        listing = _scan(place, section, config.seed, wish)
     except OSError as error:
         raise ValueError(
             f"prepare.source {remote.shown(section.source)} cannot be read: {' '.join(str(error).split())}"
         ) from error
+    if wish and listing.task != wish:
+        note = (
+            f"train.model={config.train.model} is for {wish}, and the labels are not: the dataset is for {listing.task}; "
+            f"train it with a model for {listing.task}"
+        )
+        listing = replace(listing, notes=(*listing.notes, note))
+    return listing if isinstance(place, Path) else replace(listing, tree=place.tree)
 
 
-def _scan(place: remote.Place, section: PrepareConfig, seed: int) -> Listing:
+def _scan(place: remote.Place, section: PrepareConfig, seed: int, wish: str | None) -> Listing:
     if section.format == "voc":
-        return voc.scan(place, seed)
+        return voc.scan(place, seed, section.val_fraction)
     if section.format == "folders":
-        return folders.scan(place, seed)
-    return yolo.scan(place, section.task) if section.format == "yolo" else coco.scan(place, section.task)
+        return folders.scan(place, seed, section.val_fraction)
+    scan = yolo.scan if section.format == "yolo" else coco.scan
+    return scan(place, section.task, wish)
 
 
-def _listed(section: PrepareConfig, seed: int) -> Listing:
+def _task_of(model: str) -> str | None:
+    """The task that the name of a model says: ``yolov8n-seg.yaml``, ``yolo11n-pose.pt``, ``yolov8x-pose-p6.yaml``."""
+    found = re.search(r"-(seg|pose|obb)(?=[-.])", model.rpartition("/")[2])
+    return {"seg": "segment", "pose": "pose", "obb": "obb"}[found[1]] if found else None
+
+
+def _with_val(listing: Listing, section: PrepareConfig, seed: int) -> Listing:
+    """The listing with the val split that ``prepare.val_fraction`` asks for; a note where training will lack one.
+
+    Raises:
+        ValueError: the source has a val split of its own, or too few images.
+    """
+    if listing.is_val_drawn:
+        return listing
+    if section.val_fraction is None:
+        note = "there is no val split, and training needs one: set prepare.val_fraction=0.1 to draw it from train"
+        return listing if "val" in listing.splits else replace(listing, notes=(*listing.notes, note))
+    if "val" in listing.splits:
+        raise ValueError(
+            f"prepare.val_fraction={section.val_fraction:g} draws val from train, and the source has a val split of "
+            f"{len(listing.splits['val'])} images: leave val_fraction out, or val out of the source"
+        )
+    train = _packed(listing.splits["train"])
+    kept, held_out = hold_out(train, section.val_fraction, [seed, len(train)])
+    if not held_out:
+        raise ValueError("prepare.val_fraction: train has too few images to draw val from them")
+    drawn = {"train": train.select(kept), "val": train.select(held_out)}
+    note = f"{len(held_out)} of the {len(train)} images of train were drawn for val (seed {seed})"
+    merged = {**listing.splits, **drawn}
+    splits = {split: merged[split] for split in SPLITS if split in merged}
+    return replace(listing, splits=splits, notes=(*listing.notes, note), is_val_drawn=True)
+
+
+def _listed(config: RunConfig) -> Listing:
     """What ``check`` has just listed, once; else a new listing."""
     global _checked
     checked, _checked = _checked, None
-    if checked and checked[:2] == (section, seed) and time.monotonic() - checked[3] < CHECK_HOLDS_S:
-        return checked[2]
-    return _list(section, seed)
+    if checked and checked[0] == _key(config) and time.monotonic() - checked[2] < CHECK_HOLDS_S:
+        return checked[1]
+    return _list(config)
+
+
+def _key(config: RunConfig) -> tuple[PrepareConfig | None, int, str]:
+    """What a listing follows from."""
+    return config.prepare, config.seed, config.train.model
 
 
 def _check_rejected(
@@ -299,15 +369,10 @@ def _summary(
         )
     counts = manifest.splits["train"].boxes_per_class
     shown = sorted(zip(manifest.class_names, counts, strict=True), key=lambda pair: -pair[1])
-    classes = ", ".join(f"{name} {count}" for name, count in shown[:10]) + (
-        f" ... and {len(shown) - 10} more" if len(shown) > 10 else ""
-    )
-    lines.append(f"  boxes in train: {classes}")
+    lines.append(f"  boxes in train: {some_of((f'{name} {count}' for name, count in shown), 10)}")
     absent = [name for name, count in shown if not count]
     if absent:
-        lines.append(
-            f"  no box in train: {len(absent)} classes ({', '.join(absent[:5])}{' ...' if len(absent) > 5 else ''})"
-        )
+        lines.append(f"  no box in train: {len(absent)} classes ({some_of(absent)})")
     repairs = sum((report.repairs for report in reports), Counter[str]())
     if repairs:
         kinds = ", ".join(f"{count} {kind}" for kind, count in repairs.most_common())

@@ -114,5 +114,10 @@ class Manifest(Record):
         found = self.splits.get(name)
         if found is None or not found.num_images:
             have = ", ".join(k for k, v in self.splits.items() if v.num_images)
-            raise ValueError(f"the dataset has no '{name}' images (it has {have or 'none at all'})")
+            draw = (
+                ": prepare.val_fraction=0.1 draws them from train, with prepare.overwrite=true"
+                if name == "val"
+                else ""
+            )
+            raise ValueError(f"the dataset has no '{name}' images (it has {have or 'none at all'}){draw}")
         return found

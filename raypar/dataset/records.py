@@ -107,16 +107,42 @@ class Records(Sequence[Record]):
         """large_binary (N,), as ``image_ids``."""
         return self._image_paths
 
-    def once_each(self) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Indices in the order of the image ids, of each id the first; and the indices that are left."""
-        order = pc.array_sort_indices(self.image_ids).to_numpy().astype(np.int64)  # stable
-        if not len(order):
-            return order, order
+    def in_order(self) -> NDArray[np.int64]:
+        """Indices in the order of the image ids; stable."""
+        return pc.array_sort_indices(self.image_ids).to_numpy().astype(np.int64)  # type: ignore[no-any-return]
+
+    def told_apart(self) -> tuple[Records, int]:
+        """The same records with unique ids: an image that is listed again, ``a.jpg``, becomes ``a.jpg#2``, ``a.jpg#3`` ...
+
+        Returns:
+            The records, and how many have a new id.
+        """
+        order = self.in_order()
         ordered = self.image_ids.take(pa.array(order))
-        is_again = np.concatenate(
-            [[False], pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)]
+        is_again = np.zeros(len(order), bool)
+        is_again[1:] = pc.equal(ordered[1:], ordered[:-1]).to_numpy(zero_copy_only=False)
+        if not is_again.any():
+            return self, 0
+        places = np.arange(len(order))
+        number = np.empty(len(order), np.int64)  # of each record among those of its id, from 0
+        number[order] = places - np.maximum.accumulate(np.where(is_again, 0, places))
+        rows = np.flatnonzero(number)
+        again = self.image_ids.take(pa.array(rows)).to_pylist()
+        renamed = [b"%s#%d" % (image_id, n + 1) for image_id, n in zip(again, number[rows], strict=True)]
+        image_ids = pc.replace_with_mask(
+            self.image_ids, pa.array(number > 0), pa.array(renamed, pa.large_binary())
         )
-        return order[~is_again], np.sort(order[is_again])
+        # once more: "a.jpg#2" may be the name of a file
+        found = Records(image_ids, self._image_paths, self._labels, self._label_of).told_apart()[0]
+        return found, len(rows)
+
+    def select(self, rows: Sequence[int]) -> Records:
+        """Some records, packed as these are."""
+        indices = pa.array(rows, pa.int64())
+        ids, paths, labels = (
+            column.take(indices) for column in (self.image_ids, self._image_paths, self._labels)
+        )
+        return Records(ids, paths, labels, self._label_of)
 
     @property
     def num_bytes(self) -> int:

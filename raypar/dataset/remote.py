@@ -7,7 +7,6 @@ lists and reads descriptions (``data.yaml``, JSON, and XML where it must); Ray t
 from __future__ import annotations
 
 import fnmatch
-import glob
 import posixpath
 import re
 import threading
@@ -30,6 +29,11 @@ THREADS = 16  # requests at once
 CHUNK = 1024  # files read ahead by ``contents``, descriptions of a few kB
 # asking again does not help
 DENIED = ("ACCESS_DENIED", "INVALID_ACCESS_KEY", "InvalidAccessKeyId", "SignatureDoesNotMatch")
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder is left out of every listing: a name with a leading dot, or macOS's folder in an archive."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 @dataclass(frozen=True)
@@ -107,8 +111,8 @@ class Tree:
         index = names.find(name) if names else -1
         return (float(names.sizes[index]), float(names.times_s[index])) if names and index >= 0 else None
 
-    def below(self, path: str, *, hidden: bool = True) -> Iterator[tuple[str, Names]]:
-        """A folder and all folders below it, with what lies in them; those of a level are asked for at the same time."""
+    def below(self, path: str) -> Iterator[tuple[str, Names]]:
+        """A folder and all folders below it that are not hidden, with what lies in them; those of a level are asked for together."""
         level = [path]
         with ThreadPoolExecutor(THREADS) as threads:
             while level:
@@ -117,7 +121,7 @@ class Tree:
                 level = [
                     posixpath.join(folder, name)
                     for folder, names in found if names
-                    for name in names.folders if hidden or not name.startswith(".")
+                    for name in names.folders if not is_hidden(name)
                 ]  # fmt: skip
 
     def _may_be_folder(self, path: str) -> bool:
@@ -201,38 +205,11 @@ class RemotePath:
             self / name for name in self.tree.names(self.path) or () if fnmatch.fnmatchcase(name, pattern)
         )
 
-    def rglob(self, pattern: str) -> Iterator[RemotePath]:
-        """As ``glob``, in the folder and in all below it."""
-        for folder, names in self.tree.below(self.path):
-            yield from (
-                RemotePath(self.tree, f"{folder}/{name}")
-                for name in names
-                if fnmatch.fnmatchcase(name, pattern)
-            )
-
     def names_below(self) -> Iterator[str]:
         """As ``raypar.dataset.formats.names_below`` of a local folder."""
-        for folder, names in self.tree.below(self.path, hidden=False):
+        for folder, names in self.tree.below(self.path):
             start = f"{self.tree.scheme}://{folder}/"
-            yield from (start + name for name in names if "." in name and not name.startswith("."))
-
-    def globbed(self) -> list[RemotePath]:
-        """What the path stands for as a pattern, as ``glob.glob(path, recursive=True)``."""
-        found = [RemotePath(self.tree, "/" if self.path.startswith("/") else "")]
-        parts = self.path.strip("/").split("/")
-        for i, part in enumerate(parts):
-            if part == "**":
-                found = [below for place in found for below in _visible(place, files=i == len(parts) - 1)]
-            elif glob.has_magic(part):
-                found = [
-                    p
-                    for place in found
-                    for p in place.glob(part)
-                    if part.startswith(".") or not p.name.startswith(".")
-                ]
-            else:
-                found = [place / part for place in found]
-        return sorted({place for place in found if place.exists()})
+            yield from (start + name for name in names if "." in name and not is_hidden(name))
 
     def read_bytes(self) -> bytes:
         """Raises: OSError: the file is not there, or the store fails and goes on failing."""
@@ -270,16 +247,33 @@ def place_of(source: str | Place) -> Place:
     return RemotePath(Tree(store), store.path)
 
 
-def contents(places: Iterable[Place]) -> Iterator[bytes]:
-    """Files' bytes, in order; those of a store are read many at a time."""
+def contents(places: Iterable[Place], max_bytes: int) -> Iterator[bytes | None]:
+    """Files' bytes, in order; those of a store are read many at a time. None for one that cannot be read or is too large.
+
+    Raises:
+        OSError: the store goes on failing, or refuses.
+    """
+
+    def read(place: Place) -> bytes | None:
+        if isinstance(place, Path):
+            return _local(place, max_bytes)
+        try:
+            return read_file(place.tree.store, str(place), max_bytes)
+        except ValueError:
+            return None
+
     iterator = iter(places)
     with ThreadPoolExecutor(THREADS) as threads:
         while some := list(islice(iterator, CHUNK)):
-            yield from (
-                threads.map(lambda place: place.read_bytes(), some)
-                if isinstance(some[0], RemotePath)
-                else _local(some)
-            )
+            yield from threads.map(read, some) if isinstance(some[0], RemotePath) else map(read, some)
+
+
+def _local(place: Path, max_bytes: int) -> bytes | None:
+    try:
+        # a pipe is never opened: reading it might not end
+        return place.read_bytes() if place.is_file() and place.stat().st_size <= max_bytes else None
+    except OSError:
+        return None
 
 
 def read_file(store: Folder, uri: str, max_bytes: int | None = None) -> bytes | None:
@@ -317,15 +311,3 @@ def fs_path(uri: str) -> str:
 def _final(error: OSError) -> OSError:
     """The error, or one that ends patience: a key that is refused once is refused again."""
     return PermissionError(str(error)) if any(sign in str(error) for sign in DENIED) else error
-
-
-def _visible(place: RemotePath, *, files: bool) -> Iterator[RemotePath]:
-    """A folder, those below it, and perhaps the files in them; no hidden ones."""
-    for folder, names in place.tree.below(place.path, hidden=False):
-        yield (here := RemotePath(place.tree, folder))
-        if files:
-            yield from (here / name for name in names.files.to_pylist() if not name.startswith("."))
-
-
-def _local(places: list[Place]) -> Iterator[bytes]:
-    return (place.read_bytes() for place in places)

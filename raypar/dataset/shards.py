@@ -61,23 +61,20 @@ def portions(
     taken: dict[str, pa.Array],
     first: dict[str, int],
     tree: Tree | None = None,
-) -> tuple[list[Portion], dict[str, NDArray[np.int64]]]:
+) -> list[Portion]:
     """Shuffles each split and cuts it into portions of about ``prepare.shard_mb``.
 
     Args:
-        splits: records, in any order.
+        splits: records of unique ids, in any order.
         template: what is the same for all shards.
         section: the run's.
         taken: image ids, large_binary, that are in the dataset already.
         first: the number of the first new shard.
         tree: where the files are, if not on a disk.
-
-    Returns:
-        The portions, and for each split the indices of records that were listed twice.
     """
-    made, repeated = [], {}
+    made = []
     for split, records in splits.items():
-        order, repeated[split] = records.once_each()
+        order = records.in_order()
         if split in taken:
             is_taken = pc.is_in(records.image_ids.take(pa.array(order)), value_set=taken[split])
             order = order[~is_taken.to_numpy(zero_copy_only=False)]
@@ -96,7 +93,7 @@ def portions(
                     _fingerprint(records, rows, files[part.start : part.stop], template, path),
                 )
             )
-    return made, repeated
+    return made
 
 
 def cut(sizes: NDArray[np.float64], shard_bytes: float, rows_per_group: int) -> list[range]:

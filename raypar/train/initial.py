@@ -37,9 +37,7 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
             f"{key}: {name} is neither a .yaml nor a .pt: write {base}.yaml to begin from scratch, {base}.pt for weights"
         )
     if task != wanted:
-        raise ValueError(
-            f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': write e.g. yolov8n{SUFFIXES.get(wanted, '')}.yaml"
-        )
+        raise ValueError(_other_task(name, task, wanted, key))
     return found
 
 
@@ -50,6 +48,22 @@ def stage(model: str | dict[str, Any], out: Folder, *, is_begun: bool) -> str | 
     if not (is_begun and out.exists(INITIAL)):  # a run that goes on does so with what it was begun with
         out.upload(model, INITIAL)
     return INITIAL
+
+
+def _other_task(name: str, task: str, wanted: str, key: str) -> str:
+    """What to change where the model is for another task than the dataset: the one or the other."""
+    base = name.rpartition("/")[2]
+    suffix = SUFFIXES.get(task, "")
+    fitting = base.replace(suffix, SUFFIXES.get(wanted, ""), 1) if suffix and suffix in base else ""
+    if not suffix and base.startswith("yolo"):
+        stem, dot, ending = base.partition(".")
+        fitting = f"{stem}{SUFFIXES.get(wanted, '')}{dot}{ending}"
+    model = fitting or f"yolov8n{SUFFIXES.get(wanted, '')}.yaml"
+    if "classify" in (task, wanted):
+        dataset = f"prepare a dataset for '{task}' from another source"
+    else:
+        dataset = f"prepare it again for '{task}', if its labels allow that: prepare.task={task} prepare.overwrite=true"
+    return f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': take another model, e.g. {key}={model}, or {dataset}"
 
 
 def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:

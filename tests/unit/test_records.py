@@ -37,13 +37,28 @@ def test_what_is_packed_comes_back(some: list[Record], derives: bool) -> None:
         assert copy.take(np.arange(len(some))[::-1]) == some[::-1]
 
 
-@given(st.lists(st.sampled_from("abcde\u00e9\U0001f600"), max_size=30))
-def test_each_id_is_used_once_and_the_first_wins(ids: list[str]) -> None:
-    packed = Records.of(Record(image_id, str(i)) for i, image_id in enumerate(ids))
-    once, again = packed.once_each()
-    assert [packed[int(i)].image_id for i in once] == sorted(set(ids))
-    assert [int(i) for i in once] == [ids.index(image_id) for image_id in sorted(set(ids))]
-    assert sorted([*once.tolist(), *again.tolist()]) == list(range(len(ids)))
+@given(st.lists(st.sampled_from(["a", "b", "a#2", "a#2#2", "\u00e9", "\U0001f600"]), max_size=30))
+def test_an_image_that_is_listed_again_gets_an_id_of_its_own(ids: list[str]) -> None:
+    packed = Records.of(Record(image_id, str(i), i) for i, image_id in enumerate(ids))
+    apart, num_again = packed.told_apart()
+    found = [record.image_id for record in apart]
+    assert len(set(found)) == len(ids)
+    assert (num_again == 0) == (len(set(ids)) == len(ids))
+    assert [(r.image_path, r.labels) for r in apart] == [(str(i), i) for i in range(len(ids))]
+    for i, image_id in enumerate(ids):
+        is_again = image_id in ids[:i]
+        assert found[i].startswith(f"{image_id}#") or (found[i] == image_id and not is_again)
+        if "#" not in image_id:
+            again = f"{image_id}#{ids[:i].count(image_id) + 1}"
+            assert found[i].startswith(again) if is_again else found[i] == image_id
+    assert [found[i] for i in apart.in_order()] == sorted(found)
+    assert apart.told_apart() == (apart, 0)
+
+
+@given(records, st.booleans(), st.data())
+def test_some_are_selected(some: list[Record], derives: bool, data: st.DataObject) -> None:
+    rows = data.draw(st.lists(st.integers(0, len(some) - 1)) if some else st.just([]))
+    assert list(Records.of(some, len if derives else None).select(rows)) == [some[i] for i in rows]
 
 
 @given(records, records)
@@ -64,7 +79,7 @@ def test_a_million_images_would_take_little_memory() -> None:
         tracemalloc.start()
         packed = Records.of(listed(count), label_path)
         template = ShardJob(Folder("/nowhere"), "", "", "yolo", 80, (), 64, 10**8)
-        made, _ = shards.portions({"train": packed}, template, PrepareConfig(source="x"), taken={}, first={})
+        made = shards.portions({"train": packed}, template, PrepareConfig(source="x"), taken={}, first={})
         peak_bytes = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert sum(len(portion.rows) for portion in made) == count

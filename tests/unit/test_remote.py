@@ -310,7 +310,7 @@ def test_a_folder_is_asked_for_once(tmp_path: Path) -> None:
     place = RemotePath(Tree(store_of(root, pafs.PyFileSystem(handler))), root.name)
     records = Records.of(yolo.scan(place).splits["train"])
     template = ShardJob(Folder.at(tmp_path / "out"), "", "", "yolo", 1, (), 8, 10**6, source=place.tree.store)
-    made, _ = shards.portions(
+    made = shards.portions(
         {"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree
     )
     assert sum(len(portion.rows) for portion in made) == 30
@@ -340,7 +340,7 @@ def test_a_changed_file_is_noticed(tmp_path: Path) -> None:
         template = ShardJob(
             Folder.at(tmp_path / "out"), "", "", "yolo", 1, (), 8, 10**6, source=place.tree.store
         )
-        made, _ = shards.portions(
+        made = shards.portions(
             {"train": records}, template, PrepareConfig(source="x"), taken={}, first={}, tree=place.tree
         )
         return made[0].fingerprint
@@ -407,13 +407,12 @@ def test_what_was_checked_is_listed_once(tmp_path: Path, monkeypatch: pytest.Mon
     scans = []
     scan = yolo.scan
     monkeypatch.setattr(yolo, "scan", lambda *args: scans.append(args) or scan(*args))
-    assert config.prepare is not None
     prepare.check(config)
-    assert prepare._listed(config.prepare, 0).class_names == ("cat",)
+    assert prepare._listed(config).class_names == ("cat",)
     assert len(scans) == 1
-    prepare._listed(config.prepare, 0)  # later, the source may be another
+    prepare._listed(config)  # later, the source may be another
     prepare.check(config)
-    prepare._listed(config.prepare, 1)
+    prepare._listed(config.model_copy(update={"seed": 1}))
     assert len(scans) == 4
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import fnmatch
+import glob
+import heapq
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from raypar.dataset.remote import Place, Tree
+from raypar.dataset.remote import Place, RemotePath, Tree, is_hidden
 
 SPLITS = ("train", "val", "test")
 # What Ultralytics lists as images, raypar lists.
@@ -66,6 +70,7 @@ class Listing:
         keypoint_shape: pose: (K, D), keypoints of an instance and numbers of each (x, y and perhaps visibility).
         flip_idx: pose: where each keypoint of a mirrored image comes from; empty where the source does not say.
         tree: where the files are, if not on a disk; it knows their sizes.
+        is_val_drawn: whether val was drawn from the images of train, because the source has no val split.
     """
 
     class_names: tuple[str, ...]
@@ -75,6 +80,11 @@ class Listing:
     keypoint_shape: tuple[int, int] | None = None
     flip_idx: tuple[int, ...] = ()
     tree: Tree | None = None
+    is_val_drawn: bool = False
+
+
+class SplitMissingError(ValueError):
+    """A split that the source names has no images, or they are not there."""
 
 
 @dataclass(frozen=True)
@@ -104,37 +114,136 @@ class Labels:
         )
 
 
-def names_below(folder: str, above: tuple[tuple[int, int], ...] = ()) -> Iterator[str]:
+def names_below(folder: str) -> Iterator[str]:
     """Paths of all that lies below a folder and has a suffix, in any order; hidden names are left out, links to folders followed.
 
-    A link back to a folder that it lies in is not: following it would never end.
+    A folder that is reached more than once, by a link to a folder above it or by several links, is listed once, under its own
+    name where that lies below the folder.
 
     Raises:
         ValueError: a folder cannot be read.
     """
-    try:
-        info = Path(folder).stat()
-        here = (info.st_dev, info.st_ino)
-        if here in above:
-            return
-        folders = []
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.name.startswith("."):
-                    continue
-                if "." in entry.name:
-                    yield entry.path
-                if _is_folder(entry):
-                    folders.append(entry.path)
-    except OSError as error:
-        raise ValueError(f"folder {folder} cannot be read ({error.strerror or error})") from error
-    for path in folders:
-        yield from names_below(path, (*above, here))
+    seen: set[tuple[int, int]] = set()
+    folders = [folder]
+    links: list[str] = []
+    while folders or links:
+        here = folders.pop() if folders else heapq.heappop(links)
+        try:
+            info = Path(here).stat()
+            if (info.st_dev, info.st_ino) in seen:
+                continue
+            seen.add((info.st_dev, info.st_ino))
+            with os.scandir(here) as entries:
+                for entry in entries:
+                    if is_hidden(entry.name):
+                        continue
+                    if "." in entry.name:
+                        yield entry.path
+                    if not _is_folder(entry):
+                        continue
+                    if entry.is_symlink():
+                        heapq.heappush(links, entry.path)
+                    else:
+                        folders.append(entry.path)
+        except OSError as error:
+            raise ValueError(f"folder {here} cannot be read ({error.strerror or error})") from error
 
 
 def all_below(place: Place) -> Iterator[str]:
     """``names_below`` of a folder, wherever it is."""
     return names_below(str(place)) if isinstance(place, Path) else place.names_below()
+
+
+def visible(folder: Place) -> list[Place]:
+    """What lies in a folder, but for hidden names, in the order of the names."""
+    return sorted(entry for entry in folder.iterdir() if not is_hidden(entry.name))  # type: ignore[type-var]
+
+
+def matching(pattern: Place) -> list[Place]:
+    """Files and folders that a path stands for as a pattern, as ``glob.glob`` has it.
+
+    A part that exists is that name, whatever characters it has. ``**`` stands for a folder with all below it: the folder itself
+    where it is the last part, and the folders below it that are no links otherwise.
+    """
+    if isinstance(pattern, Path):
+        found: list[Place] = [Path(pattern.anchor)]
+        parts = pattern.parts[1:]
+    else:
+        found = [RemotePath(pattern.tree, "/" if pattern.path.startswith("/") else "")]
+        parts = tuple(pattern.path.strip("/").split("/"))
+    for i, part in enumerate(parts):
+        is_last = i == len(parts) - 1
+        found = [place for above in found for place in _matching_part(above, part, is_last=is_last)]
+    return sorted({place for place in found if place.exists()})  # type: ignore[type-var]
+
+
+def _matching_part(above: Place, part: str, *, is_last: bool) -> list[Place]:
+    if not glob.has_magic(part) or (above / part).exists():
+        return [above / part]
+    if not above.is_dir():
+        return []
+    if part == "**":
+        return [above] if is_last else _folders_below(above)
+    is_wanted = re.compile(fnmatch.translate(part)).match
+    if part.startswith("."):
+        return [place for place in above.iterdir() if is_wanted(place.name)]
+    return [place for place in visible(above) if is_wanted(place.name)]
+
+
+def _folders_below(folder: Place) -> list[Place]:
+    """A folder and all below it that are neither hidden nor links."""
+    if isinstance(folder, RemotePath):
+        return [RemotePath(folder.tree, path) for path, _ in folder.tree.below(folder.path)]
+    found: list[Place] = [folder]
+    for place in visible(folder):
+        if isinstance(place, Path) and place.is_dir() and not place.is_symlink():
+            found += _folders_below(place)
+    return found
+
+
+def optional_test(
+    read: Callable[[str], Sequence[Record]], splits: Iterable[str], notes: list[str]
+) -> dict[str, Sequence[Record]]:
+    """The records of each split; training reads no test split, so a missing one is a note and not an error."""
+    found = {}
+    for split in splits:
+        try:
+            found[split] = read(split)
+        except SplitMissingError as error:
+            if split == "val":
+                raise SplitMissingError(
+                    f"{error} (without val in the source, prepare.val_fraction draws one from train)"
+                ) from error
+            if split != "test":
+                raise
+            notes.append(f"there is no test split: {error}")
+    return found
+
+
+def hold_out(
+    records: Sequence[Record], share: float, seed: Sequence[int], *, at_least: int = 1
+) -> tuple[list[int], list[int]]:
+    """Draws a share of the images for val; those with the same label file, or listed more than once, stay together.
+
+    Returns:
+        Indices of the records of train and of val, ascending; at least one image stays in train.
+    """
+    groups: dict[str, list[int]] = {}
+    for index, record in enumerate(records):
+        groups.setdefault(label_file(record) or record.image_path, []).append(index)
+    order = np.random.default_rng(seed).permutation(len(groups))
+    num_val = min(max(at_least, round(share * len(groups))), max(len(groups) - 1, 0))
+    members = list(groups.values())
+    train = sorted(index for group in order[num_val:] for index in members[group])
+    val = sorted(index for group in order[:num_val] for index in members[group])
+    return train, val
+
+
+def some_of(names: Iterable[str], limit: int = 5) -> str:
+    """The first of some names, for a message."""
+    listed = list(names)
+    more = f" ... {len(listed)} in all" if len(listed) > limit else ""
+    return ", ".join(listed[:limit]) + more
 
 
 def label_file(record: Record) -> str | None:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from raypar.dataset.formats import MAX_VALUE, Labels, boxes_around, labels_from_xyxy, without_duplicates
+from raypar.dataset.formats.numbers import is_absent, number, shown
 
 Floats = NDArray[np.float64]
 MAX_DISTANCES = 1 << 20  # between points of two polygons, at once
@@ -19,13 +20,16 @@ def keypoints_of(categories: list[dict[str, Any]], file: object) -> tuple[tuple[
     Raises:
         ValueError: there are no keypoints, or classes differ in them.
     """
-    found = {tuple(map(str, category.get("keypoints") or ())) for category in categories}
+    listed = [category.get("keypoints") for category in categories]
+    found = {tuple(map(str, names)) if isinstance(names, list) else () for names in listed}
     if len(found) != 1 or () in found:
         raise ValueError(f"{file}: for pose each category needs 'keypoints', the same list of names")
     names = found.pop()
     mirrored = [_mirrored(name) for name in names]
-    has_sides = any(a != b for a, b in zip(names, mirrored, strict=True)) and all(
-        name in names for name in mirrored
+    has_sides = (
+        len(set(names)) == len(names)
+        and any(a != b for a, b in zip(names, mirrored, strict=True))
+        and all(name in names for name in mirrored)
     )
     return (len(names), 3), tuple(names.index(name) for name in mirrored) if has_sides else ()
 
@@ -40,7 +44,14 @@ def _mirrored(name: str) -> str:
 def has_keypoints(annotation: dict[str, Any]) -> bool:
     """Whether any is labelled; annotations without are no part of COCO's evaluation."""
     values = annotation.get("keypoints")
-    return isinstance(values, list) and any(values[2::3])
+    return not is_absent(values) and (not isinstance(values, list) or any(map(_is_labelled, values[2::3])))
+
+
+def _is_labelled(visibility: Any) -> bool:
+    try:
+        return number(visibility) != 0
+    except ValueError:
+        return visibility is not None  # refused with all of the annotation
 
 
 def with_polygons(
@@ -81,9 +92,11 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
     lines = []
     for row, values in zip(rows, keypoints, strict=True):
         try:
-            points = [float(value) for value in values]
-        except (TypeError, ValueError, OverflowError) as error:
-            raise ValueError(f"keypoints are {repr(values)[:60]}, not a list of numbers") from error
+            if not isinstance(values, list):
+                raise ValueError
+            points = [number(value) for value in values]
+        except ValueError as error:
+            raise ValueError(f"keypoints are {shown(values)}, not a list of numbers") from error
         if len(points) != 3 * num_keypoints:
             raise ValueError(
                 f"an annotation has {len(points)} keypoint values, {num_keypoints} keypoints need {3 * num_keypoints}"
@@ -100,19 +113,7 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
 
 def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
-    if isinstance(segmentation, dict):
-        raise ValueError(
-            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
-        )
-    try:
-        found = (
-            [np.asarray(part, np.float64) for part in segmentation if _is_polygon(part)]
-            if isinstance(segmentation, list)
-            else []
-        )
-    except OverflowError as error:
-        raise ValueError("a segmentation holds a number beyond all measure") from error
-    parts = [part.reshape(-1, 2) for part in found]
+    parts = _parts(segmentation)
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
@@ -122,13 +123,49 @@ def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
     return parts[0] if len(parts) == 1 else merged(parts)
 
 
-def _is_polygon(part: Any) -> bool:
-    return (
-        isinstance(part, list)
-        and len(part) >= 6
-        and len(part) % 2 == 0
-        and all(type(value) in (int, float) for value in part)
+def _parts(segmentation: Any) -> list[Floats]:
+    """The polygons float64 (P, 2) px of an annotation; none where it has no segmentation.
+
+    Written as [[x, y, x, y ...], ...], or less strictly: one polygon without the outer list, points as [x, y], numbers as text.
+
+    Raises:
+        ValueError: it is something else, as a run-length encoded mask.
+    """
+    if isinstance(segmentation, dict):
+        raise ValueError(
+            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
+        )
+    if is_absent(segmentation):
+        return []
+    if not isinstance(segmentation, list):
+        raise ValueError(f"a segmentation is {shown(segmentation)}, not a list of polygons")
+    is_one = not any(isinstance(part, list | dict) for part in segmentation) or _is_points(segmentation)
+    parts = [_points(part) for part in ([segmentation] if is_one else segmentation) if part != []]
+    found = [part for part in parts if len(part) >= 3]
+    if parts and not found:
+        raise ValueError(f"a segmentation is {shown(segmentation)}: no polygon of three points")
+    return found
+
+
+def _is_points(values: list[Any]) -> bool:
+    """Whether a list holds points [x, y], and not polygons."""
+    return bool(values) and all(
+        isinstance(value, list) and len(value) == 2 and not any(isinstance(x, list | dict) for x in value)
+        for value in values
     )
+
+
+def _points(part: Any) -> Floats:
+    """A polygon float64 (P, 2) from [x, y, x, y ...] or [[x, y], ...]."""
+    try:
+        if not isinstance(part, list):
+            raise ValueError
+        values = [value for point in part for value in point] if _is_points(part) else part
+        if not all(type(value) in (int, float) for value in values):
+            values = [number(value) for value in values]
+        return np.asarray(values, np.float64).reshape(-1, 2)
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"a polygon is {shown(part)}, not a list of x, y, x, y ...") from error
 
 
 def merged(parts: list[Floats]) -> Floats:

@@ -6,7 +6,7 @@ import difflib
 from itertools import islice
 from pathlib import Path
 
-from raypar.dataset.remote import Place
+from raypar.dataset.remote import Place, is_hidden
 
 WANTED = {
     "yolo": "a data.yaml, or the folder with one; it says e.g. 'train: images/train', 'val: images/val', 'names: [cat, dog]'",
@@ -31,7 +31,7 @@ def check(place: Place, format_: str, *, is_folder: bool = False) -> None:
         ValueError: it is a pattern, not there, an empty folder, or no folder.
     """
     if place.is_dir():
-        if next(iter(place.iterdir()), None) is None:
+        if all(is_hidden(entry.name) for entry in place.iterdir()):
             raise wrong(place, format_, "is an empty folder")
     elif not place.is_file():
         what = "exists but is neither a file nor a folder" if place.exists() else absent(place)
@@ -77,8 +77,8 @@ def _near(place: Place) -> tuple[Place, str] | None:
     """The nearest source of any format, with the format: the place itself or a folder above it."""
     if not isinstance(place, Path):  # in a store, looking around costs listings
         return None
-    if place.is_file() and place.suffix in FORMAT_OF:
-        return place, FORMAT_OF[place.suffix]
+    if place.is_file() and place.suffix.lower() in FORMAT_OF:
+        return place, FORMAT_OF[place.suffix.lower()]
     for folder in [place, *islice(place.parents, NUM_PARENTS)]:
         if folder.is_dir() and (found := _recognised(folder)) is not None:
             return found
@@ -95,7 +95,7 @@ def _recognised(folder: Path) -> tuple[Path, str] | None:
     ):
         return folder, "coco"
     if (folder / "train").is_dir() and not (folder / "train" / "images").is_dir():
-        entries = list(islice((folder / "train").iterdir(), NUM_NAMES))
+        entries = [e for e in islice((folder / "train").iterdir(), NUM_NAMES) if not is_hidden(e.name)]
         if entries and all(entry.is_dir() for entry in entries):
             return folder, "folders"
     return None

@@ -9,7 +9,6 @@ Paths are resolved as Ultralytics does (``check_det_dataset``, ``BaseDataset.get
 
 from __future__ import annotations
 
-import glob
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,36 +18,54 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
+from raypar import runfile
 from raypar.dataset.formats import (
     IMAGE_SUFFIXES,
+    MAX_LABEL_BYTES,
     SPLITS,
     Fetched,
     Labels,
     Listing,
     Record,
+    SplitMissingError,
     all_below,
     as_corners,
     as_text,
     boxes_around,
     check_table,
+    matching,
+    optional_test,
     read_label_file,
     read_text,
+    some_of,
+    visible,
     wanted,
     without_duplicates,
 )
+from raypar.dataset.formats.numbers import is_absent, shown, whole
 from raypar.dataset.records import Records
-from raypar.dataset.remote import Place, RemotePath, fs_path, place_of
+from raypar.dataset.remote import Place, RemotePath, contents, fs_path, place_of
 
+MAX_CLASSES = 1 << 20
 NUM_PROBES = 20  # images of a list that are looked for
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
 
-def scan(source: str | Place, task: str = "auto") -> Listing:
+class Loader(runfile.Loader):
+    """Every scalar is the text that is written: ``off``, ``null``, ``1.0`` and ``2024-01-01`` may be names of classes or folders."""
+
+
+Loader.yaml_implicit_resolvers = {"<": runfile.Loader.yaml_implicit_resolvers["<"]}
+
+
+def scan(source: str | Place, task: str = "auto", wish: str | None = None) -> Listing:
     """Lists the images of a ``data.yaml``.
 
     Args:
         source: the file, or its folder.
-        task: of ``raypar.dataset.schema.TASKS``; auto: pose where the file has ``kpt_shape``, else detect.
+        task: of ``raypar.dataset.schema.TASKS``; auto: pose where the file has ``kpt_shape``, else ``wish`` if the labels allow it,
+            else detect.
+        wish: the task that the model is for, if that is known.
 
     Raises:
         ValueError: the file is missing or wrong, a split's path is missing or has no images, or no label file is found.
@@ -57,24 +74,24 @@ def scan(source: str | Place, task: str = "auto") -> Listing:
     data = _load(file)
     class_names = _class_names(data, file)
     keypoint_shape, flip_idx = _keypoints(data, file)
-    if task == "auto":
-        task = "pose" if keypoint_shape else "detect"
     if task == "pose" and not keypoint_shape:
         raise ValueError(
             f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'"
         )
     root = _root(data.get("path"), file)
-    splits = {split: _records(data[split], root, split, file) for split in SPLITS if data.get(split)}
+    notes: list[str] = []
+    named = [split for split in SPLITS if data.get(split)]
+    splits = optional_test(lambda split: _records(data[split], root, split, file), named, notes)
     if not any(_place(record.labels, file).is_file() for records in splits.values() for record in records):
         raise ValueError(
             f"{file}: no image has labels; the first image's were looked for in {next(iter(splits.values()))[0].labels}"
         )
-    notes = (
-        (f"{file.name} has no 'flip_idx': images are not mirrored in training",)
-        if task == "pose" and not flip_idx
-        else ()
-    )
-    return Listing(class_names, splits, notes, task, keypoint_shape, flip_idx)
+    if task == "auto":
+        has_polygons = wish in ("segment", "obb") and _has_polygons(splits["train"], file)
+        task = "pose" if keypoint_shape else str(wish) if has_polygons else "detect"
+    if task == "pose" and not flip_idx:
+        notes.append(f"{file.name} has no 'flip_idx': images are not mirrored in training")
+    return Listing(class_names, splits, tuple(notes), task, keypoint_shape, flip_idx)
 
 
 def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
@@ -95,7 +112,8 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     _check_columns(lines, is_polygons, num_columns if task == "pose" else None)
     if lines and not is_polygons and task in ("segment", "obb"):
         raise ValueError(
-            f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}"
+            f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}: "
+            "set prepare.task=detect and train a detect model"
         )
     try:
         rows = [tuple(float(value) for value in line) for line in lines]
@@ -168,7 +186,7 @@ def label_path(image_path: str) -> str:
 def _yaml_file(source: Place) -> Place:
     wanted.check(source, "yolo")
     if source.is_dir():
-        found = sorted([*source.glob("*.yaml"), *source.glob("*.yml")])
+        found = [file for file in visible(source) if file.suffix.lower() in (".yaml", ".yml")]
         found = [file for file in found if file.name == "data.yaml"] or found
         if len(found) != 1:
             if found:
@@ -181,82 +199,127 @@ def _yaml_file(source: Place) -> Place:
     return source
 
 
+def _has_polygons(records: Sequence[Record], file: Place) -> bool:
+    """Whether the labels are polygons: those of the first image that has any."""
+    for data in contents((_place(record.labels, file) for record in records), MAX_LABEL_BYTES):
+        widths = [len(line.split()) for line in (data or b"").splitlines()]
+        if any(widths):
+            return max(widths) > 6
+    return False
+
+
 def _load(file: Place) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        data = yaml.load(file.read_text(encoding="utf-8-sig"), Loader)
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise wanted.wrong(file, "yolo", f"is not YAML ({' '.join(str(error).split())})") from error
     if not isinstance(data, dict):
         raise wanted.wrong(file, "yolo", "holds no keys and values (path, train, val, names)")
-    if "val" not in data and "validation" in data:
-        data["val"] = data["validation"]
-    for key in ("train", "val"):
-        if not data.get(key):
-            raise ValueError(
-                f"{file} has no '{key}': Ultralytics' data.yaml names the images of train and val"
-            )
+    data = {key: None if is_absent(value) else value for key, value in data.items()}
+    if not data.get("val"):
+        data["val"] = data.get("validation")
+    if not data.get("train"):
+        raise ValueError(f"{file} has no 'train': Ultralytics' data.yaml names the images of train and val")
     for key in SPLITS:
-        value = data.get(key)
-        if (
-            value
-            and not isinstance(value, str)
-            and not (isinstance(value, list) and all(isinstance(v, str) for v in value))
-        ):
-            raise ValueError(f"{file}: '{key}' must be a path or a list of paths, not {value!r}")
+        entries = data.get(key) or []
+        entries = [entries] if isinstance(entries, str) else entries
+        if not isinstance(entries, list) or not all(isinstance(v, str) and not is_absent(v) for v in entries):
+            raise ValueError(f"{file}: '{key}' must be a path or a list of paths, not {shown(entries)}")
+        data[key] = entries
+    if (channels := data.get("channels")) is not None and _whole(channels, "channels", file) != 3:
+        raise ValueError(
+            f"{file}: 'channels: {shown(channels)}', and raypar trains on three (RGB): write 'channels: 3' or leave it out"
+        )
     return data
 
 
 def _class_names(data: dict[str, Any], file: Place) -> tuple[str, ...]:
-    names, num_classes = data.get("names"), data.get("nc")
-    if names is None and isinstance(num_classes, int) and num_classes > 0:
+    names = data.get("names")
+    num_classes = None if data.get("nc") is None else _whole(data["nc"], "nc", file)
+    if num_classes is not None and num_classes > MAX_CLASSES:
+        raise ValueError(f"{file}: 'nc: {num_classes}' is beyond all measure")
+    if names is None and num_classes:
         names = [f"class_{i}" for i in range(num_classes)]
     if not names or not isinstance(names, list | dict):
         raise ValueError(f"{file} has no classes: write them as 'names: [cat, dog]'")
     if isinstance(names, dict):
-        try:
-            by_id = {int(key): name for key, name in names.items()}
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"{file}: the keys of 'names' must be 0, 1, 2 ...") from error
-        if sorted(by_id) != list(range(len(names))):
-            raise ValueError(f"{file}: the keys of 'names' must be 0 to {len(names) - 1} without a gap")
-        names = [by_id[i] for i in range(len(by_id))]
+        names = _in_order(names, file)
+    for class_id, name in enumerate(names):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"{file}: class {class_id} of 'names' is {shown(name)}, which is no name")
     if num_classes is not None and num_classes != len(names):
         raise ValueError(f"{file}: 'nc: {num_classes}' but 'names' has {len(names)} entries")
-    return tuple(str(name) for name in names)
+    return tuple(names)
+
+
+def _in_order(names: dict[str, Any], file: Place) -> list[Any]:
+    """Names that are written as {0: cat, 1: dog}, in the order of their keys."""
+    by_id: dict[int, Any] = {}
+    for key, name in names.items():
+        try:
+            class_id = whole(key)
+        except ValueError as error:
+            raise ValueError(f"{file}: the keys of 'names' must be 0, 1, 2 ..., not {shown(key)}") from error
+        if class_id in by_id:
+            raise ValueError(f"{file}: class {class_id} is written twice in 'names'")
+        by_id[class_id] = name
+    wrong = sorted(by_id.keys() - range(len(by_id)))
+    if wrong:
+        raise ValueError(
+            f"{file}: the keys of 'names' must be 0 to {len(names) - 1} without a gap, and {some_of(map(str, wrong))} is beyond"
+        )
+    return [by_id[i] for i in range(len(by_id))]
+
+
+def _whole(value: Any, key: str, file: Place) -> int:
+    try:
+        return whole(value)
+    except ValueError as error:
+        raise ValueError(f"{file}: '{key}': {error}") from error
 
 
 def _keypoints(data: dict[str, Any], file: Place) -> tuple[tuple[int, int] | None, tuple[int, ...]]:
-    shape, flip_idx = data.get("kpt_shape"), data.get("flip_idx") or []
+    shape, flip_idx = data.get("kpt_shape") or [], data.get("flip_idx") or []
     if not shape:
         return None, ()
-    if (
-        not isinstance(shape, list)
-        or len(shape) != 2
-        or not all(type(n) is int for n in shape)
-        or shape[0] < 1
-        or shape[1] not in (2, 3)
-    ):
-        raise ValueError(f"{file}: 'kpt_shape' must be [number of keypoints, 2 or 3], not {shape!r}")
-    if flip_idx and (
-        not isinstance(flip_idx, list) or sorted(flip_idx, key=str) != sorted(range(shape[0]), key=str)
-    ):
-        raise ValueError(f"{file}: 'flip_idx' must hold each of 0 to {shape[0] - 1} once, not {flip_idx!r}")
-    return (shape[0], shape[1]), tuple(flip_idx)
+    try:
+        if not isinstance(shape, list):
+            raise ValueError
+        num_keypoints, num_values = map(whole, shape)
+        if num_keypoints < 1 or num_values not in (2, 3):
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: 'kpt_shape' must be [number of keypoints, 2 or 3], not {shown(shape)}"
+        ) from error
+    try:
+        if not isinstance(flip_idx, list):
+            raise ValueError
+        flips = tuple(map(whole, flip_idx))
+        if flips and sorted(flips) != list(range(num_keypoints)):
+            raise ValueError
+    except ValueError as error:
+        raise ValueError(
+            f"{file}: 'flip_idx' must hold each of 0 to {num_keypoints - 1} once, not {shown(flip_idx)}"
+        ) from error
+    return (num_keypoints, num_values), flips
 
 
 def _root(path: object, file: Place) -> Place:
     """The dataset's folder: ``path`` from the yaml's folder, then the working directory, then Ultralytics' datasets folder."""
     if not path:
         return file.parent
+    if not isinstance(path, str):
+        raise ValueError(f"{file}: 'path' must be a folder, not {shown(path)}")
     if isinstance(file, RemotePath):
-        root = _joined(file.parent, str(path), "path", file)
+        root = _joined(file.parent, path, "path", file)
         if not root.is_dir():
             raise ValueError(
                 f"{file}: path '{path}' is {root}, which does not exist; without 'path' it is the file's own folder"
             )
         return root
     assert isinstance(file, Path)
-    root = Path(str(path)).expanduser()
+    root = Path(path).expanduser()
     for base in (file.parent, Path.cwd()):
         if (base / root).exists():
             return (base / root).resolve()
@@ -274,10 +337,10 @@ def _root(path: object, file: Place) -> Place:
     )
 
 
-def _records(value: str | list[str], root: Place, split: str, file: Place) -> Records:
+def _records(entries: list[str], root: Place, split: str, file: Place) -> Records:
     roots: list[Place] = []
     images: list[str] = []
-    for entry in [value] if isinstance(value, str) else value:
+    for entry in entries:
         found: list[str] = []
         places = _places(entry, root, split, file)
         for place in places:
@@ -292,7 +355,7 @@ def _records(value: str | list[str], root: Place, split: str, file: Place) -> Re
         found = found if len(places) == 1 else list(dict.fromkeys(found))
         images += [path for path in found if os.path.splitext(path)[1].lower() in IMAGE_SUFFIXES]  # noqa: PTH122
     if not images:
-        raise ValueError(f"{file}: '{split}' ({value}) has no images")
+        raise SplitMissingError(f"{file}: '{split}' ({some_of(entries)}) has no images")
     inside = len(roots) > 0 and all(path.startswith(tuple(f"{r}/" for r in roots)) for path in images)
     folders = [str(r) for r in roots] if inside else [os.path.dirname(path) for path in images]  # noqa: PTH120
     top = os.path.commonpath(folders)
@@ -315,17 +378,12 @@ def _places(entry: str, root: Place, split: str, file: Place) -> Sequence[Place]
         if path.exists():
             return [path.resolve() if isinstance(path, Path) else path]
     for path in paths if any(sign in entry for sign in "*?[") else ():
-        if found := path.globbed() if isinstance(path, RemotePath) else _globbed(path):
-            return found
+        if found := matching(path):
+            return [place.resolve() if isinstance(place, Path) else place for place in found]
     path = paths[0]
-    raise ValueError(
+    raise SplitMissingError(
         f"{file}: '{split}' points to {path}, which {wanted.absent(path)}: paths start at {root}; mend '{split}' or 'path'"
     )
-
-
-def _globbed(pattern: Path) -> list[Place]:
-    found = sorted(glob.glob(str(pattern), recursive=True))  # noqa: PTH207  # of none/** where none is not there, it finds none/
-    return [Path(place).resolve() for place in found if Path(place).exists()]
 
 
 def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]:
@@ -348,7 +406,7 @@ def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]
         ]
         paths.append(next((place for place in places if Path(place).exists()), places[0]))
     if paths and not any(_place(path, file).is_file() for path in paths[:NUM_PROBES]):
-        raise ValueError(
+        raise SplitMissingError(
             f"{yaml_file}: '{split}' is {file}, and none of the first images that it names is there, e.g. {paths[0]}"
         )
     return paths
