@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, layout
 from raypar.augment.labels import Labels, Moved, Polygons, batch_labels, move_labels
+from raypar.augment.outlines import Outlines
 from raypar.augment.paint import Image, canvas, develop, paint_canvas, paint_tiles
 
 
@@ -25,14 +26,15 @@ class Source:
         image: uint8 (H, W, 3) RGB; its longer side should not exceed the recipe's imgsz by much (``images.shrink``).
         class_ids: int32 (N,).
         boxes_xywhn: float32 (N, 4), centre x, centre y, width, height over W, H.
-        polygons: float32 (N, P, 2) over W, H: for segment, with many points (``outlines.densify``); the four corners for obb.
+        polygons: float32 (N, P, 2) over W, H: for segment, with many points (``outlines.densify``); the four corners for obb. For
+            detect either the same as for segment or ``outlines.Outlines``, which move boxes as well, or None: in all sources alike.
         keypoints: float32 (N, K, 3), x, y over W, H, visibility: for pose.
     """
 
     image: Image
     class_ids: NDArray[np.int32]
     boxes_xywhn: NDArray[np.float32]
-    polygons: NDArray[np.float32] | None = None
+    polygons: NDArray[np.float32] | Outlines | None = None
     keypoints: NDArray[np.float32] | None = None
 
     @property

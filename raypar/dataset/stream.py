@@ -25,12 +25,13 @@ from raypar.augment.classify import ClassifyRecipe, ClassifyRenderer
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
+from raypar.augment.outlines import Outlines, densify
 from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import cells, row_group, row_labels
+from raypar.dataset.rows import cells, row_group, row_labels, row_polygons
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
@@ -41,6 +42,9 @@ LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
 # more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
 WINDOWS_PER_CPU, SPARE_CPUS = 3, 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+SourceLabels = tuple[
+    NDArray[np.int32], NDArray[np.float32], NDArray[np.float32] | Outlines | None, NDArray[np.float32] | None
+]
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
 
@@ -56,12 +60,14 @@ class StreamSpec:
     albumentations: list[dict[str, Any]] | str | None
     world_size: int
     cache: CacheSpec | None = None
+    has_polygons: bool = False  # detect: of each box, in the shards
 
     @classmethod
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
            cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
-        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache)
+        has_polygons = recipe.task == "detect" and split.has_polygons
+        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache, has_polygons)  # fmt: skip
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -71,11 +77,10 @@ class StreamSpec:
     @cached_property
     def label_columns(self) -> list[str]:
         """What is read of a row beside its image."""
-        return [
-            name
-            for name in row_schema(self.recipe.task).names
-            if name not in ("image_id", "image", "height", "width")
-        ]
+        left_out = {"image_id", "image", "height", "width"}
+        if self.recipe.task == "detect" and not self.has_polygons:
+            left_out.add("segments_xyn")
+        return [name for name in row_schema(self.recipe.task).names if name not in left_out]
 
     @cached_property
     def labels_kept(self) -> dict[int, Any]:
@@ -208,9 +213,21 @@ def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: in
         image = _decode(spec, image)
     if image is None:
         return None
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    class_ids, boxes, polygons, keypoints = labels_of(spec, table, i)
     rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
     return Source(*transform(image, class_ids, boxes, rng), polygons, keypoints)
+
+
+def labels_of(spec: StreamSpec, table: pa.Table, i: int) -> SourceLabels:
+    """Labels of a row, as a source has them."""
+    recipe = spec.recipe
+    class_ids, boxes, polygons, keypoints = row_labels(table, i, recipe.task, recipe.num_keypoints)
+    if not spec.has_polygons:
+        return class_ids, boxes, polygons, keypoints
+    found = row_polygons(table, i)
+    # what is pasted is drawn, and so are its outlines; else only boxes are wanted of them
+    outlines = densify(found) if isinstance(recipe, Recipe) and recipe.copy_paste else Outlines.of(found)
+    return class_ids, boxes, outlines, keypoints
 
 
 @lru_cache(maxsize=1)

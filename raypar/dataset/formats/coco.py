@@ -21,7 +21,14 @@ from raypar.dataset.formats import (
     labels_from_xyxy,
     wanted,
 )
-from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
+from raypar.dataset.formats.coco_points import (
+    compact,
+    has_keypoints,
+    has_outline,
+    keypoints_of,
+    with_keypoints,
+    with_polygons,
+)
 from raypar.dataset.remote import Place, place_of
 
 NUM_PROBES = 20  # images looked for in each folder that may hold a split
@@ -78,14 +85,16 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     declared_hw, annotations = record.labels
     check_declared_size(declared_hw, image_hw)
     rows: list[tuple[float, ...]] = []
+    has_polygons = any(len(annotation) > 2 for annotation in annotations)
     for class_id, box, *_ in annotations:
         try:
             left, top, width, height = (float(value) for value in box)
         except (TypeError, ValueError, OverflowError) as error:
             raise ValueError(f"bbox is {repr(box)[:60]}, not four numbers") from error
         rows.append((class_id, left, top, left + width, top + height))
-    if task == "segment":
-        return with_polygons(rows, [annotation[2] for annotation in annotations], num_classes, image_hw)
+    if task == "segment" or (task == "detect" and has_polygons):
+        segmentations = [annotation[2] for annotation in annotations]
+        return with_polygons(rows, segmentations, num_classes, image_hw, is_strict=task == "segment")
     if task == "pose":
         assert keypoint_shape is not None
         return with_keypoints(
@@ -149,8 +158,8 @@ def _records(
 ) -> list[Record]:
     class_ids = {category: class_id for class_id, category in enumerate(sorted(classes))}
     boxes: dict[Any, list[tuple[Any, ...]]] = {}
-    points = {"segment": "segmentation", "pose": "keypoints"}.get(task)
     try:
+        points = _points_of(data, task)
         for image in data["images"]:
             boxes[image["id"]] = []
         num_unknown = num_without = 0
@@ -165,8 +174,8 @@ def _records(
                 continue
             # -1 is refused by read_labels, and the image with it
             class_id = class_ids.get(annotation["category_id"], -1)
-            labels = (class_id, annotation.get("bbox"), *([annotation.get(points)] if points else []))
-            boxes[annotation["image_id"]].append(labels)
+            more = [compact(annotation.get(points))] if points else []
+            boxes[annotation["image_id"]].append((class_id, annotation.get("bbox"), *more))
         folder = _image_folder([image["file_name"] for image in data["images"][:NUM_PROBES]], file, root)
         records = []
         for image in data["images"]:
@@ -188,6 +197,16 @@ def _records(
             f"{file.name}: {num_without} annotations without a labelled keypoint were left out, as COCO's evaluation does"
         )
     return records
+
+
+def _points_of(data: dict[str, Any], task: str) -> str | None:
+    """The key of an annotation that is kept beside its box; None for none.
+
+    Detect keeps polygons as ``convert_coco(use_segments=True)`` does, which gives an object without one its box as one.
+    """
+    if task == "detect" and any(map(has_outline, data.get("annotations") or ())):
+        return "segmentation"
+    return {"segment": "segmentation", "pose": "keypoints"}.get(task)
 
 
 def _image_folder(names: list[str], file: Place, root: Place) -> Place:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -43,24 +45,52 @@ def has_keypoints(annotation: dict[str, Any]) -> bool:
     return isinstance(values, list) and any(values[2::3])
 
 
+def has_outline(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation, which is no crowd, has a polygon or a mask."""
+    found = annotation.get("segmentation")
+    if annotation.get("iscrowd") or not isinstance(found, dict | list):
+        return False
+    return isinstance(found, dict) or any(map(_is_polygon, found))
+
+
+def compact(value: Any) -> Any:
+    """Polygons as a record keeps them, in float32: a seventh of the memory of lists. Other values are left as they are."""
+    if not isinstance(value, list) or not all(map(_is_polygon, value)):
+        return value
+    try:
+        return [array("f", part) for part in value]
+    except OverflowError:  # a number that is too large is reported when the labels are read
+        return value
+
+
 def with_polygons(
-    rows: list[tuple[float, ...]], segmentations: list[Any], num_classes: int, image_hw: tuple[int, int]
+    rows: list[tuple[float, ...]],
+    segmentations: list[Any],
+    num_classes: int,
+    image_hw: tuple[int, int],
+    *,
+    is_strict: bool = True,
 ) -> Labels:
-    """Labels for segment.
+    """Labels for segment, or for detect with polygons.
 
     Args:
         rows: (class id, x1, y1, x2, y2) px of each annotation.
-        segmentations: of each annotation: a list of polygons [x, y, x, y ...], which are joined in one; without any the box is one.
+        segmentations: of each annotation: a list of polygons [x, y, x, y ...] or a run-length encoded mask, of which the outer
+            contours are taken; several are joined in one; without any the box is one.
         num_classes: that there are.
         image_hw: px.
+        is_strict: a segmentation that is wrong is an error; else the box is taken in its place.
 
     Raises:
-        ValueError: a segmentation is a run-length encoded mask, or a value or class is wrong.
+        ValueError: a segmentation, value or class is wrong.
     """
     labels_from_xyxy(rows, num_classes, image_hw)  # checks
     wh = np.array(image_hw[::-1], np.float64)
     lines = without_duplicates(
-        [(*row, *_polygon(row, s).ravel()) for row, s in zip(rows, segmentations, strict=True)]
+        [
+            (*row, *_polygon(row, segmentation, image_hw, is_strict=is_strict).ravel())
+            for row, segmentation in zip(rows, segmentations, strict=True)
+        ]
     )
     segments = tuple(np.reshape(line[5:], (-1, 2)) / wh for line in lines)
     if not all(np.isfinite(segment).all() for segment in segments):
@@ -98,36 +128,94 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
     return Labels(labels.class_ids, labels.boxes_xywhn, len(rows) - len(unique), keypoints=normalised)
 
 
-def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
+def _polygon(
+    row: tuple[float, ...], segmentation: Any, image_hw: tuple[int, int], *, is_strict: bool
+) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
-    if isinstance(segmentation, dict):
-        raise ValueError(
-            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
-        )
+    parts: list[Floats] = []
     try:
-        found = (
-            [np.asarray(part, np.float64) for part in segmentation if _is_polygon(part)]
-            if isinstance(segmentation, list)
-            else []
-        )
-    except OverflowError as error:
-        raise ValueError("a segmentation holds a number beyond all measure") from error
-    parts = [part.reshape(-1, 2) for part in found]
+        if isinstance(segmentation, dict):
+            parts = contours(segmentation, image_hw)
+        elif isinstance(segmentation, list):
+            parts = _parts(segmentation)
+    except ValueError:
+        if is_strict:
+            raise
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    # nor NaN: their distances are no numbers
-    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):
-        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return parts[0] if len(parts) == 1 else merged(parts)
+
+
+def _parts(segmentation: list[Any]) -> list[Floats]:
+    """The polygons (P, 2) px of a segmentation; what is none is left out."""
+    try:
+        found = [np.asarray(part, np.float64).reshape(-1, 2) for part in segmentation if _is_polygon(part)]
+    except OverflowError as error:
+        raise ValueError("a segmentation holds a number beyond all measure") from error
+    # nor NaN: their distances are no numbers
+    if not all((np.abs(part) < MAX_VALUE).all() for part in found):
+        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
+    return found
+
+
+def contours(segmentation: dict[str, Any], image_hw: tuple[int, int]) -> list[Floats]:
+    """Outer contours (P, 2) px of a run-length encoded mask; none where it was made for an image of another size.
+
+    Args:
+        segmentation: ``size`` [height, width] and ``counts``: how many pixels are off, on, off ..., by columns; numbers, or COCO's text.
+        image_hw: px.
+
+    Raises:
+        ValueError: the counts are malformed.
+    """
+    if segmentation.get("size") != list(image_hw):
+        return []
+    counts = segmentation.get("counts")
+    try:
+        lengths = np.array(_counts(counts) if isinstance(counts, str) else counts, np.int64)
+    except (TypeError, ValueError, OverflowError):
+        lengths = np.array([-1])
+    num_pixels = image_hw[0] * image_hw[1]
+    if (
+        lengths.ndim != 1
+        or not ((lengths >= 0) & (lengths <= num_pixels)).all()
+        or lengths.sum() != num_pixels
+    ):
+        raise ValueError(
+            f"a run-length encoded mask has counts that do not add up to its {num_pixels} pixels"
+        )
+    is_on = (np.arange(len(lengths)) % 2).astype(np.uint8)
+    mask = np.repeat(is_on, lengths).reshape(image_hw[1], image_hw[0]).T
+    found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [contour.reshape(-1, 2).astype(np.float64) for contour in found if len(contour) >= 3]
+
+
+def _counts(text: str) -> list[int]:
+    """COCO's text of counts: each in digits of five bits, the lowest first; from the third on the difference to the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for char in text:
+        digit = ord(char) - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("a count of a run-length encoded mask is beyond all measure")
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    return counts
 
 
 def _is_polygon(part: Any) -> bool:
     return (
-        isinstance(part, list)
+        isinstance(part, array | list)
         and len(part) >= 6
         and len(part) % 2 == 0
-        and all(type(value) in (int, float) for value in part)
+        and (isinstance(part, array) or all(type(value) in (int, float) for value in part))
     )
 
 
