@@ -176,8 +176,22 @@ class Instances:
         return Instances(self.class_ids, boxes, polygons, keypoints)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What an output image shows when its layers are one, before it is flipped; ``cut`` and ``pasted`` as in :class:`Moved`."""
+
+    shown: Instances
+    cut: Area | None
+    pasted: tuple[Polygons, ...]
+
+
 def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> Moved:
-    """Labels of the output image that a sample describes.
+    """Labels of the output image that a sample describes; arguments as of :func:`compose_labels`."""
+    return finish_labels(recipe, sample, compose_labels(recipe, sample, sources))
+
+
+def compose_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> Composed:
+    """Labels of the image that a sample describes, before flips.
 
     Args:
         recipe: whose ``imgsz`` is the output's side S.
@@ -207,12 +221,18 @@ def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> 
             if recipe.task == "obb":
                 along = along.take(_has_area(along.boxes))
             shown = shown.plus(along.shifted(x0, y0))
+    return Composed(shown, cut, (pasted, pasted2, pasted3))
+
+
+def finish_labels(recipe: Recipe, sample: Sample, composed: Composed) -> Moved:
+    """Labels of the output image: flipped, and as the loss wants them."""
+    shown = composed.shown
     for axis in (1, 0):
         if sample.flip[axis]:
             shown = shown.mirrored(axis, recipe.imgsz)
             if recipe.flip_idx and shown.keypoints is not None:
                 shown = replace(shown, keypoints=shown.keypoints[:, recipe.flip_idx])
-    return _finished(recipe, shown, cut, (pasted, pasted2, pasted3))
+    return _finished(recipe, shown, composed.cut, composed.pasted)
 
 
 def move_layer(recipe: Recipe, layer: Layer, sources: Sequence[Labelled]) -> tuple[Instances, Polygons]:

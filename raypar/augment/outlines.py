@@ -96,7 +96,7 @@ class Outlines:
             boxes[leaves_canvas] = self._cut_boxes(np.flatnonzero(leaves_canvas), matrix, size, canvas_wh)
             is_cut &= ~leaves_canvas
         for i in np.flatnonzero(is_cut):
-            boxes[i] = _visible_box(self.polygon(i, moved), size)
+            boxes[i] = _visible_box(self.polygon(int(i), moved), size)
         return boxes
 
     def _cut_boxes(
@@ -131,6 +131,12 @@ def densify(polygons: Sequence[NDArray[np.float32]]) -> Points:
     )
 
 
+def resampled(polygons: Points, num_points: int) -> Points:
+    """Polygons (N, P, 2) with another number of points each (ultralytics.utils.ops.resample_segments)."""
+    found = [_resampled(polygon, num_points) for polygon in polygons]
+    return np.reshape(found, (-1, num_points, 2)).astype(np.float32)
+
+
 def _resampled(polygon: Points, num_points: int) -> Points:
     if len(polygon) == num_points:
         return polygon
@@ -161,7 +167,7 @@ def _whole_boxes(low: NDArray[Any], high: NDArray[Any], size: int) -> tuple[Floa
     boxes = np.concatenate([low, high], 1).astype(np.float64)
     is_inside, is_outside = ((low >= 0) & (high <= size)).all(1), ((high < 0) | (low > size)).any(1)
     boxes[is_outside] = 0
-    return boxes, ~is_inside & ~is_outside
+    return boxes, np.asarray(~is_inside & ~is_outside)
 
 
 def _extent(polygons: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:

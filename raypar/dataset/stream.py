@@ -123,9 +123,7 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
     rows, sources, num_replaced = _read(
         spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
     )
-    renderer = (
-        ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
-    )
+    renderer = _renderer(spec, item.epoch)
     size, per_batch, global_batch = spec.recipe.imgsz, spec.images_per_batch, spec.plan.global_batch
 
     def one(step: int, rank: int, images: NDArray[np.uint8], num_replaced: int) -> Batch:
@@ -133,9 +131,7 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
         shown = window.order[start : start + per_batch]
         first_position = window.first_step * global_batch + start
         rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_batch)]
-        labels: Labels = renderer(
-            sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images
-        )
+        labels = renderer(sources, shown, rows[shown], rngs, images)
         return Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn, labels.image_index,
                      rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
 
@@ -149,6 +145,29 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
                 one(s, rank, slab[s - first], num_replaced if (s, rank) == (item.skip_steps, 0) else 0)
                 for s in steps
             ]
+
+
+def _renderer(spec: StreamSpec, epoch: int) -> Callable[..., Labels]:
+    """Fills images from sources, given what each shows: its index among them and its number within the split."""
+    mosaic_on = epoch < spec.mosaic_epochs
+    if isinstance(spec.recipe, ClassifyRecipe):
+        classify = ClassifyRenderer(spec.recipe)
+        return lambda sources, shown, _, rngs, out: classify(
+            sources, shown.tolist(), rngs, mosaic_on=mosaic_on, out=out
+        )
+    boxed = Renderer(spec.recipe, transform_of(spec))
+
+    def render_boxed(
+        sources: Sequence[Source],
+        shown: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+        rngs: Sequence[np.random.Generator],
+        out: NDArray[np.uint8],
+    ) -> Labels:
+        changes = [generator(spec.plan.seed, epoch, ALBUMENTATIONS + int(number)) for number in numbers]
+        return boxed(sources, shown.tolist(), rngs, mosaic_on=mosaic_on, out=out, changes=changes)
+
+    return render_boxed
 
 
 def _read(
@@ -166,9 +185,8 @@ def _read(
         pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start),
         np.concatenate(numbers)[rows],
     )
-    transform = transform_of(spec)
     found = [
-        _source(spec, item, transform, int(n), table, i, image)
+        _source(spec, item, int(n), table, i, image)
         for i, (n, image) in enumerate(zip(number, images[rows], strict=True))
     ]
     good = [i for i, source in enumerate(found) if source is not None]
@@ -207,15 +225,18 @@ def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
         return None
 
 
-def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: int, table: pa.Table, i: int,
-            image: pa.Buffer | Image | None) -> Source | None:  # fmt: skip
+def _source(
+    spec: StreamSpec, item: Item, number: int, table: pa.Table, i: int, image: pa.Buffer | Image | None
+) -> Source | None:
     if isinstance(image, pa.Buffer):
         image = _decode(spec, image)
     if image is None:
         return None
     class_ids, boxes, polygons, keypoints = labels_of(spec, table, i)
-    rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
-    return Source(*transform(image, class_ids, boxes, rng), polygons, keypoints)
+    if spec.recipe.task == "classify":  # Ultralytics has none: they act on the image as it is stored
+        rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
+        image, class_ids, boxes = transform_of(spec)(image, class_ids, boxes, rng)
+    return Source(image, class_ids, boxes, polygons, keypoints)
 
 
 def labels_of(spec: StreamSpec, table: pa.Table, i: int) -> SourceLabels:
@@ -225,23 +246,23 @@ def labels_of(spec: StreamSpec, table: pa.Table, i: int) -> SourceLabels:
     if not spec.has_polygons:
         return class_ids, boxes, polygons, keypoints
     found = row_polygons(table, i)
-    # what is pasted is drawn, and so are its outlines; else only boxes are wanted of them
-    outlines = densify(found) if isinstance(recipe, Recipe) and recipe.copy_paste else Outlines.of(found)
-    return class_ids, boxes, outlines, keypoints
+    # polygons that are pasted, or moved by albumentations, must be dense; else only boxes are wanted of them
+    is_dense = isinstance(recipe, Recipe) and (recipe.copy_paste > 0 or transform_of(spec).move_pixels)
+    return class_ids, boxes, densify(found) if is_dense else Outlines.of(found), keypoints
 
 
 @lru_cache(maxsize=1)
-def _made(albumentations: str, task: str) -> albu.Transforms:
+def _made(albumentations: str, task: str, has_polygons: bool) -> albu.Transforms:
     import json
 
-    return albu.make(json.loads(albumentations), task)
+    return albu.make(json.loads(albumentations), task, has_polygons=has_polygons)
 
 
 def transform_of(spec: StreamSpec) -> albu.Transforms:
     import json
 
     # made once a process: it costs milliseconds
-    return _made(json.dumps(spec.albumentations), spec.recipe.task)
+    return _made(json.dumps(spec.albumentations), spec.recipe.task, spec.has_polygons)
 
 
 class Placed(Protocol):
