@@ -33,7 +33,6 @@ import psutil
 import ray
 import torch
 from ultralytics.cfg import get_cfg
-from ultralytics.data.augment import Albumentations
 from ultralytics.data.build import build_dataloader
 from ultralytics.data.dataset import YOLODataset
 
@@ -168,7 +167,7 @@ def _features_of_ours(data_yaml: Path, folder: Path) -> dict[str, np.ndarray]:
     )
     recipe = Recipe.from_yolo(vars(get_cfg(overrides={"imgsz": TINY})))
     spec = StreamSpec.of(
-        dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=[], world_size=1
+        dataset, split, plan, recipe, mosaic_epochs=plan.epochs, albumentations=None, world_size=1
     )
     return _joined(
         [
@@ -182,10 +181,6 @@ def _features_of_ours(data_yaml: Path, folder: Path) -> dict[str, np.ndarray]:
 def _features_of_theirs(data_yaml: Path) -> dict[str, np.ndarray]:
     dataset = YOLODataset(img_path=str(data_yaml.parent / "images/train"), imgsz=TINY, augment=True, hyp=get_cfg(overrides={"imgsz": TINY}), cache="ram",
                           data={"names": dict(enumerate("abcd")), "nc": 4, "channels": 3}, task="detect", batch_size=BATCH)  # fmt: skip
-    # raypar applies albumentations to each source and not to the whole mosaic: left out on both sides
-    dataset.transforms.transforms = [
-        t for t in dataset.transforms.transforms if not isinstance(t, Albumentations)
-    ]
     parts = []
     for first in range(0, NUM_DRAWS, BATCH):
         batch = YOLODataset.collate_fn([dataset[i % 64] for i in range(first, first + BATCH)])

@@ -151,7 +151,7 @@ def write_dataset(folder: Path, count: int) -> Any:
         image, class_ids, boxes = shapes.render(0, "train", i, 480, 640)
         labels = shapes.labels(class_ids, boxes, (480, 640))
         rows.append({"image_id": str(i), "image": shapes.encode(image), "height": 480, "width": 640, "class_ids": labels.class_ids,
-                     "boxes_xywhn": labels.boxes_xywhn.ravel()})  # fmt: skip
+                     "boxes_xywhn": labels.boxes_xywhn.ravel(), "segments_xyn": []})  # fmt: skip
     shards, per_shard = [], ROWS_PER_GROUP * GROUPS_PER_SHARD
     for number, start in enumerate(range(0, count, per_shard)):
         path = folder / f"{number:05d}.parquet"

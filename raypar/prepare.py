@@ -343,6 +343,7 @@ def _split(split: str, reports: list[ShardReport], num_classes: int) -> Split:
         shards=shards,
         num_images=sum(report.num_images for report in mine),
         num_boxes=sum(report.num_boxes for report in mine),
+        num_polygons=sum(report.num_polygons for report in mine),
         num_backgrounds=sum(report.num_backgrounds for report in mine),
         boxes_per_class=tuple(boxes_per_class[class_id] for class_id in range(num_classes)),
     )

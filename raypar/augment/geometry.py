@@ -237,7 +237,7 @@ def _layer(recipe: Recipe, u: Floats, indices: Sequence[Any], mosaic_on: bool) -
         scale,
         (within(u[7], -recipe.shear, recipe.shear), within(u[8], -recipe.shear, recipe.shear)),
         (shift[0], shift[1]),
-        recipe.copy_paste if mosaic_on and recipe.task == "segment" else 0.0,
+        recipe.copy_paste if mosaic_on else 0.0,
     )
 
 

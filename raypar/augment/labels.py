@@ -29,6 +29,7 @@ from raypar.augment.geometry import (
     to_canvas,
 )
 from raypar.augment.outlines import (
+    Outlines,
     Points,
     boxes_xywhr,
     choose_pasted,
@@ -56,7 +57,7 @@ class Labelled(Protocol):
     @property
     def boxes_xywhn(self) -> NDArray[np.float32]: ...
     @property
-    def polygons(self) -> Points | None: ...
+    def polygons(self) -> Points | Outlines | None: ...
     @property
     def keypoints(self) -> Points | None: ...
 
@@ -111,7 +112,7 @@ class Instances:
     Attributes:
         class_ids: int32 (N,).
         boxes: float64 (N, 4), x0, y0, x1, y1.
-        polygons: float32 (N, P, 2): segment; the four corners of obb.
+        polygons: float32 (N, P, 2): segment, and detect when they are not only wanted for boxes; the four corners of obb.
         keypoints: float64 (N, K, 3), x, y, visibility: pose.
     """
 
@@ -175,8 +176,22 @@ class Instances:
         return Instances(self.class_ids, boxes, polygons, keypoints)  # type: ignore[arg-type]
 
 
+@dataclass(frozen=True)
+class Composed:
+    """What an output image shows when its layers are one, before it is flipped; ``cut`` and ``pasted`` as in :class:`Moved`."""
+
+    shown: Instances
+    cut: Area | None
+    pasted: tuple[Polygons, ...]
+
+
 def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> Moved:
-    """Labels of the output image that a sample describes.
+    """Labels of the output image that a sample describes; arguments as of :func:`compose_labels`."""
+    return finish_labels(recipe, sample, compose_labels(recipe, sample, sources))
+
+
+def compose_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> Composed:
+    """Labels of the image that a sample describes, before flips.
 
     Args:
         recipe: whose ``imgsz`` is the output's side S.
@@ -192,7 +207,7 @@ def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> 
         shown = shown.plus(other)
     if sample.cut is not None:
         other, pasted3 = move_layer(recipe, sample.cut[0], sources)
-        has_polygons = shown.polygons is not None and len(shown.polygons) > 0
+        has_polygons = sources[0].polygons is not None and len(shown.class_ids) > 0
         chosen = choose_cut(
             *sample.cut[1:],
             shown.boxes,
@@ -206,12 +221,18 @@ def move_labels(recipe: Recipe, sample: Sample, sources: Sequence[Labelled]) -> 
             if recipe.task == "obb":
                 along = along.take(_has_area(along.boxes))
             shown = shown.plus(along.shifted(x0, y0))
+    return Composed(shown, cut, (pasted, pasted2, pasted3))
+
+
+def finish_labels(recipe: Recipe, sample: Sample, composed: Composed) -> Moved:
+    """Labels of the output image: flipped, and as the loss wants them."""
+    shown = composed.shown
     for axis in (1, 0):
         if sample.flip[axis]:
             shown = shown.mirrored(axis, recipe.imgsz)
             if recipe.flip_idx and shown.keypoints is not None:
                 shown = replace(shown, keypoints=shown.keypoints[:, recipe.flip_idx])
-    return _finished(recipe, shown, cut, (pasted, pasted2, pasted3))
+    return _finished(recipe, shown, composed.cut, composed.pasted)
 
 
 def move_layer(recipe: Recipe, layer: Layer, sources: Sequence[Labelled]) -> tuple[Instances, Polygons]:
@@ -220,19 +241,26 @@ def move_layer(recipe: Recipe, layer: Layer, sources: Sequence[Labelled]) -> tup
     tiles, canvas_hw = layout(layer, [s.hw for s in tiles_of], size)
     height, width = canvas_hw
     wh, origin = to_canvas(tiles, [len(s.class_ids) for s in tiles_of])
-    before = _gathered(recipe.task, tiles_of, wh, origin)
+    before, outlines = _gathered(recipe.task, tiles_of, wh, origin), _outlines(tiles_of, wh, origin)
     pasted: Polygons = ()
     if not len(before.class_ids):
         return before, pasted
     if layer.centre is not None:
         before = before.cut(recipe.task, width, height)
-        before = before.take(_has_area(before.boxes))
+        is_there = _has_area(before.boxes)
+        before = before.take(is_there)
+        outlines = None if outlines is None else outlines.take(is_there)
     if layer.copy_paste and before.polygons is not None and len(before.polygons):
         mirrored = before.mirrored(0, width).take(choose_pasted(before.boxes, width, layer.copy_paste))
         assert mirrored.polygons is not None
         before, pasted = before.plus(mirrored), list(mirrored.polygons.astype(np.int32))
-    after = _mapped(recipe.task, before, layer.matrix(canvas_hw, size), size).cut(recipe.task, size, size)
-    min_area = MIN_AREA_LEFT if after.polygons is None else MIN_AREA_OF_POLYGON
+    matrix = layer.matrix(canvas_hw, size)
+    after = _mapped(recipe.task, before, matrix, size)
+    if outlines is not None:
+        canvas_wh = None if layer.centre is None else (width, height)
+        after = replace(after, boxes=outlines.visible_boxes(matrix, size, canvas_wh))
+    after = after.cut(recipe.task, size, size)
+    min_area = MIN_AREA_LEFT if sources[0].polygons is None else MIN_AREA_OF_POLYGON
     return after.take(is_seen(before.boxes, after.boxes, layer.scale, min_area)), pasted
 
 
@@ -241,7 +269,7 @@ def _gathered(task: str, sources: Sequence[Labelled], wh: Floats, origin: Floats
     boxes = np.concatenate([s.boxes_xywhn for s in sources])
     centres, half = boxes[:, :2] * wh + origin, boxes[:, 2:] * wh / 2
     polygons = keypoints = None
-    if task in ("segment", "obb"):
+    if task in ("segment", "obb") or isinstance(sources[0].polygons, np.ndarray):
         polygons = (join([_there(s.polygons) for s in sources]) * wh[:, None] + origin[:, None]).astype(
             np.float32
         )
@@ -252,9 +280,15 @@ def _gathered(task: str, sources: Sequence[Labelled], wh: Floats, origin: Floats
     return Instances(class_ids, np.concatenate([centres - half, centres + half], 1), polygons, keypoints)
 
 
-def _there(points: Points | None) -> Points:
-    assert points is not None, "the sources lack the labels of the recipe's task"
+def _there(points: Points | Outlines | None) -> Points:
+    assert isinstance(points, np.ndarray), "the sources lack the labels of the recipe's task"
     return points
+
+
+def _outlines(sources: Sequence[Labelled], wh: Floats, origin: Floats) -> Outlines | None:
+    """All outlines of a layer, on its canvas; None where the sources have none."""
+    parts = [s.polygons for s in sources if isinstance(s.polygons, Outlines)]
+    return Outlines.joined(parts).placed(wh, origin) if parts else None
 
 
 def _mapped(task: str, shown: Instances, matrix: Floats, size: int) -> Instances:
@@ -262,7 +296,7 @@ def _mapped(task: str, shown: Instances, matrix: Floats, size: int) -> Instances
     if shown.polygons is not None:
         polygons = mapped(shown.polygons.astype(np.float64), matrix).astype(np.float32)
         boxes = visible_boxes(polygons, size)
-        if task == "segment":
+        if task != "obb":
             polygons = clipped(polygons, boxes[:, :2], boxes[:, 2:])
         return replace(shown, boxes=boxes, polygons=polygons)
     if shown.keypoints is not None:

@@ -103,6 +103,7 @@ def _joined(one: Split | None, other: Split | None) -> Split:
         shards=shards,
         num_images=one.num_images + other.num_images,
         num_boxes=one.num_boxes + other.num_boxes,
+        num_polygons=one.num_polygons + other.num_polygons,
         num_backgrounds=one.num_backgrounds + other.num_backgrounds,
         boxes_per_class=tuple(a + b for a, b in zip(one.boxes_per_class, other.boxes_per_class, strict=True)),
     )

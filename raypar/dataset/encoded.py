@@ -22,13 +22,14 @@ from numpy.typing import NDArray
 
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator
 from raypar.augment.labels import batch_labels, move_labels
+from raypar.augment.outlines import Outlines
 from raypar.augment.pack import Table
 from raypar.augment.pack import pack as pack_table
 from raypar.dataset.batch import Batch, one_binary
 from raypar.dataset.batch import pack as pack_labels
 from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
-from raypar.dataset.rows import cells, row_group, row_labels
+from raypar.dataset.rows import cells, row_group
 from raypar.dataset.stream import (
     ALBUMENTATIONS,
     MAX_STEPS_PER_BLOCK,
@@ -36,6 +37,7 @@ from raypar.dataset.stream import (
     _start,
     dealt,
     fetched,
+    labels_of,
     settle,
     transform_of,
 )
@@ -58,7 +60,7 @@ class Labelled:
     class_ids: NDArray[np.int32]
     boxes_xywhn: NDArray[np.float32]
     hw: tuple[int, int]
-    polygons: NDArray[np.float32] | None = None
+    polygons: NDArray[np.float32] | Outlines | None = None
     keypoints: NDArray[np.float32] | None = None
 
 
@@ -231,7 +233,7 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
 
 def _row(spec: StreamSpec, table: pa.Table, i: int, hw: tuple[int, int]) -> Labelled:
     assert isinstance(spec.recipe, Recipe)
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    class_ids, boxes, polygons, keypoints = labels_of(spec, table, i)
     in_ring = resized_hw(hw, spec.recipe.imgsz) if max(hw) > spec.recipe.imgsz else hw
     return Labelled(class_ids, boxes, in_ring, polygons, keypoints)
 

@@ -76,6 +76,7 @@ class ShardReport:
     shard: Shard | None = None
     num_images: int = 0
     num_boxes: int = 0
+    num_polygons: int = 0
     num_backgrounds: int = 0
     num_repaired: int = 0  # images
     boxes_per_class: Counter[int] = field(default_factory=Counter)
@@ -197,6 +198,7 @@ def _row_or_reject(
     repairs.update(picture.repairs)
     report.num_images += 1
     report.num_boxes += len(labels.class_ids)
+    report.num_polygons += len(labels.segments_xyn or ())
     report.num_backgrounds += not len(labels.class_ids)
     report.num_repaired += bool(repairs)
     report.repairs += repairs

@@ -40,8 +40,16 @@ class Split(Record):
     shards: tuple[Shard, ...] = ()
     num_images: int = 0
     num_boxes: int = 0
+    num_polygons: int = (
+        0  # of boxes that have one; 0 in datasets that were prepared before raypar kept them for detect
+    )
     num_backgrounds: int = 0  # images without a label
     boxes_per_class: tuple[int, ...] = ()
+
+    @property
+    def has_polygons(self) -> bool:
+        """Whether every box has a polygon; if only some have one, none is used (``YOLODataset.verify_labels``)."""
+        return 0 < self.num_polygons == self.num_boxes
 
 
 class RowGroups(Sequence[tuple[str, int]]):

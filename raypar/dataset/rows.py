@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment.outlines import densify
+from raypar.dataset.schema import row_schema
 from raypar.storage import Folder
 
 Floats = NDArray[np.float32]
@@ -18,8 +19,15 @@ WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
 
 
 def row_group(dataset: Folder, path: str, number: int, columns: list[str] | None = None) -> pa.Table:
-    """A row group of a shard, all its columns or some; a store that fails is asked again for a while."""
-    return dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(number, columns=columns))
+    """A row group of a shard, all its columns or some; a store that fails is asked again for a while.
+
+    Shards of detect that were written before raypar kept polygons have none: their rows get empty lists.
+    """
+    table = dataset.reading(path, lambda file: pq.ParquetFile(file).read_row_group(number, columns=columns))
+    if "segments_xyn" in (columns or ()) and "segments_xyn" not in table.column_names:
+        field = row_schema("detect").field("segments_xyn")
+        table = table.append_column(field, pa.array([[]] * table.num_rows, field.type))
+    return table
 
 
 def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:
@@ -40,6 +48,8 @@ def row_labels(
 ) -> tuple[NDArray[np.int32], Floats, Floats | None, Floats | None]:
     """Labels of a row: class_ids (N,), boxes_xywhn (N, 4), polygons (N, P, 2), keypoints (N, K, 3), as ``augment.cpu.Source`` has them.
 
+    Polygons of detect are left out: see :func:`row_polygons`.
+
     Args:
         table: with the task's columns of :func:`raypar.dataset.schema.row_schema`.
         i: the row.
@@ -57,12 +67,7 @@ def row_labels(
     if task == "pose":
         return class_ids, boxes, None, flat("keypoints").reshape(-1, num_keypoints, 3)
     if task in ("segment", "obb"):
-        lists = table["segments_xyn"][i].values
-        points, ends = (
-            lists.values.to_numpy(zero_copy_only=False),
-            lists.offsets.to_numpy(zero_copy_only=False),
-        )
-        polygons = [points[a:b].reshape(-1, 2) for a, b in pairwise(ends)]
+        polygons = row_polygons(table, i)
         return (
             class_ids,
             boxes,
@@ -70,3 +75,13 @@ def row_labels(
             None,
         )
     return class_ids, boxes, None, None
+
+
+def row_polygons(table: pa.Table, i: int) -> list[Floats]:
+    """Polygons (P, 2) over width and height of a row, as they are in its shard; none for detect where the source has only boxes."""
+    lists = table["segments_xyn"][i].values
+    points, ends = (
+        lists.values.to_numpy(zero_copy_only=False),
+        lists.offsets.to_numpy(zero_copy_only=False),
+    )
+    return [points[a:b].reshape(-1, 2) for a, b in pairwise(ends)]

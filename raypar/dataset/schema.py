@@ -17,7 +17,8 @@ _BOXES = [
     # (4N,) row-major (N, 4): centre x, centre y, width, height over the image's width/height, in [0, 1]
     pa.field("boxes_xywhn", pa.list_(pa.float32()), nullable=False),
 ]
-# N flat polygons x, y, x, y ... over width/height: in [0, 1] for segment; the four corners for obb, which may lie outside
+# N flat polygons x, y, x, y ... over width/height: in [0, 1] for segment; the four corners for obb, which may lie outside.
+# Detect: in [0, 1], or no polygon at all where the source has only boxes of an image (old datasets lack the column)
 _POLYGONS = [pa.field("segments_xyn", pa.list_(pa.list_(pa.float32())), nullable=False)]
 # (N*K*3,): x, y over width/height, visibility (0: none)
 _KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]
@@ -26,7 +27,7 @@ _KEYPOINTS = [pa.field("keypoints", pa.list_(pa.float32()), nullable=False)]
 def row_schema(task: str) -> pa.Schema:
     """The Arrow schema of a shard for one of ``TASKS``."""
     columns = {
-        "detect": _BOXES,
+        "detect": _BOXES + _POLYGONS,
         "segment": _BOXES + _POLYGONS,
         "obb": _BOXES + _POLYGONS,
         "pose": _BOXES + _KEYPOINTS,

@@ -25,12 +25,13 @@ from raypar.augment.classify import ClassifyRecipe, ClassifyRenderer
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Recipe, generator
 from raypar.augment.labels import Labels
+from raypar.augment.outlines import Outlines, densify
 from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import cells, row_group, row_labels
+from raypar.dataset.rows import cells, row_group, row_labels, row_polygons
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
@@ -41,6 +42,9 @@ LOOK_AHEAD_IMAGES = 1024  # rendered images that may wait for the workers, about
 # more where there are more CPUs: Ray Data runs a task for every 2.7 windows that may wait (2.60.0)
 WINDOWS_PER_CPU, SPARE_CPUS = 3, 2
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
+SourceLabels = tuple[
+    NDArray[np.int32], NDArray[np.float32], NDArray[np.float32] | Outlines | None, NDArray[np.float32] | None
+]
 ALBUMENTATIONS = 1 << 62  # keeps an image's albumentations draws apart from those of its position
 
 
@@ -56,12 +60,14 @@ class StreamSpec:
     albumentations: list[dict[str, Any]] | str | None
     world_size: int
     cache: CacheSpec | None = None
+    has_polygons: bool = False  # detect: of each box, in the shards
 
     @classmethod
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
            cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
-        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache)
+        has_polygons = recipe.task == "detect" and split.has_polygons
+        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache, has_polygons)  # fmt: skip
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -71,11 +77,10 @@ class StreamSpec:
     @cached_property
     def label_columns(self) -> list[str]:
         """What is read of a row beside its image."""
-        return [
-            name
-            for name in row_schema(self.recipe.task).names
-            if name not in ("image_id", "image", "height", "width")
-        ]
+        left_out = {"image_id", "image", "height", "width"}
+        if self.recipe.task == "detect" and not self.has_polygons:
+            left_out.add("segments_xyn")
+        return [name for name in row_schema(self.recipe.task).names if name not in left_out]
 
     @cached_property
     def labels_kept(self) -> dict[int, Any]:
@@ -118,9 +123,7 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
     rows, sources, num_replaced = _read(
         spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
     )
-    renderer = (
-        ClassifyRenderer(spec.recipe) if isinstance(spec.recipe, ClassifyRecipe) else Renderer(spec.recipe)
-    )
+    renderer = _renderer(spec, item.epoch)
     size, per_batch, global_batch = spec.recipe.imgsz, spec.images_per_batch, spec.plan.global_batch
 
     def one(step: int, rank: int, images: NDArray[np.uint8], num_replaced: int) -> Batch:
@@ -128,9 +131,7 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
         shown = window.order[start : start + per_batch]
         first_position = window.first_step * global_batch + start
         rngs = [generator(spec.plan.seed, item.epoch, first_position + i) for i in range(per_batch)]
-        labels: Labels = renderer(
-            sources, shown.tolist(), rngs, mosaic_on=item.epoch < spec.mosaic_epochs, out=images
-        )
+        labels = renderer(sources, shown, rows[shown], rngs, images)
         return Batch(item.epoch, window.first_step + step, rank, images, labels.class_ids, labels.boxes_xywhn, labels.image_index,
                      rows[shown], num_replaced, labels.masks, labels.keypoints, labels.boxes_xywhr)  # fmt: skip
 
@@ -144,6 +145,29 @@ def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
                 one(s, rank, slab[s - first], num_replaced if (s, rank) == (item.skip_steps, 0) else 0)
                 for s in steps
             ]
+
+
+def _renderer(spec: StreamSpec, epoch: int) -> Callable[..., Labels]:
+    """Fills images from sources, given what each shows: its index among them and its number within the split."""
+    mosaic_on = epoch < spec.mosaic_epochs
+    if isinstance(spec.recipe, ClassifyRecipe):
+        classify = ClassifyRenderer(spec.recipe)
+        return lambda sources, shown, _, rngs, out: classify(
+            sources, shown.tolist(), rngs, mosaic_on=mosaic_on, out=out
+        )
+    boxed = Renderer(spec.recipe, transform_of(spec))
+
+    def render_boxed(
+        sources: Sequence[Source],
+        shown: NDArray[np.int64],
+        numbers: NDArray[np.int64],
+        rngs: Sequence[np.random.Generator],
+        out: NDArray[np.uint8],
+    ) -> Labels:
+        changes = [generator(spec.plan.seed, epoch, ALBUMENTATIONS + int(number)) for number in numbers]
+        return boxed(sources, shown.tolist(), rngs, mosaic_on=mosaic_on, out=out, changes=changes)
+
+    return render_boxed
 
 
 def _read(
@@ -161,9 +185,8 @@ def _read(
         pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start),
         np.concatenate(numbers)[rows],
     )
-    transform = transform_of(spec)
     found = [
-        _source(spec, item, transform, int(n), table, i, image)
+        _source(spec, item, int(n), table, i, image)
         for i, (n, image) in enumerate(zip(number, images[rows], strict=True))
     ]
     good = [i for i, source in enumerate(found) if source is not None]
@@ -202,29 +225,44 @@ def _decode(spec: StreamSpec, image: pa.Buffer) -> Image | None:
         return None
 
 
-def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: int, table: pa.Table, i: int,
-            image: pa.Buffer | Image | None) -> Source | None:  # fmt: skip
+def _source(
+    spec: StreamSpec, item: Item, number: int, table: pa.Table, i: int, image: pa.Buffer | Image | None
+) -> Source | None:
     if isinstance(image, pa.Buffer):
         image = _decode(spec, image)
     if image is None:
         return None
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
-    rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
-    return Source(*transform(image, class_ids, boxes, rng), polygons, keypoints)
+    class_ids, boxes, polygons, keypoints = labels_of(spec, table, i)
+    if spec.recipe.task == "classify":  # Ultralytics has none: they act on the image as it is stored
+        rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
+        image, class_ids, boxes = transform_of(spec)(image, class_ids, boxes, rng)
+    return Source(image, class_ids, boxes, polygons, keypoints)
+
+
+def labels_of(spec: StreamSpec, table: pa.Table, i: int) -> SourceLabels:
+    """Labels of a row, as a source has them."""
+    recipe = spec.recipe
+    class_ids, boxes, polygons, keypoints = row_labels(table, i, recipe.task, recipe.num_keypoints)
+    if not spec.has_polygons:
+        return class_ids, boxes, polygons, keypoints
+    found = row_polygons(table, i)
+    # polygons that are pasted, or moved by albumentations, must be dense; else only boxes are wanted of them
+    is_dense = isinstance(recipe, Recipe) and (recipe.copy_paste > 0 or transform_of(spec).move_pixels)
+    return class_ids, boxes, densify(found) if is_dense else Outlines.of(found), keypoints
 
 
 @lru_cache(maxsize=1)
-def _made(albumentations: str, task: str) -> albu.Transforms:
+def _made(albumentations: str, task: str, has_polygons: bool) -> albu.Transforms:
     import json
 
-    return albu.make(json.loads(albumentations), task)
+    return albu.make(json.loads(albumentations), task, has_polygons=has_polygons)
 
 
 def transform_of(spec: StreamSpec) -> albu.Transforms:
     import json
 
     # made once a process: it costs milliseconds
-    return _made(json.dumps(spec.albumentations), spec.recipe.task)
+    return _made(json.dumps(spec.albumentations), spec.recipe.task, spec.has_polygons)
 
 
 class Placed(Protocol):

@@ -29,7 +29,7 @@ def tidy(labels: Labels, task: str = "detect") -> tuple[Labels, Counter[str]]:
     is_outside = (corners != inside).any(axis=1)
     clipped = np.concatenate([(inside[:, :2] + inside[:, 2:]) / 2, inside[:, 2:] - inside[:, :2]], axis=1)
     boxes[is_outside] = clipped[is_outside]
-    if task == "segment" and segments:
+    if task in ("detect", "segment") and segments:
         segments = tuple(segment.clip(0, 1) for segment in segments)
         boxes = boxes_around(segments)
     is_kept = has_area & (boxes[:, 2:].astype(np.float32) > 0).all(axis=1)  # as they will be stored
@@ -59,9 +59,9 @@ def columns(labels: Labels, task: str) -> dict[str, object]:
         "class_ids": labels.class_ids.astype(np.int32),
         "boxes_xywhn": labels.boxes_xywhn.astype(np.float32).ravel(),
     }
-    if task in ("segment", "obb"):
-        assert labels.segments_xyn is not None
-        found["segments_xyn"] = [segment.astype(np.float32).ravel() for segment in labels.segments_xyn]
+    if task in ("detect", "segment", "obb"):
+        assert task == "detect" or labels.segments_xyn is not None
+        found["segments_xyn"] = [segment.astype(np.float32).ravel() for segment in labels.segments_xyn or ()]
     if task == "pose":
         assert labels.keypoints is not None
         found["keypoints"] = labels.keypoints.astype(np.float32).ravel()

@@ -45,8 +45,8 @@ def check(config: RunConfig) -> None:
     verify.check_sizes(dataset, manifest, (config.inspect.split,))
     from raypar.augment import albu
 
-    _spec(config, manifest)
-    albu.check(config.train.albumentations, manifest.task)
+    spec, args = _spec(config, manifest)
+    albu.check(config.train.albumentations, manifest.task, int(args.imgsz), has_polygons=spec.has_polygons)
 
 
 def run(config: RunConfig) -> dict[str, Any]:

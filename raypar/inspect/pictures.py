@@ -75,7 +75,7 @@ def _raw(spec: StreamSpec, row: int, class_names: Sequence[str]) -> tuple[str, I
     image = boxes_on(
         image, xywhn_to_xyxy(np.asarray(found["boxes_xywhn"], np.float32), image_hw), class_ids, class_names
     )
-    if "segments_xyn" in found:
+    if found.get("segments_xyn"):  # detect: a source may have only boxes
         image = outlines_on(
             image, [np.reshape(outline, (-1, 2)) * wh for outline in found["segments_xyn"]], class_ids
         )

@@ -106,7 +106,10 @@ class Feeder:
 
 
 def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
-    """Does what ``render`` does before it renders, stage by stage; returns how many images the window has."""
+    """Does parts of what ``render`` does, stage by stage; returns how many images the window has.
+
+    Albumentations are timed on the images as they are decoded, about as large as the composed ones on which they act.
+    """
     from raypar.augment.geometry import generator
     from raypar.dataset.rows import cells
     from raypar.dataset.stream import _decode, transform_of

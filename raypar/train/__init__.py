@@ -49,7 +49,9 @@ def check(config: RunConfig) -> None:
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
     recipe_of(vars(args), manifest)
     _check_optimizer(config, manifest)
-    albu.make(config.train.albumentations, manifest.task)
+    train = manifest.splits.get("train")
+    has_polygons = train is not None and train.has_polygons
+    albu.check(config.train.albumentations, manifest.task, int(args.imgsz), has_polygons=has_polygons)
     if config.train.augment == "gpu":
         _refuse_on_device(config, manifest)
     initial.find(config.train.model, manifest.task)

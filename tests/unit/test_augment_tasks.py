@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +22,7 @@ from ultralytics.utils.ops import resample_segments, segment2box, xyxyxyxy2xywhr
 from raypar.augment import outlines
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator, resized_hw
+from raypar.augment.labels import move_labels
 
 SIZE = 256
 MOVES = {"translate": 0.1, "scale": 0.5, "fliplr": 0.5}
@@ -93,8 +95,9 @@ def chain(recipe: Recipe, sample: Sample, sources: list[Source]) -> dict[str, An
         image = cv2.resize(source.image, hw[::-1], interpolation=cv2.INTER_LINEAR)
         segments = np.zeros((0, 1000, 2), np.float32)
         if source.polygons is not None:
-            segments = np.stack(resample_segments(list(source.polygons), 100 if is_obb else 1000)) if len(source.polygons) else (
-                np.zeros((0, 100 if is_obb else 1000, 2), np.float32))  # fmt: skip
+            num_points = 100 if is_obb else max(1000, source.polygons.shape[1])
+            polygons = resample_segments(list(source.polygons), num_points)
+            segments = np.reshape(polygons, (-1, num_points, 2)).astype(np.float32)
         keypoints = None if source.keypoints is None else source.keypoints.copy()
         instances = Instances(
             source.boxes_xywhn.copy(), segments, keypoints, bbox_format="xywh", normalized=True
@@ -225,6 +228,59 @@ def test_labels_are_those_of_ultralytics_chain(task: str, name: str) -> None:
     recipe = Recipe(SIZE, **RECIPES[name], task=task, flip_idx=FLIP_IDX if task == "pose" else ())
     counts = [compare(recipe, make_window(seed % 4, task), seed) for seed in range(24)]
     assert sum(counts) > 60
+
+
+def make_outlined(seed: int) -> tuple[list[Source], list[Source]]:
+    """Sources of detect with polygons: dense ones, and the same as outlines, of which only boxes are wanted."""
+    rng = np.random.default_rng(seed)
+    dense, flat = [], []
+    for i, (hw, count) in enumerate(
+        zip([(192, 256), (256, 171), (256, 256), (128, 256)], (5, 8, 0, 6), strict=True)
+    ):
+        longest = (
+            1300 if (seed, i) == (3, 1) else 30
+        )  # more than an image's polygons are usually made dense with
+        raw = [outline(rng, int(rng.integers(3, longest))) for _ in range(count)]
+        boxes = np.array([[*(p.min(0) + p.max(0)) / 2, *(p.max(0) - p.min(0))] for p in raw], np.float32)
+        labels = rng.integers(0, 3, count).astype(np.int32), boxes.reshape(-1, 4)
+        image = np.full((*hw, 3), 100, np.uint8)
+        dense.append(Source(image, *labels, outlines.densify(raw)))
+        flat.append(Source(image, *labels, outlines.Outlines.of(raw)))
+    return dense, flat
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_boxes_of_detect_follow_polygons_as_in_ultralytics(name: str) -> None:
+    recipe, num_boxes, num_tighter = Recipe(SIZE, **RECIPES[name]), 0, 0
+    for seed in range(24):
+        dense, flat = make_outlined(seed % 4)
+        sample = draw(recipe, generator(seed, 0, 0), seed % 4, 4, mosaic_on=True)
+        expected = chain(recipe, sample, dense)
+        boxes = expected["bboxes"].numpy().reshape(-1, 4)
+        for sources in (dense, flat):
+            moved = move_labels(recipe, sample, sources)
+            assert moved.class_ids.tolist() == expected["cls"].numpy().reshape(-1).astype(int).tolist()
+            np.testing.assert_allclose(moved.boxes_xywhn, boxes, atol=1e-4)
+        plain = move_labels(recipe, sample, [replace(source, polygons=None) for source in dense])
+        num_boxes += len(boxes)
+        num_tighter += len(boxes) - sum(np.abs(plain.boxes_xywhn - box).max(1).min() < 1e-3 for box in boxes if len(plain.boxes_xywhn))  # fmt: skip
+    assert num_boxes > 60
+    assert num_tighter > 10  # with boxes alone they would be others
+
+
+def test_copy_paste_of_detect_pastes_as_ultralytics() -> None:
+    # all that are eligible: which of those that are equally free come first is decided by a last bit
+    recipe, num_pasted = Recipe(SIZE, mosaic=1.0, **MOVES, copy_paste=1.0), 0
+    for seed in range(16):
+        dense, _ = make_outlined(seed % 4)
+        sample = draw(recipe, generator(seed, 0, 0), seed % 4, 4, mosaic_on=True)
+        moved, expected = move_labels(recipe, sample, dense), chain(recipe, sample, dense)
+        found = np.column_stack([moved.class_ids, moved.boxes_xywhn])
+        wanted = np.column_stack([expected["cls"].numpy(), expected["bboxes"].numpy().reshape(-1, 4)])
+        assert len(found) == len(wanted)
+        assert all(np.abs(wanted - row).max(1).min() < 1e-4 for row in found)
+        num_pasted += len(moved.pasted[0])
+    assert num_pasted > 8
 
 
 @pytest.mark.parametrize("mosaic", [0.0, 1.0])

@@ -226,7 +226,8 @@ def test_the_pixels_and_boxes_are_those_of_the_cpu_renderer_for_the_same_partner
 
 def test_without_mosaic_the_two_streams_show_the_same(folder: Path) -> None:
     spec = spec_of(folder, 23, 7, 1, seed=3, global_batch=8, epochs=2, window_images=8)
-    spec = replace(spec, recipe=replace(RECIPE, mosaic=0.0), albumentations=None)
+    # albumentations act on the composed image in one, on its source in the other
+    spec = replace(spec, recipe=replace(RECIPE, mosaic=0.0), albumentations=[])
     for item, (batch, tensors) in zip(
         [b for i in spec.plan.items() for b in render(spec, i)], shown(spec), strict=True
     ):

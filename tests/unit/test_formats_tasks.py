@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -22,6 +23,7 @@ from raypar.dataset.formats import Labels, Record, coco, folders, shapes, yolo
 from raypar.dataset.formats.coco_points import keypoints_of, merged
 from raypar.dataset.ingest import ShardJob, write_shard
 from raypar.dataset.manifest import Manifest
+from raypar.dataset.records import Records
 from raypar.dataset.tidy import columns, tidy
 from raypar.storage import Folder
 
@@ -68,6 +70,7 @@ def parse(tmp_path: Path, text: str, task: str, keypoint_shape: tuple[int, int] 
             {"kpt_shape": [3, 2], "flip_idx": [0, 1, 2]},
         ),
         ("detect", POSES, {"kpt_shape": [3, 3]}),
+        ("detect", POLYGONS, {}),
         ("segment", "", {}),
     ],
 )
@@ -89,7 +92,7 @@ def test_yolo_labels_are_those_that_ultralytics_reads(
         order, other = np.lexsort(ours.boxes_xywhn.T), np.lexsort(label["bboxes"].T)
         assert ours.class_ids[order].tolist() == label["cls"][other, 0].tolist()
         np.testing.assert_allclose(ours.boxes_xywhn[order], label["bboxes"][other], atol=1e-6)
-        if task in ("segment", "obb"):
+        if label["segments"]:
             assert ours.segments_xyn is not None
             for i, j in zip(order, other, strict=True):
                 np.testing.assert_allclose(ours.segments_xyn[i], label["segments"][j], atol=1e-6)
@@ -185,7 +188,9 @@ KEYPOINTS: list[dict[str, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("task", "annotations"), [("segment", SEGMENTATIONS), ("pose", KEYPOINTS)])
+@pytest.mark.parametrize(
+    ("task", "annotations"), [("segment", SEGMENTATIONS), ("detect", SEGMENTATIONS), ("pose", KEYPOINTS)]
+)
 def test_coco_labels_are_those_that_ultralytics_converts(
     tmp_path: Path, task: str, annotations: list[dict[str, Any]]
 ) -> None:
@@ -193,13 +198,13 @@ def test_coco_labels_are_those_that_ultralytics_converts(
     source = coco_json(tmp_path / "annotations" / "instances_train.json", annotations, **category)
     listing = coco.scan(source, task)
     ours = coco.read_labels(listing.splits["train"][0], 2, HW, task, listing.keypoint_shape)
-    convert_coco(str(tmp_path / "annotations"), str(tmp_path / "converted"), use_segments=task == "segment",
+    convert_coco(str(tmp_path / "annotations"), str(tmp_path / "converted"), use_segments=task != "pose",
                  use_keypoints=task == "pose", cls91to80=False)  # fmt: skip
     text = (tmp_path / "converted" / "labels" / "train" / "a.txt").read_text()
     theirs = parse(tmp_path, text, task, listing.keypoint_shape)
     assert ours.class_ids.tolist() == theirs.class_ids.tolist()
     np.testing.assert_allclose(ours.boxes_xywhn, theirs.boxes_xywhn, atol=1e-5)
-    if task == "segment":
+    if task != "pose":
         assert ours.segments_xyn is not None
         assert theirs.segments_xyn is not None
         for mine, other in zip(ours.segments_xyn, theirs.segments_xyn, strict=True):
@@ -210,6 +215,68 @@ def test_coco_labels_are_those_that_ultralytics_converts(
         np.testing.assert_allclose(ours.keypoints, theirs.keypoints, atol=1e-5)
         assert (listing.keypoint_shape, listing.flip_idx) == ((3, 3), (0, 2, 1))
         assert "1 annotations without a labelled keypoint" in listing.notes[0]
+
+
+def test_a_coco_file_of_boxes_has_no_polygons(tmp_path: Path) -> None:
+    crowd = {"segmentation": {"size": list(HW), "counts": [0, HW[0] * HW[1]]}, "iscrowd": 1}
+    source = coco_json(tmp_path / "annotations" / "instances_train.json", [{"segmentation": []}, {}, crowd])
+    labels = coco.read_labels(coco.scan(source, "detect").splits["train"][0], 2, HW)
+    assert len(labels.class_ids) == 2
+    assert labels.segments_xyn is None
+    assert columns(labels, "detect")["segments_xyn"] == []
+
+
+def coco_text(counts: list[int]) -> str:
+    """Counts of a run-length encoded mask as COCO's tools write them (rleToString)."""
+    text = ""
+    for i, count in enumerate(counts):
+        left, more = count - (counts[i - 2] if i > 2 else 0), True
+        while more:
+            digit, left = left & 31, left >> 5
+            more = left != (-1 if digit & 16 else 0)
+            text += chr(48 + (digit | 32 * more))
+    return text
+
+
+@pytest.mark.parametrize("task", ["segment", "detect"])
+def test_the_contours_of_a_coco_mask_are_its_polygon(tmp_path: Path, task: str) -> None:
+    mask = np.zeros(HW, np.uint8)
+    cv2.fillPoly(mask, [np.array([[10, 8], [70, 12], [64, 50], [20, 44]])], 1)
+    cv2.rectangle(mask, (80, 3), (95, 9), 1, -1)
+    ends = np.flatnonzero(np.diff(mask.T.ravel())) + 1
+    counts = np.diff([0, *ends.tolist(), mask.size]).tolist()
+    for number, encoded in enumerate((counts, coco_text(counts))):
+        annotation = {"segmentation": {"size": list(HW), "counts": encoded}}
+        source = coco_json(tmp_path / str(number) / "annotations" / "instances_train.json", [annotation])
+        labels = coco.read_labels(coco.scan(source, task).splits["train"][0], 2, HW, task)
+        assert labels.segments_xyn is not None
+        drawn = np.zeros(HW, np.uint8)
+        cv2.fillPoly(drawn, [np.round(labels.segments_xyn[0] * HW[::-1]).astype(np.int32)], 1)
+        assert (drawn != mask).sum() < 20  # the line of no width that joins the parts
+    wrong = {"segmentation": {"size": [5, 5], "counts": counts}}  # of another image: the box is taken
+    source = coco_json(tmp_path / "c" / "annotations" / "instances_train.json", [wrong])
+    labels = coco.read_labels(coco.scan(source, task).splits["train"][0], 2, HW, task)
+    np.testing.assert_allclose(labels.boxes_xywhn, [[0.25, 32 / 60, 0.3, 0.4]])
+
+
+def test_a_wrong_polygon_costs_detect_no_image(tmp_path: Path) -> None:
+    wrong: list[dict[str, Any]] = [
+        {"segmentation": {"size": list(HW), "counts": [1, 2]}},
+        {"segmentation": [[1, 2, 3, 4, 5, float("inf")]]},
+        {"segmentation": "none"},
+    ]
+    source = coco_json(tmp_path / "annotations" / "instances_train.json", [{"segmentation": PARTS}, *wrong])
+    labels = coco.read_labels(coco.scan(source, "detect").splits["train"][0], 2, HW)
+    assert len(labels.class_ids) == 3  # two of the wrong ones are one box of one class
+    assert labels.num_duplicates == 1
+
+
+def test_polygons_of_many_images_take_little_memory(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    annotations = [{"segmentation": [rng.uniform(0, 50, 100).round(2).tolist()]} for _ in range(200)]
+    source = coco_json(tmp_path / "annotations" / "instances_train.json", annotations)
+    records = Records.of(coco.scan(source, "detect").splits["train"])
+    assert records.num_bytes < 200 * (100 * 4 + 150)
 
 
 @given(
@@ -229,7 +296,10 @@ def test_parts_are_joined_as_by_ultralytics(parts: list[list[tuple[int, int]]]) 
 @pytest.mark.parametrize(
     ("task", "annotation", "reason"),
     [
-        ("segment", {"segmentation": {"size": [60, 100], "counts": [0, 6000]}}, "run-length"),
+        ("segment", {"segmentation": {"size": [60, 100], "counts": [0, 5999]}}, "add up to its 6000 pixels"),
+        ("segment", {"segmentation": {"size": [60, 100], "counts": [-1, 6001]}}, "add up to its 6000 pixels"),
+        ("segment", {"segmentation": {"size": [60, 100], "counts": "PPPPPPPPPPPPPPPPPP"}}, "add up"),
+        ("segment", {"segmentation": {"size": [60, 100]}}, "add up"),
         ("segment", {"bbox": None, "segmentation": PARTS}, "bbox is None"),
         ("segment", {"segmentation": [[1, 2, 3, 4, 5, float("inf")]]}, "finite"),
         ("pose", {"keypoints": [1, 2, 2]}, "3 keypoints need 9"),

@@ -96,6 +96,7 @@ class Labels:
         boxes_xywhn: float64 (N, 4) centre x, centre y, width, height over the image's width/height.
         num_duplicates: labels that were equal to another and left out.
         segments_xyn: segment and obb: N polygons float64 (P, 2), x, y over the image's width/height; P is 4 for obb.
+            Detect: the same where the source has polygons, else None.
         keypoints: pose: float64 (N, K, 3), x, y over the image's width/height, visibility (0: not labelled).
     """
 

@@ -28,7 +28,14 @@ from raypar.dataset.formats import (
     some_of,
     wanted,
 )
-from raypar.dataset.formats.coco_points import has_keypoints, keypoints_of, with_keypoints, with_polygons
+from raypar.dataset.formats.coco_points import (
+    compact,
+    has_keypoints,
+    has_outline,
+    keypoints_of,
+    with_keypoints,
+    with_polygons,
+)
 from raypar.dataset.formats.numbers import is_absent, number, shown, whole
 from raypar.dataset.remote import Place, place_of
 
@@ -107,7 +114,7 @@ class Source:
     def _annotate(self, by_id: dict[Id, Image], data: dict[str, Any], file: Place) -> None:
         """Gives each image its annotations."""
         class_ids = {category: class_id for class_id, category in enumerate(self.classes)}
-        points = {"segment": "segmentation", "pose": "keypoints"}.get(self.task)
+        points = _points_of(data, self.task)
         left_out: Counter[str] = Counter()
 
         def take(annotation: dict[str, Any]) -> None:
@@ -124,7 +131,11 @@ class Source:
             # what is wrong is for read_labels to say: the image is rejected
             unknown = f"category_id {shown(category)} is not one of the {len(class_ids)} categories"
             class_id = class_ids.get(category, unknown)
-            labels = (class_id, annotation.get("bbox"), *([annotation.get(points)] if points else []))
+            labels = (
+                class_id,
+                annotation.get("bbox"),
+                *([compact(annotation.get(points))] if points else []),
+            )
             image.annotations.append(labels)
 
         _each(data, "annotations", file, take)
@@ -167,13 +178,15 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     declared_hw, annotations = record.labels
     check_declared_size(declared_hw, image_hw)
     rows: list[tuple[float, ...]] = []
+    has_polygons = any(len(annotation) > 2 for annotation in annotations)
     for class_id, box, *_ in annotations:
         if isinstance(class_id, str):
             raise ValueError(class_id)
         left, top, width, height = _numbers(box)
         rows.append((class_id, left, top, left + width, top + height))
-    if task == "segment":
-        return with_polygons(rows, [annotation[2] for annotation in annotations], num_classes, image_hw)
+    if task == "segment" or (task == "detect" and has_polygons):
+        segmentations = [annotation[2] for annotation in annotations]
+        return with_polygons(rows, segmentations, num_classes, image_hw, is_strict=task == "segment")
     if task == "pose":
         assert keypoint_shape is not None
         return with_keypoints(
@@ -374,6 +387,28 @@ def _is_there(place: Place) -> bool:
     try:
         return place.is_file()
     except (OSError, ValueError):  # a name that is too long, or that no file can have
+        return False
+
+
+def _points_of(data: dict[str, Any], task: str) -> str | None:
+    """The key of an annotation that is kept beside its box; None for none.
+
+    Detect keeps polygons as ``convert_coco(use_segments=True)`` does, which gives an object without one its box as one.
+    """
+    annotations = data.get("annotations")
+    if task == "detect" and isinstance(annotations, list) and any(map(_has_outline, annotations)):
+        return "segmentation"
+    return {"segment": "segmentation", "pose": "keypoints"}.get(task)
+
+
+def _has_outline(annotation: Any) -> bool:
+    try:
+        return (
+            isinstance(annotation, dict)
+            and has_outline(annotation)
+            and not _is_crowd(annotation.get("iscrowd"))
+        )
+    except ValueError:  # reported when the annotation is read
         return False
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from array import array
 from typing import Any
 
+import cv2
 import numpy as np
 from numpy.typing import NDArray
 
@@ -54,24 +56,52 @@ def _is_labelled(visibility: Any) -> bool:
         return visibility is not None  # refused with all of the annotation
 
 
+def has_outline(annotation: dict[str, Any]) -> bool:
+    """Whether an annotation has polygons or a mask."""
+    found = annotation.get("segmentation")
+    if isinstance(found, list):
+        return any(part != [] for part in found)
+    return isinstance(found, dict)
+
+
+def compact(value: Any) -> Any:
+    """Polygons as a record keeps them, in float32: a seventh of the memory of lists. Other values are left as they are."""
+    if not isinstance(value, list) or not all(map(_is_polygon, value)):
+        return value
+    try:
+        return [array("f", part) for part in value]
+    except OverflowError:  # a number that is too large is reported when the labels are read
+        return value
+
+
 def with_polygons(
-    rows: list[tuple[float, ...]], segmentations: list[Any], num_classes: int, image_hw: tuple[int, int]
+    rows: list[tuple[float, ...]],
+    segmentations: list[Any],
+    num_classes: int,
+    image_hw: tuple[int, int],
+    *,
+    is_strict: bool = True,
 ) -> Labels:
-    """Labels for segment.
+    """Labels for segment, or for detect with polygons.
 
     Args:
         rows: (class id, x1, y1, x2, y2) px of each annotation.
-        segmentations: of each annotation: a list of polygons [x, y, x, y ...], which are joined in one; without any the box is one.
+        segmentations: of each annotation: a list of polygons [x, y, x, y ...] or a run-length encoded mask, of which the outer
+            contours are taken; several are joined in one; without any the box is one.
         num_classes: that there are.
         image_hw: px.
+        is_strict: a segmentation that is wrong is an error; else the box is taken in its place.
 
     Raises:
-        ValueError: a segmentation is a run-length encoded mask, or a value or class is wrong.
+        ValueError: a segmentation, value or class is wrong.
     """
     labels_from_xyxy(rows, num_classes, image_hw)  # checks
     wh = np.array(image_hw[::-1], np.float64)
     lines = without_duplicates(
-        [(*row, *_polygon(row, s).ravel()) for row, s in zip(rows, segmentations, strict=True)]
+        [
+            (*row, *_polygon(row, segmentation, image_hw, is_strict=is_strict).ravel())
+            for row, segmentation in zip(rows, segmentations, strict=True)
+        ]
     )
     segments = tuple(np.reshape(line[5:], (-1, 2)) / wh for line in lines)
     if not all(np.isfinite(segment).all() for segment in segments):
@@ -111,15 +141,19 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
     return Labels(labels.class_ids, labels.boxes_xywhn, len(rows) - len(unique), keypoints=normalised)
 
 
-def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
+def _polygon(
+    row: tuple[float, ...], segmentation: Any, image_hw: tuple[int, int], *, is_strict: bool
+) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
-    parts = _parts(segmentation)
+    parts: list[Floats] = []
+    try:
+        parts = contours(segmentation, image_hw) if isinstance(segmentation, dict) else _parts(segmentation)
+    except ValueError:
+        if is_strict:
+            raise
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    # nor NaN: their distances are no numbers
-    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):
-        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return parts[0] if len(parts) == 1 else merged(parts)
 
 
@@ -129,21 +163,21 @@ def _parts(segmentation: Any) -> list[Floats]:
     Written as [[x, y, x, y ...], ...], or less strictly: one polygon without the outer list, points as [x, y], numbers as text.
 
     Raises:
-        ValueError: it is something else, as a run-length encoded mask.
+        ValueError: it is something else.
     """
-    if isinstance(segmentation, dict):
-        raise ValueError(
-            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
-        )
     if is_absent(segmentation):
         return []
     if not isinstance(segmentation, list):
         raise ValueError(f"a segmentation is {shown(segmentation)}, not a list of polygons")
-    is_one = not any(isinstance(part, list | dict) for part in segmentation) or _is_points(segmentation)
+    is_one = not any(isinstance(part, list | dict | array) for part in segmentation)
+    is_one = is_one or _is_points(segmentation)
     parts = [_points(part) for part in ([segmentation] if is_one else segmentation) if part != []]
     found = [part for part in parts if len(part) >= 3]
     if parts and not found:
         raise ValueError(f"a segmentation is {shown(segmentation)}: no polygon of three points")
+    # nor NaN: their distances are no numbers
+    if not all((np.abs(part) < MAX_VALUE).all() for part in found):
+        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return found
 
 
@@ -157,6 +191,8 @@ def _is_points(values: list[Any]) -> bool:
 
 def _points(part: Any) -> Floats:
     """A polygon float64 (P, 2) from [x, y, x, y ...] or [[x, y], ...]."""
+    if isinstance(part, array):
+        return np.asarray(part, np.float64).reshape(-1, 2)
     try:
         if not isinstance(part, list):
             raise ValueError
@@ -166,6 +202,66 @@ def _points(part: Any) -> Floats:
         return np.asarray(values, np.float64).reshape(-1, 2)
     except (ValueError, OverflowError) as error:
         raise ValueError(f"a polygon is {shown(part)}, not a list of x, y, x, y ...") from error
+
+
+def contours(segmentation: dict[str, Any], image_hw: tuple[int, int]) -> list[Floats]:
+    """Outer contours (P, 2) px of a run-length encoded mask; none where it was made for an image of another size.
+
+    Args:
+        segmentation: ``size`` [height, width] and ``counts``: how many pixels are off, on, off ..., by columns; numbers, or COCO's text.
+        image_hw: px.
+
+    Raises:
+        ValueError: the counts are malformed.
+    """
+    if segmentation.get("size") != list(image_hw):
+        return []
+    counts = segmentation.get("counts")
+    try:
+        lengths = np.array(_counts(counts) if isinstance(counts, str) else counts, np.int64)
+    except (TypeError, ValueError, OverflowError):
+        lengths = np.array([-1])
+    num_pixels = image_hw[0] * image_hw[1]
+    if (
+        lengths.ndim != 1
+        or not ((lengths >= 0) & (lengths <= num_pixels)).all()
+        or lengths.sum() != num_pixels
+    ):
+        raise ValueError(
+            f"a run-length encoded mask has counts that do not add up to its {num_pixels} pixels"
+        )
+    is_on = (np.arange(len(lengths)) % 2).astype(np.uint8)
+    mask = np.repeat(is_on, lengths).reshape(image_hw[1], image_hw[0]).T
+    found, _ = cv2.findContours(np.ascontiguousarray(mask), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_SIMPLE)
+    return [contour.reshape(-1, 2).astype(np.float64) for contour in found if len(contour) >= 3]
+
+
+def _counts(text: str) -> list[int]:
+    """COCO's text of counts: each in digits of five bits, the lowest first; from the third on the difference to the last but one."""
+    counts: list[int] = []
+    value = shift = 0
+    for char in text:
+        digit = ord(char) - 48
+        value |= (digit & 31) << shift
+        shift += 5
+        if shift > 60:
+            raise ValueError("a count of a run-length encoded mask is beyond all measure")
+        if digit & 32:
+            continue
+        if digit & 16:
+            value -= 1 << shift
+        counts.append(value + counts[-2] if len(counts) > 2 else value)
+        value = shift = 0
+    return counts
+
+
+def _is_polygon(part: Any) -> bool:
+    return (
+        isinstance(part, array | list)
+        and len(part) >= 6
+        and len(part) % 2 == 0
+        and (isinstance(part, array) or all(type(value) in (int, float) for value in part))
+    )
 
 
 def merged(parts: list[Floats]) -> Floats:

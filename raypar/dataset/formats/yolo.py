@@ -96,7 +96,7 @@ def scan(source: str | Place, task: str = "auto", wish: str | None = None) -> Li
 
 def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], task: str = "detect",
                 keypoint_shape: tuple[int, int] | None = None, fetched: Fetched | None = None) -> Labels:  # fmt: skip
-    """Parses a label file; no file means no labels. For detect, polygons become their bounding boxes and keypoints are left out.
+    """Parses a label file; no file means no labels. For detect, boxes are those around polygons, which are kept; keypoints are left out.
 
     Raises:
         ValueError: what Ultralytics calls a corrupt label file, with the reason; or boxes where the task needs polygons.
@@ -135,8 +135,10 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
             np.asarray([row[5:] for row in unique], np.float64).reshape(-1, *keypoint_shape)
         )
     segments = None
-    if task in ("segment", "obb"):
-        segments = tuple(as_corners(polygon, image_hw) if task == "obb" else polygon for polygon in polygons)
+    if task == "obb":
+        segments = tuple(as_corners(polygon, image_hw) for polygon in polygons)
+    elif task == "segment" or is_polygons:
+        segments = tuple(polygons)
     return Labels(table[:, 0].astype(np.int64), boxes, len(rows) - len(unique), segments, keypoints)
 
 
