@@ -26,6 +26,7 @@ import pyarrow.parquet as pq
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
+from raypar.differences import list_differences
 from raypar.pool import DetectorPool, read_facts
 from raypar.scores import scores_of
 from raypar.storage import Folder
@@ -115,8 +116,8 @@ def _known(
         raise ValueError(f"{weights.uri} knows {len(known)} classes, the dataset has {expected}: "
                          f"evaluate weights that were trained on it")  # fmt: skip
     if not is_single_class and known != class_names:
-        print(f"evaluate: the weights name the classes {known}, the dataset {class_names}; "
-              f"they are compared by number", flush=True)  # fmt: skip
+        others = list_differences("class", known, class_names, ("in the weights", "in the dataset"))
+        print(f"evaluate: classes are named otherwise ({others}); they are compared by number", flush=True)
     return (known if is_single_class else class_names), imgsz, sha256
 
 

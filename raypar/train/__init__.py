@@ -19,6 +19,7 @@ from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import first_images
+from raypar.differences import differences
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
 from raypar.train import initial
@@ -339,10 +340,6 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which settings of a run are not those that it was begun with, in words; nothing when all are."""
-    then, today = ({**{k: v for k, v in side.items() if k != "yolo"}, **{f"yolo.{k}": v for k, v in side.get("yolo", {}).items()}}
-                   for side in (before, now))  # fmt: skip
-    names = [*today, *(name for name in then if name.startswith("yolo.") and name not in today)]
-    return ", ".join(
-        f"{n}: {then.get(n)!r} then, {today.get(n)!r} now" for n in names if then.get(n) != today.get(n)
-    )
+    """Which settings of a run are not those that it was begun with, in words; empty when all are. Settings that are new since are no matter."""
+    known = {key: value for key, value in before.items() if key in now}
+    return differences(known, now)
