@@ -45,7 +45,7 @@ KEYS_INTRODUCTION = """\
 Written by `make docs` from `raypar/yolo_keys.py`; do not edit by hand. The names are those of Ultralytics 8.4.190 (`ultralytics/cfg/default.yaml`).
 
 A setting is honoured, or refused in one line that says why and what to write instead; none is accepted without effect. A setting that is honoured
-for some tasks is refused for the others, unless its value is Ultralytics' default. Two depend on others: `optimizer: auto`, the default, chooses `lr0`, `momentum` and
+for some tasks is refused for the others, unless its value is Ultralytics' default or switches it off. Two depend on others: `optimizer: auto`, the default, chooses `lr0`, `momentum` and
 `warmup_bias_lr` itself, and `time` decides the number of epochs; raypar says so when both are written. `tune.space` takes settings that are honoured.
 
 `cfg` names a YAML file of settings, as `yolo cfg=FILE` does: `train.yolo: {cfg: hyp.yaml, epochs: 50}`. Settings in the run file and on the command line win over the file, and the run

@@ -218,6 +218,14 @@ class TrainConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _shares_dense_weights(self) -> Self:
+        if self.yolo.get("channels_last") and self.parallel == "fsdp":
+            raise ValueError(
+                "yolo.channels_last does not go with parallel=fsdp, which shares out dense weights: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _starts_from_one_thing(self) -> Self:
         if self.init_from is not None and not self.model.endswith((".yaml", ".yml")):
             raise ValueError(

@@ -28,7 +28,7 @@ class Honoured:
 
     Attributes:
         effect: what it decides.
-        tasks: for which it does; for another one it is refused, unless its value is Ultralytics' default.
+        tasks: for which it does; for another one it is refused, unless its value is Ultralytics' default or switches it off.
         is_of_training_alone: whether the word means this setting wherever it is written: no other verb has one of that name.
     """
 
@@ -252,11 +252,12 @@ def refuse_for_task(yolo: Mapping[str, Any], task: str) -> None:
     """Refuses settings that change nothing for a task.
 
     Raises:
-        ValueError: there is one, and its value is not Ultralytics' default.
+        ValueError: there is one, and its value is neither Ultralytics' default nor switches it off.
     """
     for key, value in yolo.items():
         found = HONOURED.get(key)
-        if found is not None and task not in found.tasks and value != yolo_settings().get(key):
+        says_something = bool(value) and value != yolo_settings().get(key)
+        if found is not None and task not in found.tasks and says_something:
             raise ValueError(
                 f"train.yolo.{key}={value!r} has no effect for task '{task}' (it has for {', '.join(found.tasks)}): leave it out"
             )

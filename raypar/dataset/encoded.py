@@ -28,7 +28,7 @@ from raypar.dataset.batch import Batch, one_binary
 from raypar.dataset.batch import pack as pack_labels
 from raypar.dataset.batch import unpack as unpack_labels
 from raypar.dataset.plan import Item, Window
-from raypar.dataset.rows import cells, row_group, row_labels
+from raypar.dataset.rows import cells, only_classes, row_group, row_labels
 from raypar.dataset.stream import (
     ALBUMENTATIONS,
     MAX_STEPS_PER_BLOCK,
@@ -231,7 +231,8 @@ def _labelled(spec: StreamSpec, group: int) -> list[Labelled]:
 
 def _row(spec: StreamSpec, table: pa.Table, i: int, hw: tuple[int, int]) -> Labelled:
     assert isinstance(spec.recipe, Recipe)
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    labels = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    class_ids, boxes, polygons, keypoints = only_classes(labels, spec.classes)
     in_ring = resized_hw(hw, spec.recipe.imgsz) if max(hw) > spec.recipe.imgsz else hw
     return Labelled(class_ids, boxes, in_ring, polygons, keypoints)
 

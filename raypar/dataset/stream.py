@@ -30,7 +30,7 @@ from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import cells, row_group, row_labels
+from raypar.dataset.rows import cells, only_classes, row_group, row_labels
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
@@ -56,12 +56,16 @@ class StreamSpec:
     albumentations: list[dict[str, Any]] | str | None
     world_size: int
     cache: CacheSpec | None = None
+    classes: tuple[int, ...] | None = None  # whose labels are kept; None: all
 
     @classmethod
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
-           cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
-        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache)
+           cache: CacheSpec | None = None, classes: Sequence[int] | None = None) -> StreamSpec:  # fmt: skip
+        kept = None if classes is None else tuple(classes)
+        return cls(
+            dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache, kept
+        )
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -102,6 +106,14 @@ def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyR
     """
     if manifest.task == "classify":
         return ClassifyRecipe.from_yolo(args)
+    # Ultralytics pastes along polygons, and ignores the setting where there are none
+    if (
+        manifest.task == "detect"
+        and args["copy_paste"]
+        and not getattr(manifest.split("train"), "has_polygons", False)
+    ):
+        raise ValueError(f"train.yolo.copy_paste={args['copy_paste']}: the dataset has boxes without polygons, and objects are pasted by "
+                         "their polygons: leave it out")  # fmt: skip
     return Recipe.from_yolo(
         args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
     )
@@ -208,7 +220,8 @@ def _source(spec: StreamSpec, item: Item, transform: albu.Transforms, number: in
         image = _decode(spec, image)
     if image is None:
         return None
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    labels = row_labels(table, i, spec.recipe.task, spec.recipe.num_keypoints)
+    class_ids, boxes, polygons, keypoints = only_classes(labels, spec.classes)
     rng = generator(spec.plan.seed, item.epoch, ALBUMENTATIONS + number)
     return Source(*transform(image, class_ids, boxes, rng), polygons, keypoints)
 

@@ -76,3 +76,10 @@ def test_batch_divides_among_workers(batch: int, num_workers: int, is_right: boo
 def test_folder() -> None:
     assert RunConfig(name="x", storage="/data/runs").folder.uri == "/data/runs/x"
     assert RunConfig(name="x", storage="s3://bucket/prefix/").folder.uri == "s3://bucket/prefix/x"
+
+
+@pytest.mark.parametrize("key", ["channels_last", "compile"])
+def test_what_does_not_go_with_shared_weights_is_refused(key: str) -> None:
+    settings = {"name": "x", "train": {"parallel": "fsdp", "yolo": {key: True}}}
+    with pytest.raises(ValidationError, match=f"yolo.{key} .*leave one of them out"):
+        RunConfig.model_validate(settings)
