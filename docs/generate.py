@@ -1,4 +1,4 @@
-"""Writes docs/run_file.md from the config models: `make docs`. A test holds the two together."""
+"""Writes docs/run_file.md and docs/yolo_keys.md from the code: `make docs`. A test holds them together."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 PAGE = Path(__file__).with_name("run_file.md")
+KEYS_PAGE = Path(__file__).with_name("yolo_keys.md")
 sys.path.insert(0, str(PAGE.parent.parent))  # a checkout that is not installed
 
-from raypar.config import OWNED_BY_RAYPAR, RunConfig  # noqa: E402
+from raypar.config import RunConfig  # noqa: E402
+from raypar.yolo_keys import HONOURED, REFUSED, TASKS  # noqa: E402
 
 INTRODUCTION = """\
 # The run file
@@ -35,10 +37,30 @@ Ultralytics' own settings under their own names, checked by Ultralytics before R
 `warmup_epochs`, `cos_lr`, `patience`, `close_mosaic`, `freeze`, `box`, `cls`, `dfl`, `nbs`, and the augmentations `mosaic`, `mixup`, `cutmix`, `hsv_h`, `hsv_s`, `hsv_v`, `degrees`, `translate`, `scale`,
 `shear`, `perspective`, `flipud`, `fliplr` ... [Their meaning](https://docs.ultralytics.com/usage/cfg/) is Ultralytics'.
 
-What raypar decides itself is refused there, with the place to write instead:
+What raypar decides itself, and what a training cannot use, is refused there with the reason: [every setting of Ultralytics](yolo_keys.md).
+"""
+KEYS_INTRODUCTION = """\
+# Ultralytics' settings under `train.yolo`
 
-| not under `yolo:` | write |
-|---|---|
+Written by `make docs` from `raypar/yolo_keys.py`; do not edit by hand. The names are those of Ultralytics 8.4.190 (`ultralytics/cfg/default.yaml`).
+
+A setting is honoured, or refused in one line that says why and what to write instead; none is accepted without effect. A setting that is honoured
+for some tasks is refused for the others, unless its value is Ultralytics' default or switches it off. Two depend on others: `optimizer: auto`, the default, chooses `lr0`, `momentum` and
+`warmup_bias_lr` itself, and `time` decides the number of epochs; raypar says so when both are written. `tune.space` takes settings that are honoured.
+
+`cfg` names a YAML file of settings, as `yolo cfg=FILE` does: `train.yolo: {cfg: hyp.yaml, epochs: 50}`. Settings in the run file and on the command line win over the file, and the run
+keeps the merged ones, in `run.yaml` too. In the file, refused settings are skipped as long as they have Ultralytics' default values, so a copy of its whole `default.yaml` will do.
+
+## Honoured
+
+| setting | tasks | effect |
+|---|---|---|
+"""
+KEYS_REFUSED = """
+## Refused
+
+| setting | why | write instead |
+|---|---|---|
 """
 
 
@@ -48,11 +70,24 @@ def page() -> str:
     for name, field in RunConfig.model_fields.items():
         for section in _sections(field.annotation):
             parts.append(f"## `{name}`\n\n{section.__doc__ or ''}\n\n{_table(section, f'{name}.')}")
-    owned = "".join(
-        f"| `{key}` | {where if where.startswith(('nothing', 'the ')) else f'`{where}`'} |\n"
-        for key, where in OWNED_BY_RAYPAR.items()
+    return "\n".join([*parts, YOLO])
+
+
+def keys_page() -> str:
+    """The page of Ultralytics' settings."""
+    honoured = "".join(
+        f"| `{key}` | {'all' if found.tasks == TASKS else ', '.join(found.tasks)} | {found.effect} |\n"
+        for key, found in HONOURED.items()
     )
-    return "\n".join([*parts, YOLO + owned])
+    refused = "".join(
+        f"| `{key}` | {found.reason} | {_instead(found.instead)} |\n" for key, found in REFUSED.items()
+    )
+    return KEYS_INTRODUCTION + honoured + KEYS_REFUSED + refused
+
+
+def _instead(text: str) -> str:
+    setting, comma, rest = text.partition(",")
+    return f"`{setting}`{comma}{rest}".rstrip(",") if text else ""
 
 
 def _table(section: type[BaseModel], prefix: str, *, only_plain: bool = False) -> str:
@@ -127,3 +162,4 @@ def _default(field: FieldInfo) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page())
+    KEYS_PAGE.write_text(keys_page())

@@ -20,18 +20,9 @@ from pydantic import (
 
 from raypar.domain import Domain, dotted
 from raypar.storage import Folder
+from raypar.yolo_keys import refuse, with_cfg
 
 VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
-# Settings of Ultralytics that raypar decides itself, each with the place to write instead.
-OWNED_BY_RAYPAR = {
-    "model": "train.model", "data": "prepare.source", "batch": "train.batch", "device": "train.use_gpu=true or false", "seed": "seed",
-    "project": "storage", "name": "name", "exist_ok": "train.overwrite=true", "resume": "nothing: runs resume by themselves",
-    "pretrained": "train.init_from", "workers": "nothing: Ray Data decides", "cache": "train.cache", "amp": "train.precision", "rect": "nothing: batches are square",
-    "mode": "the verb", "task": "nothing: it follows from the model", "save_period": "nothing: every epoch ends with a checkpoint",
-    "split": "evaluate.split", "source": "predict.source", "format": "export.format",
-}  # fmt: skip
-
-
 TASKS_OF_FORMAT = {
     "yolo": ("detect", "segment", "pose", "obb"), "coco": ("detect", "segment", "pose"), "voc": ("detect",),
     "folders": ("classify",), "shapes": ("detect", "segment", "pose", "obb", "classify"),
@@ -215,16 +206,14 @@ class TrainConfig(Section):
     )
     yolo: dict[str, Any] = Field(
         default_factory=dict,
-        description="Ultralytics' own settings, unchanged (epochs, imgsz, lr0, mosaic ...)",
+        description="Ultralytics' own settings, unchanged (epochs, imgsz, lr0, mosaic ...); see yolo_keys.md",
     )
 
     @field_validator("yolo")
     @classmethod
-    def _not_owned(cls, yolo: dict[str, Any]) -> dict[str, Any]:
-        for key in yolo:
-            if key in OWNED_BY_RAYPAR:
-                raise ValueError(f"'{key}' is raypar's: write {OWNED_BY_RAYPAR[key]}")
-        return yolo
+    def _honoured(cls, yolo: dict[str, Any]) -> dict[str, Any]:
+        refuse(yolo)
+        return with_cfg(yolo)
 
     @model_validator(mode="after")
     def _batch_divides(self) -> Self:
@@ -239,6 +228,14 @@ class TrainConfig(Section):
         if self.yolo.get("compile") and (self.parallel == "fsdp" or self.sync_bn):
             raise ValueError(
                 "yolo.compile goes with neither parallel=fsdp nor sync_bn: leave one of them out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _shares_dense_weights(self) -> Self:
+        if self.yolo.get("channels_last") and self.parallel == "fsdp":
+            raise ValueError(
+                "yolo.channels_last does not go with parallel=fsdp, which shares out dense weights: leave one of them out"
             )
         return self
 

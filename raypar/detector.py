@@ -85,6 +85,7 @@ class Detector:
         evaluating: whether the answers are for metrics, as in ``YOLO.val``: a box may count for several classes, and may reach
             beyond the image (labels end at its edge, so clipping would flatter the overlap). Nothing: where there is a ``pad``.
         square: whether every image is padded to ``imgsz`` x ``imgsz``.
+        agnostic: whether NMS drops a box for a stronger one of another class too.
 
     Raises:
         ValueError: the precision is not for this device.
@@ -92,12 +93,12 @@ class Detector:
 
     def __init__(self, model: nn.Module, class_names: Sequence[str], *, imgsz: int, stride: int = 32, device: str | torch.device = "cpu",
                  precision: str = "fp32", conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0,
-                 evaluating: bool | None = None, square: bool = False):  # fmt: skip
+                 evaluating: bool | None = None, square: bool = False, agnostic: bool = False):  # fmt: skip
         self.class_names, self.stride = list(class_names), stride
         self.imgsz = math.ceil(imgsz / stride) * stride
         self.device = torch.device(device)
         self.precision = pick_precision(precision, self.device)
-        self.conf, self.iou, self.max_det = conf, iou, max_det
+        self.conf, self.iou, self.max_det, self.agnostic = conf, iou, max_det, agnostic
         self.pad, self.square, self.evaluating = pad, square, pad > 0 if evaluating is None else evaluating
         self.task = "detect"
         self.sha256 = ""  # of the weights, where they came from a file
@@ -246,7 +247,7 @@ class Detector:
         # NMS has a time limit for a whole batch, after which the rest of it gets no boxes: none here
         for i in range(count):
             kept = non_max_suppression(output[i : i + 1].float(), confs[i], ious[i], multi_label=self.evaluating, max_det=int(limits[i]),
-                                       max_time_img=math.inf, end2end=self.is_end2end)[0].cpu().numpy()  # fmt: skip
+                                       agnostic=self.agnostic, max_time_img=math.inf, end2end=self.is_end2end)[0].cpu().numpy()  # fmt: skip
             height, width = group.image_hws[i]
             boxes = (kept[:, :4] - np.tile(group.pads[i], 2)) / group.gains[i]
             if not self.evaluating:

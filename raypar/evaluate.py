@@ -26,10 +26,13 @@ import pyarrow.parquet as pq
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
+from raypar.dataset.rows import only_classes
+from raypar.differences import list_differences
 from raypar.pool import DetectorPool, read_facts
 from raypar.scores import scores_of
 from raypar.storage import Folder
 from raypar.weights import Weights, find
+from raypar.yolo_keys import chosen_classes
 
 RESULT = "metrics.json"
 NUM_SAMPLES = 8  # images in detections.png
@@ -45,6 +48,7 @@ class Job:
     manifest: Manifest
     args: dict[str, Any]  # Ultralytics' settings that differ from its defaults
     is_single_class: bool
+    classes: tuple[int, ...] | None  # whose labels count; None: all
     batch: int
     sampled_shard: str  # its first images are in detections.png
 
@@ -75,10 +79,12 @@ def run(config: RunConfig) -> dict[str, Any]:
     class_names, imgsz, sha256 = _known(weights, section.imgsz, manifest, is_single_class)
     # Ultralytics' default for rotated boxes
     conf = 0.01 if manifest.task == "obb" and section.conf == 0.001 else section.conf
+    classes = chosen_classes(config.train.yolo.get("classes"))  # as training validates
     settings = {
         "weights_sha256": sha256, "split": section.split, "imgsz": imgsz, "conf": conf, "iou": section.iou,
         "max_det": section.max_det, "forward_precision": section.precision,
         "dataset_sha256": hashlib.sha256(dataset.read(MANIFEST)).hexdigest(),
+        "classes": None if classes is None else list(classes),
     }  # fmt: skip
     if not section.overwrite and out.exists(RESULT):
         before: dict[str, Any] = out.read_json(RESULT)
@@ -96,9 +102,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     ]
     pool = DetectorPool(weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
                         "max_det": section.max_det, "pad": 0.5, "task": manifest.task}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
-    args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": section.max_det, "single_cls": is_single_class,
+    args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": section.max_det, "single_cls": is_single_class, "classes": classes,
             "mask_ratio": config.train.yolo.get("mask_ratio", 4), "task": manifest.task}  # fmt: skip
-    job = Job(dataset, class_names, manifest, args, is_single_class, section.batch, split.shards[0].path)
+    job = Job(
+        dataset, class_names, manifest, args, is_single_class, classes, section.batch, split.shards[0].path
+    )
     print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
           f"{pool.num_actors} worker(s)", flush=True)  # fmt: skip
     return _evaluate(pool, job, items, split, settings, out)
@@ -115,8 +123,8 @@ def _known(
         raise ValueError(f"{weights.uri} knows {len(known)} classes, the dataset has {expected}: "
                          f"evaluate weights that were trained on it")  # fmt: skip
     if not is_single_class and known != class_names:
-        print(f"evaluate: the weights name the classes {known}, the dataset {class_names}; "
-              f"they are compared by number", flush=True)  # fmt: skip
+        others = list_differences("class", known, class_names, ("in the weights", "in the dataset"))
+        print(f"evaluate: classes are named otherwise ({others}); they are compared by number", flush=True)
     return (known if is_single_class else class_names), imgsz, sha256
 
 
@@ -196,7 +204,7 @@ class Worker:
                 continue
             some, found = [rows[first + i] for i in good], self.detector(images)
             seconds += time.monotonic() - began
-            labels = [_labels(row, self.job.is_single_class) for row in some]
+            labels = [_labels(row, self.job.is_single_class, self.job.classes) for row in some]
             scorer.update(found, [row["image_id"] for row in some], *map(list, zip(*labels, strict=True)))
             if wants_tiles:
                 tiles += [
@@ -290,14 +298,14 @@ class JudgedWorker:
         return {**found, "num_boxes": sum(row["num_boxes"] for row in found["per_class"])}
 
 
-def _labels(row: dict[str, Any], is_single_class: bool) -> tuple[Any, Any]:
+def _labels(row: dict[str, Any], is_single_class: bool, classes: tuple[int, ...] | None) -> tuple[Any, Any]:
     """Class ids (N,) and boxes (N, 4) in px of a row."""
     from raypar.boxes import xywhn_to_xyxy
 
-    class_ids = np.asarray(row["class_ids"], np.int32) * (0 if is_single_class else 1)
-    return class_ids, xywhn_to_xyxy(
-        np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4), (row["height"], row["width"])
-    )
+    class_ids = np.asarray(row["class_ids"], np.int32)
+    boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
+    class_ids, boxes, *_ = only_classes((class_ids, boxes, None, None), classes)
+    return class_ids * (0 if is_single_class else 1), xywhn_to_xyxy(boxes, (row["height"], row["width"]))
 
 
 def _samples(tiles: list[tuple[str, bytes]]) -> dict[str, bytes]:

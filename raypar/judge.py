@@ -28,7 +28,7 @@ from ultralytics.models.yolo.segment import SegmentationValidator
 
 from raypar.augment.outlines import boxes_xywhr
 from raypar.dataset.manifest import Manifest
-from raypar.dataset.rows import row_labels
+from raypar.dataset.rows import only_classes, row_labels
 from raypar.detector import Detector, Letterboxed
 from raypar.images import Image
 
@@ -164,9 +164,10 @@ class Judge:
         transform = classify_transforms(size=self.args.imgsz)
         shown = torch.stack([transform(PIL.Image.fromarray(image)) for image in images])
         names = table["image_id"].to_pylist()
+        class_ids = table["class_id"].to_numpy().astype(np.int64) * (0 if self.args.single_cls else 1)
         return {
             "img": shown,
-            "cls": torch.from_numpy(table["class_id"].to_numpy().astype(np.int64)),
+            "cls": torch.from_numpy(class_ids),
             "im_file": names,
         }
 
@@ -176,7 +177,8 @@ class Judge:
         side = np.array([width, height], np.float32)
         found: dict[str, list[NDArray[Any]]] = {"cls": [], "bboxes": [], "batch_idx": []}
         for place, i in enumerate(group.indices):
-            class_ids, boxes, polygons, keypoints = row_labels(table, i, self.task, self.num_keypoints)
+            labels = row_labels(table, i, self.task, self.num_keypoints)
+            class_ids, boxes, polygons, keypoints = only_classes(labels, self.args.classes)
             # px of the scaled image
             scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)
             shift = group.pads[place]
@@ -198,18 +200,18 @@ class Judge:
             found["cls"].append((class_ids * (0 if self.args.single_cls else 1)).reshape(-1, 1))
             found["bboxes"].append(boxes)
             found["batch_idx"].append(np.full(len(class_ids), place))
-        labels = {name: torch.from_numpy((np.stack if name == "masks" else np.concatenate)(values).astype(np.float32))
-                  for name, values in found.items()}  # fmt: skip
-        if "masks" in labels:
-            labels["sem_masks"] = class_of_pixels(
-                labels["masks"].int(), labels["cls"][:, 0], labels["batch_idx"]
+        tensors = {name: torch.from_numpy((np.stack if name == "masks" else np.concatenate)(values).astype(np.float32))
+                   for name, values in found.items()}  # fmt: skip
+        if "masks" in tensors:
+            tensors["sem_masks"] = class_of_pixels(
+                tensors["masks"].int(), tensors["cls"][:, 0], tensors["batch_idx"]
             )
         names = table["image_id"].to_pylist()
         pads = [
             ((float(g[0]), float(g[1])), (float(p[0]), float(p[1])))
             for g, p in zip(group.gains, group.pads, strict=True)
         ]
-        return {"img": group.images.float() / 255, **labels, "ori_shape": group.image_hws, "ratio_pad": pads,
+        return {"img": group.images.float() / 255, **tensors, "ori_shape": group.image_hws, "ratio_pad": pads,
                 "im_file": [names[i] for i in group.indices]}  # fmt: skip
 
     def _mask(self, polygons: NDArray[np.float32], hw: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:

@@ -28,6 +28,7 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.formats import some_of
 from raypar.dataset.manifest import Manifest
+from raypar.differences import differences
 from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
 from raypar.storage import Folder
@@ -111,13 +112,8 @@ def run(config: RunConfig) -> dict[str, Any]:
 
 
 def _refuse_other(before: dict[str, Any], settings: dict[str, Any], out: Folder) -> None:
-    differing = [
-        f"{key}: {before.get(key)!r} then, {value!r} now"
-        for key, value in settings.items()
-        if before.get(key) != value
-    ]
-    if differing:
-        raise ValueError(f"{out.uri} was begun with other settings ({'; '.join(differing)}): set them back, choose another name, "
+    if others := differences({key: before.get(key) for key in settings}, settings):
+        raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, choose another name, "
                          f"or add predict.overwrite=true")  # fmt: skip
 
 

@@ -1,19 +1,14 @@
 """A run file and its overrides, read strictly: what is misspelt or ambiguous is an error with its place and the nearest name.
 
 Runs in: the driver, before Ray starts. Imports no Ray, no torch and no Ultralytics.
-
-PyYAML follows YAML 1.1: ``1e-3`` is text, ``off`` is False, ``1:30`` is 90, ``010`` is 8, and the last of two equal keys wins in silence.
-Here numbers, booleans and nulls are those of YAML 1.2, dates stay text, and equal keys are an error.
 """
 
 from __future__ import annotations
 
 import difflib
-import re
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
-from functools import cache
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
@@ -21,9 +16,11 @@ import yaml
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from raypar.config import OWNED_BY_RAYPAR, RunConfig
+from raypar.config import RunConfig
 from raypar.storage import Folder
+from raypar.strict_yaml import Dumper, Loader
 from raypar.versions import versions
+from raypar.yolo_keys import HONOURED, KEYS, REFUSED, Honoured, nearest, yolo_settings
 
 Location = tuple[str, ...]  # ("train", "num_workers")
 # where settings were written and what they are, once one more file or override is read
@@ -35,6 +32,8 @@ ALSO_CALLED = {
     "model": "weights",
     "half": "precision",
     "exist_ok": "overwrite",
+    "batch": "max_batch_size",
+    "augmentations": "albumentations",
 }
 KINDS = {
     "model": "a section of settings", "dict": "a section of settings", "list": "a list", "string": "text",
@@ -43,59 +42,6 @@ KINDS = {
 PATTERNS = {
     "name": "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
     "serve.route_prefix": "should begin with '/' and hold no '{' and no '}'",
-}
-
-
-class Loader(yaml.SafeLoader):
-    """PyYAML's safe loader with YAML 1.2's scalars and without silent duplicates."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        seen: set[str] = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen and isinstance(key_node, yaml.ScalarNode):
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"'{key_node.value}' is written twice", key_node.start_mark
-                )
-            seen.add(str(key_node.value))
-        return super().construct_mapping(node, deep)
-
-
-def _resolvers(patterns: Iterable[tuple[str, str, str]]) -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """PyYAML's table: first character -> (tag, pattern)."""
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for tag, pattern, first_characters in patterns:
-        for first in [*first_characters] or [""]:
-            table.setdefault(first, []).append((f"tag:yaml.org,2002:{tag}", re.compile(f"^(?:{pattern})$")))
-    return table
-
-
-Loader.yaml_implicit_resolvers = _resolvers(
-    [
-        ("bool", "true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("null", "~|null|Null|NULL", "~nN"),
-        ("null", "", ""),
-        ("int", "[-+]?[0-9]+", "-+0123456789"),
-        (
-            "float",
-            r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)",
-            "-+0123456789.",
-        ),
-        ("merge", "<<", "<"),
-    ]
-)
-Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(node.value))
-
-
-class Dumper(yaml.SafeDumper):
-    """Puts quotes around what would be no text to this loader or to an ordinary one."""
-
-
-Dumper.yaml_implicit_resolvers = {
-    first: [
-        *yaml.SafeDumper.yaml_implicit_resolvers.get(first, []),
-        *Loader.yaml_implicit_resolvers.get(first, []),
-    ]
-    for first in {*yaml.SafeDumper.yaml_implicit_resolvers, *Loader.yaml_implicit_resolvers}
 }
 
 
@@ -362,53 +308,86 @@ def _section_in(annotation: Any) -> type[BaseModel] | None:
 
 
 def _did_you_mean(key: Location, verb: str) -> str:
-    """What to write for a setting that is not there: one of the same name elsewhere, or else one of nearly that name."""
+    """What to write for a setting that is not there. A setting of another section is named only if its word cannot mean anything else."""
+    if len(key) == 1:
+        return _at_the_top(key[0], verb)
     section = _section_at(key[:-1])
-    known = (
-        list(section.model_fields)
-        if section
-        else [name for name in yolo_settings() if name not in OWNED_BY_RAYPAR]
+    if key[:-1] == ("train", "yolo"):
+        return _of_train(key[-1]) or nearest(key[-1]) or _nearly_refused(key[-1])
+    if section is None:
+        return ""
+    hint = (_of_section(key[-1], key[0]) or _of_the_top(key[-1])) if len(key) == 2 else ""
+    return hint or _near(key[-1], section.model_fields) or f"; there are {', '.join(section.model_fields)}"
+
+
+def _at_the_top(word: str, verb: str) -> str:
+    """For a word that stands in no section: what the verb's section calls it, or else the only place that has such a setting."""
+    hint = _of_section(word, verb)
+    places = [
+        f"{name}.{word}"
+        for name, section in _sections().items()
+        if word in section.model_fields and word not in KEYS
+    ]
+    if not hint and len(places) == 1:
+        hint = _meant(places[0])
+    known = list(RunConfig.model_fields)
+    return hint or _near(word, known) or _nearly_of_training(word) or f"; there are {', '.join(known)}"
+
+
+def _of_section(word: str, name: str) -> str:
+    """For a word that was meant for a section: its own setting of that meaning, or one that only training has."""
+    section = _sections().get(name)
+    for own in (word, ALSO_CALLED.get(word)):
+        if section is not None and own in section.model_fields:
+            return _meant(f"{name}.{own}")
+    if name in ("train", "tune"):
+        return _of_train(word) or (_nearly_of_training(word) if name == "train" else "")
+    found = KEYS.get(word)
+    return _meant(f"train.yolo.{word}") if isinstance(found, Honoured) and found.is_of_training_alone else ""
+
+
+def _of_train(word: str) -> str:
+    """For a word that was meant for training: where it is written, or why it is not."""
+    fields = _sections()["train"].model_fields
+    for own in (word, ALSO_CALLED.get(word)):
+        if own in fields:
+            return _meant(f"train.{own}")
+    if word in HONOURED:
+        return _meant(f"train.yolo.{word}")
+    return _of_the_top(word) or (f"; '{word}' is refused: {REFUSED[word]}" if word in REFUSED else "")
+
+
+def _nearly_of_training(word: str) -> str:
+    """For a misspelt word that only training has."""
+    words = [key for key, found in HONOURED.items() if found.is_of_training_alone]
+    return "".join(
+        _meant(f"train.yolo.{near}") for near in difflib.get_close_matches(word, words, n=1, cutoff=0.75)
     )
-    elsewhere = _elsewhere(key[0] if len(key) > 1 else verb) if len(key) < 3 or not section else {}
-    if key[-1] in elsewhere:
-        return elsewhere[key[-1]]
-    if close := difflib.get_close_matches(key[-1], known, n=1):
-        return f"; did you mean '{close[0]}'?"
-    if close := difflib.get_close_matches(key[-1], elsewhere, n=1, cutoff=0.75):
-        return elsewhere[close[0]]
-    return f"; there are {', '.join(known)}" if section else ""
 
 
-def _elsewhere(verb: str) -> dict[str, str]:
-    """The words for settings, each with what to write: in that verb's section where it has it, else in ``train``, else in another."""
-    found = {name: f"; did you mean '{name}', at the top level?" for name in RunConfig.model_fields}
-    sections = {
+def _nearly_refused(word: str) -> str:
+    near = difflib.get_close_matches(word, REFUSED, n=1, cutoff=0.75)
+    return f"; '{near[0]}' is refused: {REFUSED[near[0]]}" if near else ""
+
+
+def _of_the_top(word: str) -> str:
+    return f"; did you mean '{word}', at the top level?" if word in RunConfig.model_fields else ""
+
+
+def _near(word: str, known: Iterable[str]) -> str:
+    """For a misspelt word, the nearest one that is known; a word of Ultralytics is not misspelt."""
+    near = [] if word in KEYS else difflib.get_close_matches(word, list(known), n=1)
+    return "".join(map(_meant, near))
+
+
+def _meant(setting: str) -> str:
+    return f"; did you mean '{setting}'?"
+
+
+def _sections() -> dict[str, type[BaseModel]]:
+    """The sections of the run file."""
+    return {
         name: section
         for name, field in RunConfig.model_fields.items()
         if (section := _section_in(field.annotation))
     }
-    for name in dict.fromkeys(name for name in (verb, "train", *sections) if name in sections):
-        fields = sections[name].model_fields
-        words = {field: f"; did you mean '{name}.{field}'?" for field in fields}
-        also = {word: words[field] for word, field in ALSO_CALLED.items() if field in fields}
-        if name == "train":
-            owned = {
-                word: f"; '{word}' is raypar's: write {instead}" for word, instead in OWNED_BY_RAYPAR.items()
-            }
-            also = {word: f"; did you mean 'train.yolo.{word}'?" for word in yolo_settings()} | also | owned
-        found = also | words | found
-    return found
-
-
-@cache
-def yolo_settings() -> dict[str, Any]:
-    """Names and defaults of Ultralytics' settings, read without importing Ultralytics (seconds)."""
-    from importlib.util import find_spec
-
-    spec = find_spec("ultralytics")
-    assert spec is not None
-    assert spec.submodule_search_locations
-    defaults: dict[str, Any] = yaml.safe_load(
-        Path(spec.submodule_search_locations[0], "cfg", "default.yaml").read_text()
-    )
-    return defaults

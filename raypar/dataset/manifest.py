@@ -8,6 +8,7 @@ from typing import overload
 import numpy as np
 from pydantic import BaseModel, ConfigDict
 
+from raypar.dataset.plan import first_images
 from raypar.storage import Folder
 
 MANIFEST = "manifest.json"
@@ -50,6 +51,17 @@ class Split(Record):
     def has_polygons(self) -> bool:
         """Whether every box has a polygon; if only some have one, none is used (``YOLODataset.verify_labels``)."""
         return 0 < self.num_polygons == self.num_boxes
+
+    def first(self, fraction: float | int) -> Split:
+        """The first images alone, as :func:`raypar.dataset.plan.first_images` counts them; totals of labels stay those of all images."""
+        row_groups = first_images([n for shard in self.shards for n in shard.row_groups], fraction)
+        shards, taken = [], 0
+        for shard in self.shards:
+            mine = row_groups[taken : taken + len(shard.row_groups)]
+            taken += len(mine)
+            if mine:
+                shards.append(shard.model_copy(update={"row_groups": mine}))
+        return self.model_copy(update={"shards": tuple(shards), "num_images": sum(row_groups)})
 
 
 class RowGroups(Sequence[tuple[str, int]]):

@@ -52,9 +52,14 @@ class Window:
     order: NDArray[np.int64]
 
 
-def first_images(row_groups: Sequence[int], fraction: float) -> tuple[int, ...]:
-    """Row groups that hold the first images of a split, as Ultralytics' ``fraction`` takes them; of the last one its first rows."""
-    left, found = max(1, round(sum(row_groups) * fraction)), []
+def first_images(row_groups: Sequence[int], fraction: float | int) -> tuple[int, ...]:
+    """Row groups that hold the first images of a split; of the last one its first rows.
+
+    Args:
+        row_groups: images in each row group of the split.
+        fraction: as in Ultralytics (``get_split_fraction``): a share, or the number of images if it is an integer.
+    """
+    left, found = fraction if isinstance(fraction, int) else max(1, round(sum(row_groups) * fraction)), []
     for num_rows in row_groups:
         if left:
             found.append(min(num_rows, left))

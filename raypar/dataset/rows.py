@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
@@ -15,6 +17,7 @@ from raypar.dataset.schema import row_schema
 from raypar.storage import Folder
 
 Floats = NDArray[np.float32]
+RowLabels = tuple[NDArray[np.int32], Floats, Floats | None, Floats | None]
 WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
 
 
@@ -43,9 +46,45 @@ def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:
     return found
 
 
-def row_labels(
-    table: pa.Table, i: int, task: str, num_keypoints: int = 0
-) -> tuple[NDArray[np.int32], Floats, Floats | None, Floats | None]:
+def only_classes(labels: RowLabels, classes: Sequence[int] | None) -> RowLabels:
+    """Labels of a row, as of :func:`row_labels`, without those of other classes; class ids stay as they are.
+
+    Args:
+        labels: of a row.
+        classes: ids; None: all.
+    """
+    if classes is None:
+        return labels
+    class_ids, boxes, polygons, keypoints = labels
+    kept = np.isin(class_ids, classes)
+    return (
+        class_ids[kept],
+        boxes[kept],
+        None if polygons is None else polygons[kept],
+        None if keypoints is None else keypoints[kept],
+    )
+
+
+def boxes_per_class(
+    dataset: Folder, groups: Sequence[tuple[str, int]], row_groups: Sequence[int], num_classes: int
+) -> NDArray[np.int64]:
+    """How many labels each class has in the first rows of row groups.
+
+    Args:
+        dataset: where the shards are.
+        groups: of each row group its shard's path and its number there.
+        row_groups: how many of its rows count, for the first row groups.
+        num_classes: of the dataset.
+    """
+    counts = np.zeros(num_classes, np.int64)
+    for (path, number), num_rows in zip(groups, row_groups, strict=False):
+        column = row_group(dataset, path, number, ["class_ids"])["class_ids"].slice(0, num_rows)
+        class_ids = pc.list_flatten(column).to_numpy()
+        counts += np.bincount(class_ids, minlength=num_classes)
+    return counts
+
+
+def row_labels(table: pa.Table, i: int, task: str, num_keypoints: int = 0) -> RowLabels:
     """Labels of a row: class_ids (N,), boxes_xywhn (N, 4), polygons (N, P, 2), keypoints (N, K, 3), as ``augment.cpu.Source`` has them.
 
     Polygons of detect are left out: see :func:`row_polygons`.

@@ -31,7 +31,7 @@ from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
 from raypar.dataset.plan import Item, Plan
-from raypar.dataset.rows import cells, row_group, row_labels, row_polygons
+from raypar.dataset.rows import cells, only_classes, row_group, row_labels, row_polygons
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
 from raypar.storage import Folder
@@ -61,13 +61,24 @@ class StreamSpec:
     world_size: int
     cache: CacheSpec | None = None
     has_polygons: bool = False  # detect: of each box, in the shards
+    classes: tuple[int, ...] | None = None  # whose labels are kept; None: all
 
     @classmethod
     def of(cls, dataset: Folder, split: Split, plan: Plan, recipe: Recipe | ClassifyRecipe, *, mosaic_epochs: int,
            albumentations: list[dict[str, Any]] | str | None, world_size: int,
-           cache: CacheSpec | None = None) -> StreamSpec:  # fmt: skip
-        has_polygons = recipe.task == "detect" and split.has_polygons
-        return cls(dataset, RowGroups(split), plan, recipe, mosaic_epochs, albumentations, world_size, cache, has_polygons)  # fmt: skip
+           cache: CacheSpec | None = None, classes: Sequence[int] | None = None) -> StreamSpec:  # fmt: skip
+        return cls(
+            dataset,
+            RowGroups(split),
+            plan,
+            recipe,
+            mosaic_epochs,
+            albumentations,
+            world_size,
+            cache,
+            has_polygons=recipe.task == "detect" and split.has_polygons,
+            classes=None if classes is None else tuple(classes),
+        )
 
     @cached_property
     def first_rows(self) -> NDArray[np.int64]:
@@ -107,6 +118,14 @@ def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyR
     """
     if manifest.task == "classify":
         return ClassifyRecipe.from_yolo(args)
+    # Ultralytics pastes along polygons, and ignores the setting where there are none
+    if (
+        manifest.task == "detect"
+        and args["copy_paste"]
+        and not getattr(manifest.split("train"), "has_polygons", False)
+    ):
+        raise ValueError(f"train.yolo.copy_paste={args['copy_paste']}: the dataset has boxes without polygons, and objects are pasted by "
+                         "their polygons: leave it out")  # fmt: skip
     return Recipe.from_yolo(
         args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
     )
@@ -242,10 +261,13 @@ def _source(
 def labels_of(spec: StreamSpec, table: pa.Table, i: int) -> SourceLabels:
     """Labels of a row, as a source has them."""
     recipe = spec.recipe
-    class_ids, boxes, polygons, keypoints = row_labels(table, i, recipe.task, recipe.num_keypoints)
+    labels = row_labels(table, i, recipe.task, recipe.num_keypoints)
     if not spec.has_polygons:
-        return class_ids, boxes, polygons, keypoints
+        return only_classes(labels, spec.classes)
+    class_ids, boxes, _, keypoints = only_classes(labels, spec.classes)
     found = row_polygons(table, i)
+    if spec.classes is not None:
+        found = [polygon for polygon, id_ in zip(found, labels[0], strict=True) if id_ in spec.classes]
     # polygons that are pasted, or moved by albumentations, must be dense; else only boxes are wanted of them
     is_dense = isinstance(recipe, Recipe) and (recipe.copy_paste > 0 or transform_of(spec).move_pixels)
     return class_ids, boxes, densify(found) if is_dense else Outlines.of(found), keypoints

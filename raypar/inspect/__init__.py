@@ -27,6 +27,7 @@ from raypar.dataset.stream import StreamSpec, recipe_of
 from raypar.inspect import report as reports
 from raypar.inspect.statistics import Statistics, columns
 from raypar.storage import Folder
+from raypar.yolo_keys import chosen_classes
 
 RESULT = "report.json"
 MAX_BLOCKS = 256  # Ray Data tasks that count; each takes its share of the shards
@@ -105,7 +106,7 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
     plan = Plan(groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs)
     spec = StreamSpec.of(config.dataset_folder, split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
-                         albumentations=config.train.albumentations, world_size=1)  # fmt: skip
+                         albumentations=config.train.albumentations, world_size=1, classes=chosen_classes(args.classes))  # fmt: skip
     return spec, args
 
 

@@ -19,6 +19,7 @@ from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import first_images
+from raypar.differences import differences
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
 from raypar.train import initial
@@ -48,13 +49,18 @@ def check(config: RunConfig) -> None:
 
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
     recipe_of(vars(args), manifest)
+    _check_classes(args, manifest)
     _check_optimizer(config, manifest)
     train = manifest.splits.get("train")
     has_polygons = train is not None and train.has_polygons
     albu.check(config.train.albumentations, manifest.task, int(args.imgsz), has_polygons=has_polygons)
     if config.train.augment == "gpu":
         _refuse_on_device(config, manifest)
-    initial.find(config.train.model, manifest.task)
+    model = initial.find(config.train.model, manifest.task)
+    if args.nms is False and not initial.is_end2end(model):
+        raise ValueError(
+            f"train.yolo.nms=False: {config.train.model} has no NMS-free head (yolo26 and yolov10 have): leave it out"
+        )
     if config.train.init_from is not None:
         initial.find(config.train.init_from, manifest.task, "train.init_from")
     if not config.train.overwrite and (config.folder / "train").exists(SETTINGS):
@@ -143,7 +149,7 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
             flush=True,
         )
         raise KeyboardInterrupt
-    summary = _finish(out, label)
+    summary = _finish(out, label, has_plots=train.yolo.get("plots", True))
     chronicle.close(
         out,
         trainer.run_id,
@@ -174,6 +180,10 @@ def _note_what_is_otherwise(yolo: dict[str, Any], args: Any) -> None:
         _note(
             f"{', '.join(ignored)} without effect: optimizer=auto, Ultralytics' default, chooses for itself; add e.g. train.yolo.optimizer=SGD"
         )
+    if "epochs" in yolo and args.time is not None:
+        _note("train.yolo.epochs without effect on the length: train.yolo.time decides it")
+    if "copy_paste_mode" in yolo and not args.copy_paste:
+        _note("train.yolo.copy_paste_mode without effect: train.yolo.copy_paste is 0")
     if yolo.get("imgsz", args.imgsz) != args.imgsz:
         _note(f"train.yolo.imgsz={yolo['imgsz']} becomes {args.imgsz}, a multiple of the model's stride")
 
@@ -284,8 +294,29 @@ def _trainer(
 
 def _row_groups(config: RunConfig, manifest: Manifest) -> tuple[int, ...]:
     """Images in each row group that is trained on."""
+    from ultralytics.data.utils import get_split_fraction
+
     groups = [n for shard in manifest.split("train").shards for n in shard.row_groups]
-    return first_images(groups, config.train.yolo.get("fraction", 1.0))
+    return first_images(groups, get_split_fraction(config.train.yolo.get("fraction", 1.0), "train"))
+
+
+def _check_classes(args: Any, manifest: Manifest) -> None:
+    """Whether the classes that are asked for are there, with labels to learn them from.
+
+    Raises:
+        ValueError: they are not.
+    """
+    if args.classes is None:
+        return
+    names = manifest.class_names
+    if absent := [i for i in args.classes if i >= len(names)]:
+        raise ValueError(
+            f"train.yolo.classes: there is no class {absent[0]}, the dataset has 0 to {len(names) - 1}"
+        )
+    counts = manifest.split("train").boxes_per_class
+    if counts and not any(counts[i] for i in args.classes):
+        named = ", ".join(f"{i} ({names[i]})" for i in args.classes[:8])
+        raise ValueError(f"train.yolo.classes: no training image has a label of class {named}")
 
 
 def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
@@ -312,11 +343,12 @@ def _cache(config: RunConfig, manifest: Manifest) -> CacheSpec | None:
     return CacheSpec(train.cache, key, None if train.cache_gb is None else int(train.cache_gb * 1e9))
 
 
-def _finish(out: Folder, label: str) -> dict[str, Any]:
+def _finish(out: Folder, label: str, *, has_plots: bool) -> dict[str, Any]:
     """Draws the curves, writes the summary and says where everything is."""
     from raypar.train import pictures
 
-    pictures.curves(out)
+    if has_plots:
+        pictures.curves(out)
     history = [json.loads(line) for line in out.read("metrics.jsonl").splitlines()]
     best = max(history, key=lambda line: line.get("fitness", -1.0))
     summary = {
@@ -326,7 +358,7 @@ def _finish(out: Folder, label: str) -> dict[str, Any]:
     }  # fmt: skip
     out.write_json(SUMMARY, summary)
     print(f"{label}: best epoch {summary['best_epoch']} of {summary['num_epochs']}: {scores_of(summary)}\n"
-          f"{label}: weights {out.uri}/best.pt, curves results.png, what the model saw batch_*.png", flush=True)  # fmt: skip
+          f"{label}: weights {out.uri}/best.pt{', curves results.png, what the model saw batch_*.png' if has_plots else ''}", flush=True)  # fmt: skip
     return summary
 
 
@@ -341,10 +373,6 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:
-    """Which settings of a run are not those that it was begun with, in words; nothing when all are."""
-    then, today = ({**{k: v for k, v in side.items() if k != "yolo"}, **{f"yolo.{k}": v for k, v in side.get("yolo", {}).items()}}
-                   for side in (before, now))  # fmt: skip
-    names = [*today, *(name for name in then if name.startswith("yolo.") and name not in today)]
-    return ", ".join(
-        f"{n}: {then.get(n)!r} then, {today.get(n)!r} now" for n in names if then.get(n) != today.get(n)
-    )
+    """Which settings of a run are not those that it was begun with, in words; empty when all are. Settings that are new since are no matter."""
+    known = {key: value for key, value in before.items() if key in now}
+    return differences(known, now)

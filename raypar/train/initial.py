@@ -12,6 +12,12 @@ from typing import Any
 from raypar.storage import Folder
 
 INITIAL = "init.pt"  # weights that training starts from, in the run's folder
+# Heads of models that train in another way than those of their task: with text, or with a loss of their own.
+OTHER_TRAINERS = {
+    "WorldDetect": "YOLO-World",
+    "YOLOE": "YOLOE",
+    "RTDETR": "RT-DETR",
+}  # by how their names begin
 SUFFIXES = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}
 
 
@@ -36,9 +42,21 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
         raise ValueError(
             f"{key}: {name} is neither a .yaml nor a .pt: write {base}.yaml to begin from scratch, {base}.pt for weights"
         )
+    if key == "train.init_from" and isinstance(found, dict):
+        raise ValueError(f"{key}: {name} is a model's YAML, which holds no weights: write a .pt")
     if task != wanted:
         raise ValueError(_other_task(name, task, wanted, key))
     return found
+
+
+def is_end2end(model: str | dict[str, Any]) -> bool:
+    """Whether a model, as :func:`find` returns it, has an NMS-free head too."""
+    if isinstance(model, dict):
+        return bool(model.get("end2end")) or _head(model) == "v10Detect"
+    from ultralytics.nn.tasks import load_checkpoint
+
+    head: Any = load_checkpoint(model)[0].model[-1]
+    return getattr(head, "one2one_cv2", None) is not None
 
 
 def stage(model: str | dict[str, Any], out: Folder, *, is_begun: bool) -> str | dict[str, Any]:
@@ -71,9 +89,11 @@ def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:
 
     try:
         content: dict[str, Any] = yaml_model_load(name)
-        return content, guess_model_task(content)
+        head, task = _head(content), guess_model_task(content)
     except Exception as error:  # whatever Ultralytics or YAML makes of it
         raise _unreadable(name, key, error) from error
+    _refuse_other_trainers(name, key, head)
+    return content, task
 
 
 def _read_weights(name: str, key: str) -> tuple[str, str]:
@@ -83,9 +103,30 @@ def _read_weights(name: str, key: str) -> tuple[str, str]:
     path = Path(name) if is_remote or Path(name).exists() else _downloaded(name, key)
     try:
         local = str((_fetched(name) if is_remote else path).absolute())
-        return local, load_checkpoint(local)[0].task
+        model: Any = load_checkpoint(local)[0]
     except Exception as error:  # whatever unpickling foreign bytes raises
         raise _unreadable(name, key, error) from error
+    if key == "train.model":  # of train.init_from only the weights are taken, where they fit
+        _refuse_other_trainers(name, key, type(model.model[-1]).__name__)
+    return local, model.task
+
+
+def _head(content: dict[str, Any]) -> str:
+    """The name of a model yaml's last module."""
+    return str(content["head"][-1][2])
+
+
+def _refuse_other_trainers(name: str, key: str, head: str) -> None:
+    """Refuses models that raypar cannot train.
+
+    Raises:
+        ValueError: the model is one.
+    """
+    for start, family in OTHER_TRAINERS.items():
+        if head.startswith(start):
+            raise ValueError(
+                f"{key}: {name} is a model of the {family} family, which raypar cannot train: write e.g. yolov8n.yaml or yolo26n.yaml"
+            )
 
 
 def _fetched(uri: str) -> Path:

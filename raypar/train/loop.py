@@ -84,7 +84,8 @@ class Loop:
         self.lender, self.args, self.device = lender, lender.args, lender.device
         self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
         self.loss_scale = 1 if lender.manifest.task == "classify" else world_size
-        self.channels_last = self.device.type == "cuda" or precision != torch.float32
+        pays_off = self.device.type == "cuda" or precision != torch.float32
+        self.channels_last = pays_off if self.args.channels_last is None else self.args.channels_last
         self.spread, self.is_sharded = spread, spread == "fsdp" and world_size > 1
         if self.channels_last and not self.is_sharded:  # FSDP2 shares out dense weights only
             lender.model.to(memory_format=torch.channels_last)

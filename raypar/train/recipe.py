@@ -6,12 +6,11 @@ started: it only lends its methods (see ``docs/decisions/0001-own-loop.md``).
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy, deepcopy
 from datetime import UTC, datetime
@@ -23,26 +22,25 @@ import numpy as np
 import torch
 from ultralytics import __version__ as ultralytics_version
 from ultralytics.cfg import DEFAULT_CFG_DICT, get_cfg
+from ultralytics.data.utils import get_split_fraction
 from ultralytics.engine.trainer import BaseTrainer
 from ultralytics.models.yolo.classify import ClassificationTrainer
 from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
+from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.optim import MuSGD
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
 
 from raypar.dataset.manifest import Manifest
+from raypar.dataset.rows import boxes_per_class
+from raypar.dataset.stream import StreamSpec
 from raypar.storage import Folder, patiently
+from raypar.yolo_keys import chosen_classes, nearest, refuse_for_task
 
 STRIDE = 32  # px, of the coarsest level of a model; more with a level more
-# Settings of Ultralytics that this version cannot honour: better refused than ignored.
-NOT_YET = {
-    "distill_model": "distillation is not supported",
-    "profile": "profile with Ultralytics",
-    "quantize": "quantisation-aware training is not supported",
-}
 
 
 def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
@@ -51,23 +49,38 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
     Raises:
         ValueError: an unknown setting (with the nearest name), a value of the wrong type, or one that raypar cannot honour.
     """
-    for key, value in yolo.items():
+    for key in yolo:
         if key not in DEFAULT_CFG_DICT:
-            near = difflib.get_close_matches(key, DEFAULT_CFG_DICT, n=1)
-            raise ValueError(
-                f"train.yolo.{key}: Ultralytics has no such setting"
-                + (f"; did you mean '{near[0]}'?" if near else "")
-            )
-        if key in NOT_YET and value not in (None, False, DEFAULT_CFG_DICT[key]):
-            raise ValueError(f"train.yolo.{key}={value!r} is not supported: {NOT_YET[key]}")
+            raise ValueError(f"train.yolo.{key}: Ultralytics has no such setting{nearest(key)}")
+    assert "cfg" not in yolo, "raypar.config merges it, and refuses what raypar does not take"
+    if "task" in owned:
+        refuse_for_task(yolo, owned["task"])
     if owned.get("task") == "classify":
         yolo = {"imgsz": 224, **yolo}  # its trainer's default
     try:
         args = get_cfg(overrides={**yolo, **owned})
     except (TypeError, ValueError, SyntaxError) as error:
         raise ValueError(f"train.yolo: {' '.join(str(error).split())}") from error
-    if not args.fraction:
-        raise ValueError("train.yolo.fraction=0 leaves no image to train with")
+    _check_values(args)
+    args.classes = chosen_classes(args.classes)
+    args.imgsz = math.ceil(args.imgsz / STRIDE) * STRIDE  # as Ultralytics' check_imgsz
+    return args
+
+
+def _check_values(args: SimpleNamespace) -> None:
+    """Refuses values that Ultralytics takes and a training of raypar cannot.
+
+    Raises:
+        ValueError: there is one.
+    """
+    if isinstance(args.fraction, list) and args.fraction[2:] not in ([], [1.0]):
+        raise ValueError(
+            f"train.yolo.fraction={args.fraction}: training reads no test images: write [train, val] alone"
+        )
+    if args.nms:
+        raise ValueError(
+            "train.yolo.nms=True embeds NMS in an exported model: leave it out; false validates by the NMS-free head"
+        )
     if args.time is not None and args.time <= 0:
         raise ValueError(f"train.yolo.time={args.time}: hours, more than 0")
     if args.epochs < 1:
@@ -76,8 +89,6 @@ def settings(yolo: dict[str, Any], **owned: Any) -> SimpleNamespace:
         raise ValueError(
             f"train.yolo.imgsz={args.imgsz}: one whole number of px, for training images are squares"
         )
-    args.imgsz = math.ceil(args.imgsz / STRIDE) * STRIDE  # as Ultralytics' check_imgsz
-    return args
 
 
 def iterations(args: SimpleNamespace, num_images: int) -> int:
@@ -142,6 +153,8 @@ class Lender:
         batch: images a step over all workers.
         seed: of the run; every rank builds the same weights from it.
         device: where the model goes.
+        weights: a model whose weights a yaml's model takes over where they fit.
+        class_counts: labels of each class that is trained on; unset: those of the whole training split.
     """
 
     args: Any  # the rest of what Ultralytics' trainers have
@@ -162,8 +175,10 @@ class Lender:
         batch: int,
         seed: int,
         device: torch.device,
+        weights: torch.nn.Module | None = None,
+        class_counts: Sequence[int] | None = None,
     ):
-        self.manifest = manifest
+        self.manifest, self.class_counts = manifest, class_counts
         name = model if isinstance(model, str) else model.get("yaml_file", "yolov8n.yaml")
         # always the same: Ultralytics leaves an args.yaml there
         save_dir = Path(tempfile.gettempdir(), f"raypar-{os.getuid()}")
@@ -182,7 +197,7 @@ class Lender:
         self.device = device
         init_seeds(seed, deterministic=self.args.deterministic)
         if isinstance(model, dict):
-            self.model = self.get_model(cfg=model, weights=None, verbose=False)  # type: ignore[attr-defined]
+            self.model = self.get_model(cfg=model, weights=weights, verbose=False)  # type: ignore[attr-defined]
         else:
             self.setup_model()  # type: ignore[attr-defined]
         self.model.to(device)
@@ -214,7 +229,12 @@ class Lender:
         return {"train": "", "val": "", "names": names, "nc": len(names), "channels": 3, **pose}
 
     def get_class_counts(self) -> Any:
-        counts = np.asarray(self.manifest.split("train").boxes_per_class, np.float32)
+        counted = (
+            self.manifest.split("train").boxes_per_class if self.class_counts is None else self.class_counts
+        )
+        counts = np.asarray(counted, np.float32)
+        if self.args.classes is not None:
+            counts[~np.isin(np.arange(len(counts)), self.args.classes)] = 0
         return counts.sum(keepdims=True) if self.args.single_cls else counts
 
     def _freeze(self) -> None:
@@ -279,6 +299,30 @@ def weights_file(
         buffer,
     )  # fmt: skip
     return buffer.getvalue()
+
+
+def validated_part(manifest: Manifest, args: SimpleNamespace) -> Manifest:
+    """The dataset, its val split cut to the images that ``fraction`` leaves of it."""
+    val = manifest.split("val").first(get_split_fraction(args.fraction, "val"))
+    return manifest.model_copy(update={"splits": {**manifest.splits, "val": val}})
+
+
+def counted_classes(spec: StreamSpec, manifest: Manifest, args: SimpleNamespace) -> list[int] | None:
+    """Labels of each class in the images that are trained on, where ``cls_pw`` needs them and the manifest does not have them."""
+    if not args.cls_pw or spec.plan.num_images == manifest.split("train").num_images:
+        return None
+    num_classes = len(manifest.class_names)
+    return boxes_per_class(spec.dataset, spec.groups, spec.plan.row_groups, num_classes).tolist()
+
+
+@contextmanager
+def initial_weights(name: str | None, out: Folder) -> Iterator[torch.nn.Module | None]:
+    """The model whose weights a yaml's model takes over, which the driver put into storage; None: none."""
+    if name is None:
+        yield None
+        return
+    with staged(name, out) as path:
+        yield load_checkpoint(path)[0]
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import contiguous_share
-from raypar.dataset.rows import cells, row_group
+from raypar.dataset.rows import cells, only_classes, row_group
 from raypar.detector import Detector, Letterboxed
 from raypar.images import decode
 from raypar.judge import Judge
@@ -62,8 +62,10 @@ class Validator:
             loss_of: the training model, whose criterion measures the validation loss.
             device: where the model is.
         """
+        select_head(model, self.args)
+        conf = 0.001 if self.args.conf is None else self.args.conf
         detector = Detector(model, self.class_names, imgsz=self.args.imgsz, stride=max(int(model.stride.max()), 32), device=device,
-                            conf=0.001, iou=self.args.iou, max_det=self.args.max_det, pad=0.5)  # fmt: skip
+                            conf=conf, iou=self.args.iou, max_det=self.args.max_det, pad=0.5, agnostic=self.args.agnostic_nms)  # fmt: skip
         scorer = Scorer(self.class_names)
         losses: dict[str, float] = {}
         num_images = 0
@@ -94,8 +96,10 @@ class Validator:
         for table in tables(self.dataset, self.split, self.rows, self.batch):
             images, labels = [], []
             for row in table.to_pylist():
-                class_ids = np.asarray(row["class_ids"], np.int32) * (0 if self.args.single_cls else 1)
+                class_ids = np.asarray(row["class_ids"], np.int32)
                 boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
+                class_ids, boxes, *_ = only_classes((class_ids, boxes, None, None), self.args.classes)
+                class_ids = class_ids * (0 if self.args.single_cls else 1)
                 images.append(row["image"])
                 labels.append(
                     Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"])))
@@ -118,6 +122,7 @@ class JudgedValidator:
 
     def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
         """Metrics of the whole split, equal on every rank; with ``val/...`` losses. Arguments as of :class:`Validator`."""
+        select_head(model, self.args)
         stride = max(int(model.stride.max()), 32)
         detector = Detector(
             model,
@@ -141,6 +146,18 @@ class JudgedValidator:
         states, means = gathered(self.judge.state(), losses, self.judge.num_images, self.split.num_images)
         self.judge.join(states)
         return {**self.judge.compute(), **means}
+
+
+def select_head(model: Any, args: Any) -> None:
+    """Lets a model with two heads answer by the one that Ultralytics validates: that with NMS, or with ``nms=False`` that without.
+
+    As ``BaseValidator.__call__`` and ``DetectionValidator.init_metrics`` do (8.4.190).
+    """
+    if not hasattr(model, "end2end"):
+        return
+    model.end2end = args.nms is False
+    if model.end2end:
+        model.set_head_attr(max_det=args.max_det, agnostic_nms=args.agnostic_nms)
 
 
 def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator | JudgedValidator:

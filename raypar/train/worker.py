@@ -20,7 +20,6 @@ import ray.train.v2._internal.execution.context
 import torch
 import ultralytics.utils
 from torch import Tensor
-from ultralytics.nn.tasks import load_checkpoint
 
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
@@ -37,7 +36,15 @@ from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
 from raypar.train.prime import settle_buckets
 from raypar.train.pulse import Pulse
-from raypar.train.recipe import Lender, settings, staged, weights_file
+from raypar.train.recipe import (
+    Lender,
+    counted_classes,
+    initial_weights,
+    settings,
+    staged,
+    validated_part,
+    weights_file,
+)
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
@@ -46,6 +53,30 @@ if TYPE_CHECKING:
     from raypar.dataset.rendered import Rendered
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
+
+
+def stream_spec(
+    config: dict[str, Any], args: Any, manifest: Manifest, dataset: Folder, world_size: int
+) -> StreamSpec:
+    """Which images the run shows, and how they are augmented.
+
+    Args:
+        config: of :func:`raypar.train.entry.train_loop`.
+        args: Ultralytics' whole settings.
+        manifest: of the dataset.
+        dataset: where it is.
+        world_size: ranks.
+    """
+    plan = Plan(epochs=budget.ENDLESS if args.time else args.epochs, **config["plan"])
+    cache = CacheSpec(**config["cache"]) if config["cache"] else None
+    return StreamSpec.of(
+        dataset, manifest.split("train"), plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
+        albumentations=config["train"]["albumentations"], world_size=world_size, cache=cache, classes=args.classes)  # fmt: skip
+
+
+def is_validated(args: Any, *, is_last: bool, may_stop: bool) -> bool:
+    """Whether an epoch ends with a validation: with ``time`` any epoch may be the last."""
+    return bool(args.val or args.time or is_last or may_stop)
 
 
 class Worker:
@@ -74,20 +105,20 @@ class Worker:
         )
         manifest = patiently(lambda: Manifest.load(dataset), f"read {dataset.shown(MANIFEST)}", patience_s)
         self.args = settings(train["yolo"], batch=train["batch"], seed=config["seed"], task=manifest.task)
-        self.plan = Plan(epochs=budget.ENDLESS if self.args.time else self.args.epochs, **config["plan"])
-        cache = CacheSpec(**config["cache"]) if config["cache"] else None
+        manifest = validated_part(manifest, self.args)
+        self.spec = stream_spec(config, self.args, manifest, dataset, self.world_size)
+        self.plan = self.spec.plan
         # held open: as long as a worker lives, nobody sweeps it away
-        self.cache = None if cache is None else node_cache(cache)
-        self.spec = StreamSpec.of(
-            dataset, manifest.split("train"), self.plan, recipe_of(vars(self.args), manifest),
-            mosaic_epochs=self.args.epochs - self.args.close_mosaic, albumentations=train["albumentations"],
-            world_size=self.world_size, cache=cache)  # fmt: skip
+        self.cache = None if self.spec.cache is None else node_cache(self.spec.cache)
         self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
         state = self._find_state()
         # first: its processes start while the model is built
         self.stream = iter(()) if self.is_finished else self._stream(self.spec)
 
-        with staged(config["model"], self.out) as model:
+        with (
+            staged(config["model"], self.out) as model,
+            initial_weights(config["init_from"], self.out) as weights,
+        ):
             lender = Lender(
                 train["yolo"],
                 model=model,
@@ -95,10 +126,9 @@ class Worker:
                 batch=train["batch"],
                 seed=config["seed"],
                 device=self.device,
+                weights=weights,
+                class_counts=counted_classes(self.spec, manifest, self.args),
             )
-        if config["init_from"]:
-            with staged(config["init_from"], self.out) as weights:
-                lender.model.load(load_checkpoint(weights)[0], verbose=False)
         # set now: building Ultralytics' trainer sets the number of threads too
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
@@ -240,7 +270,7 @@ class Worker:
         if self.args.single_cls:
             for name in {"cls", "sem_masks"} & tensors.keys():
                 tensors[name].zero_()
-        if self.rank == 0 and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
+        if self.rank == 0 and self.args.plots and pictures.wants(batch, self.plan, self.spec.mosaic_epochs):
             shown = batch if batch.images.size else replace(batch, images=tensors["img"].cpu().numpy())
             sheet = pictures.training_batch(shown, self.class_names)
             self.watch.aside.submit(f"batch_{step}.png", partial(self.out.write, f"batch_{step}.png", sheet))
@@ -279,7 +309,7 @@ class Worker:
         self.pulse.stage = f"validation after epoch {number + 1}"
         began = time.monotonic()
         metrics: dict[str, Any] = {}
-        if self.args.val or self.args.time or is_last or loop.stopper.possible_stop:
+        if is_validated(self.args, is_last=is_last, may_stop=loop.stopper.possible_stop):
             metrics = self.validator(loop.ema.ema, loop.lender.model, loop.device)
             fitness = metrics["fitness"]
             is_best = loop.best_fitness is None or fitness > loop.best_fitness

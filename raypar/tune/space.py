@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from raypar import runfile, train
-from raypar.config import OWNED_BY_RAYPAR, RunConfig, TrainConfig
+from raypar.config import RunConfig, TrainConfig
 from raypar.domain import Domain
+from raypar.yolo_keys import HONOURED, REFUSED
 
-# What changes what is learnt; all else of section train is the same for every trial. Under train.yolo everything may vary but FIXED.
+# What changes what is learnt; all else of section train is the same for every trial. Under train.yolo all that is honoured may vary but FIXED.
 SEARCHED = (
     "seed",
     "train.model",
@@ -23,11 +24,16 @@ SEARCHED = (
     "train.albumentations",
     "train.sync_bn",
 )
+_JUDGED_ALIKE = "trials are compared by one way of validating"
 FIXED = {
     "epochs": "trials are compared epoch by epoch, and the learning rate follows from their number",
     "time": "raypar trains whole epochs",
     "val": "a trial that is not validated cannot be compared",
     "single_cls": "its metrics are those of another task",
+    "classes": "its metrics are those of another task",
+    "cfg": "write the settings of the file into the space one by one",
+    "plots": "it does not change what is learnt",
+    **dict.fromkeys(("conf", "iou", "max_det", "agnostic_nms", "nms"), _JUDGED_ALIKE),
 }
 NUM_PROBES = 8
 
@@ -63,9 +69,9 @@ def _refusal(key: str) -> str:
         name = key.removeprefix("train.yolo.")
         if name in FIXED:
             return f"is the same for every trial: {FIXED[name]}"
-        if name in OWNED_BY_RAYPAR:
-            return f"'{name}' is raypar's: write {OWNED_BY_RAYPAR[name]}"
-        return "" if name in runfile.yolo_settings() else "Ultralytics has no such setting" + _nearest(key)
+        if name in REFUSED:
+            return f"'{name}' is refused: {REFUSED[name]}"
+        return "" if name in HONOURED else "Ultralytics has no such setting" + _nearest(key)
     if key in SEARCHED:
         return ""
     section, _, name = key.partition(".")
@@ -77,10 +83,7 @@ def _refusal(key: str) -> str:
 
 
 def _nearest(key: str) -> str:
-    known = [
-        *SEARCHED,
-        *(f"train.yolo.{name}" for name in runfile.yolo_settings() if name not in OWNED_BY_RAYPAR),
-    ]
+    known = [*SEARCHED, *(f"train.yolo.{name}" for name in HONOURED if name not in FIXED)]
     return "".join(f"; did you mean '{name}'?" for name in difflib.get_close_matches(key, known, n=1))
 
 

@@ -28,7 +28,10 @@ RANKS = [
         "images",
         "scores",
         "domain",
+        "differences",
+        "strict_yaml",
     },
+    {"yolo_keys"},
     {"config", "weights", "detector", "versions"},
     {"runfile", "draw", "metrics", "augment", "pool"},
     {"dataset"},
@@ -41,7 +44,7 @@ RANKS = [
 ]
 RANK = {name: rank for rank, names in enumerate(RANKS) for name in names}
 # cli, config and runfile answer before anything heavy is imported
-LIGHT = {"__init__", "cli", "config", "runfile", "storage", "cluster"}
+LIGHT = {"__init__", "cli", "config", "runfile", "storage", "strict_yaml", "yolo_keys", "cluster"}
 HEAVY = {"ray", "torch", "torchvision", "ultralytics", "albumentations", "cv2"}
 
 

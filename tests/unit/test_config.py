@@ -8,8 +8,8 @@ import pickle
 import pytest
 from pydantic import BaseModel, ValidationError
 
-from raypar.config import OWNED_BY_RAYPAR, RunConfig
-from raypar.runfile import yolo_settings
+from raypar.config import RunConfig
+from raypar.yolo_keys import REFUSED
 
 
 def sections(model: type[BaseModel]) -> list[type[BaseModel]]:
@@ -41,23 +41,16 @@ def test_travels_as_plain_data() -> None:
     assert pickle.loads(pickle.dumps(config)) == config
 
 
-@pytest.mark.parametrize("key", OWNED_BY_RAYPAR)
-def test_what_raypar_owns_is_refused_under_yolo(key: str) -> None:
-    with pytest.raises(ValidationError, match=f"'{key}' is raypar's"):
-        RunConfig.model_validate({"name": "x", "train": {"yolo": {key: 1}}})
-
-
-@pytest.mark.parametrize("key", OWNED_BY_RAYPAR)
-def test_what_raypar_owns_is_a_setting_of_ultralytics(key: str) -> None:
-    assert key in yolo_settings() or key in ("save_dir", "augmentations")
-
-
-@pytest.mark.parametrize(("key", "where"), [(k, w) for k, w in OWNED_BY_RAYPAR.items() if "." in w])
-def test_the_place_to_write_instead_exists(key: str, where: str) -> None:
+@pytest.mark.parametrize("where", sorted({x.instead for x in REFUSED.values() if x.instead}))
+def test_the_place_to_write_instead_exists(where: str) -> None:
     section: type[BaseModel] = RunConfig
+    from raypar.cli import VERBS
     from raypar.runfile import _section_in
 
-    for part in where.partition("=")[0].split("."):
+    if where.startswith("raypar "):
+        assert where.split()[1] in VERBS
+        return
+    for part in where.partition(",")[0].split("."):
         assert part in section.model_fields, where
         section = _section_in(section.model_fields[part].annotation) or section
 
@@ -83,3 +76,10 @@ def test_batch_divides_among_workers(batch: int, num_workers: int, is_right: boo
 def test_folder() -> None:
     assert RunConfig(name="x", storage="/data/runs").folder.uri == "/data/runs/x"
     assert RunConfig(name="x", storage="s3://bucket/prefix/").folder.uri == "s3://bucket/prefix/x"
+
+
+@pytest.mark.parametrize("key", ["channels_last", "compile"])
+def test_what_does_not_go_with_shared_weights_is_refused(key: str) -> None:
+    settings = {"name": "x", "train": {"parallel": "fsdp", "yolo": {key: True}}}
+    with pytest.raises(ValidationError, match=f"yolo.{key} .*leave one of them out"):
+        RunConfig.model_validate(settings)

@@ -41,6 +41,7 @@ def test_run_file_page_is_current() -> None:
     generate = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(generate)
     assert (REPOSITORY / "docs/run_file.md").read_text() == generate.page(), "run `make docs`"
+    assert (REPOSITORY / "docs/yolo_keys.md").read_text() == generate.keys_page(), "run `make docs`"
 
 
 def test_run_file_page_has_every_setting() -> None:

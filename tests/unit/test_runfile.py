@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from raypar import runfile
 from raypar.runfile import Loader, dump, load, parse_override
+from raypar.yolo_keys import HONOURED, KEYS, REFUSED
 
 
 @pytest.fixture
@@ -71,7 +72,7 @@ def test_plain_pyyaml_would_have_been_wrong() -> None:
         ("name: a\ntrain: {num_workers: x}\n", "train.num_workers: should be an integer or a section of settings, not 'x'"),
         ("name: a\ntrain: {lr0: x}\n", "run.yaml:2: train.lr0: no such setting; did you mean 'train.yolo.lr0'?"),
         ("name: a\ntrain:\n  3: x\n", "run.yaml:3: train.3: Keys should be strings"),
-        ("name: a\ntrain: {yolo: {device: 0}}\n", "'device' is raypar's: write train.use_gpu"),
+        ("name: a\ntrain: {yolo: {device: 0}}\n", "run.yaml:2: train.yolo: 'device' is refused: Ray places the workers; write train.use_gpu instead"),
         ("name: a\ntrain:\n  yolo:\n    epoch: 3\n", "run.yaml:4: train.yolo.epoch: no such setting of Ultralytics; did you mean 'epochs'?"),
         ("name: a\nprepare: {format: voc}\n", "run.yaml:2: prepare: source is missing"),
         ("name: a\nprepare:\n", "run.yaml:2: prepare: source is missing"),
@@ -90,15 +91,15 @@ def test_one_clear_line(write, text: str, message: str) -> None:
 @pytest.mark.parametrize(
     ("override", "verb", "hint"),
     [
-        ("train.device=0", "train", "'device' is raypar's: write train.use_gpu"),
-        ("device=0", "train", "'device' is raypar's: write train.use_gpu"),
+        ("train.device=0", "train", "did you mean 'train.use_gpu'?"),
+        ("device=0", "train", "did you mean 'train.use_gpu'?"),
         ("device=0", "evaluate", "did you mean 'evaluate.use_gpu'?"),
         ("serve.device=0", "train", "did you mean 'serve.use_gpu'?"),
-        ("workers=4", "train", "'workers' is raypar's: write nothing: Ray Data decides"),
-        ("train.workers=4", "train", "'workers' is raypar's: write nothing: Ray Data decides"),
-        ("train.resume=true", "train", "'resume' is raypar's: write nothing: runs resume by themselves"),
-        ("data=x.yaml", "train", "'data' is raypar's: write prepare.source"),
-        ("train.data=x.yaml", "train", "'data' is raypar's: write prepare.source"),
+        ("workers=4", "train", "'workers' is refused: Ray Data reads ahead with the CPUs that are free; leave it out"),
+        ("train.workers=4", "train", "'workers' is refused: Ray Data reads ahead"),
+        ("train.resume=true", "train", "'resume' is refused: a run goes on from its newest checkpoint"),
+        ("data=x.yaml", "train", "'data' is refused: training reads the dataset that `raypar prepare` wrote; write prepare.source instead"),
+        ("train.data=x.yaml", "train", "'data' is refused: "),
         ("imgsz=640", "train", "did you mean 'train.yolo.imgsz'?"),
         ("imgsz=640", "predict", "did you mean 'predict.imgsz'?"),
         ("train.imgsz=640", "predict", "did you mean 'train.yolo.imgsz'?"),
@@ -109,7 +110,7 @@ def test_one_clear_line(write, text: str, message: str) -> None:
         ("train.epoch=10", "train", "did you mean 'train.yolo.epochs'?"),
         ("lr0=0.01", "train", "did you mean 'train.yolo.lr0'?"),
         ("batch=4", "evaluate", "did you mean 'evaluate.batch'?"),
-        ("batch=4", "serve", "did you mean 'train.batch'?"),
+        ("batch=4", "serve", "did you mean 'serve.max_batch_size'?"),
         ("train.weights=a.pt", "train", "did you mean 'train.model'?"),
         ("weights=a.pt", "train", "did you mean 'train.model'?"),
         ("model=a.pt", "predict", "did you mean 'predict.weights'?"),
@@ -118,7 +119,12 @@ def test_one_clear_line(write, text: str, message: str) -> None:
         ("train.seed=3", "train", "did you mean 'seed', at the top level?"),
         ("xyzzy=3", "train", "there are name, storage, "),
         ("train.yolo.num_workers=2", "train", "did you mean 'train.num_workers'?"),
-        ("train.yolo.devic=2", "train", "'device' is raypar's: write train.use_gpu"),
+        ("train.yolo.devic=2", "train", "'device' is refused: Ray places the workers; write train.use_gpu instead"),
+        ("train.save=true", "train", "'save' is refused: "),
+        ("train.conf=0.1", "train", "did you mean 'train.yolo.conf'?"),
+        ("train.augmentations=[]", "train", "did you mean 'train.albumentations'?"),
+        ("predict.half=true", "predict", "did you mean 'predict.precision'?"),
+        ("predict.lr0=1", "predict", "did you mean 'train.yolo.lr0'?"),
     ],
 )  # fmt: skip
 def test_words_of_ultralytics_lead_to_where_they_belong(write, override: str, verb: str, hint: str) -> None:
@@ -130,24 +136,47 @@ def test_words_of_ultralytics_lead_to_where_they_belong(write, override: str, ve
     assert "\n" not in said
 
 
-def test_no_suggestion_is_refused(write) -> None:
-    """What is said to be meant is there, and not itself an error that sends the reader on."""
-    fields = runfile.RunConfig.model_fields
-    for verb in ("train", "evaluate", "predict", "export", "serve", "tune", "prepare", "inspect"):
-        for word, hint in runfile._elsewhere(verb).items():
-            if "did you mean" not in hint:
-                assert word in runfile.OWNED_BY_RAYPAR
-                continue
-            key = tuple(hint.split("'")[1].split("."))
-            if key[:2] == ("train", "yolo") and len(key) == 3:
-                assert key[2] in runfile.yolo_settings()
-                assert key[2] not in runfile.OWNED_BY_RAYPAR
-            elif len(key) == 1:
-                assert key[0] in fields
-            else:
-                section = runfile._section_at(key[:-1])
-                assert section is not None
-                assert key[-1] in section.model_fields
+@pytest.mark.parametrize(
+    "override",
+    ["predict.save=true", "save=true", "predict.augment=true", "predict.classes=[0]", "evaluate.plots=true", "evaluate.cache=ram",
+     "predict.fraction=0.5", "predict.append=true", "export.batch=4", "export.iou=0.5", "predict.split=val", "predict.cache=true",
+     "evaluate.source=x", "serve.workers=2", "predict.verbose=true", "evaluate.save_json=true", "predict.max_failures=3"],
+)  # fmt: skip
+def test_a_word_that_another_section_uses_otherwise_is_not_suggested(write, override: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        load(write("name: a\n"), [override], "predict")
+    said = str(caught.value)
+    assert "; there are " in said
+    assert "did you mean" not in said
+    assert "refused" not in said, "the reason is one of training's"
+
+
+def words() -> set[str]:
+    """All that somebody may write, and somewhat misspelt too."""
+    known = {*KEYS, *runfile.ALSO_CALLED}
+    for section in (runfile.RunConfig, *runfile._sections().values()):
+        known |= set(section.model_fields)
+    return known | {word[:-1] for word in known if len(word) > 3}
+
+
+@pytest.mark.parametrize("verb", runfile._sections())
+def test_what_is_suggested_is_a_setting_of_that_section_or_of_training_alone(verb: str) -> None:
+    sections = runfile._sections()
+    for word in words() - set(sections[verb].model_fields):
+        hint = runfile._did_you_mean((verb, word), verb)
+        if not hint.startswith("; did you mean '"):
+            assert hint.startswith(("; there are ", "; '")), hint
+            continue
+        *above, name = hint.split("'")[1].split(".")
+        if above in (["train", "yolo"], ["train"]) and verb in ("train", "tune"):
+            assert name in (HONOURED if len(above) == 2 else sections["train"].model_fields), hint
+        elif above == ["train", "yolo"]:
+            assert HONOURED[name].is_of_training_alone, f"{verb}.{word}: {hint}"
+        elif hint.endswith("at the top level?"):
+            assert name in runfile.RunConfig.model_fields
+        else:
+            assert above in ([], [verb]), f"{verb}.{word}: {hint}"
+            assert name in sections[verb].model_fields
 
 
 def test_every_pattern_is_said_in_words() -> None:
@@ -264,7 +293,7 @@ def test_override_errors_name_the_override(write) -> None:
 @pytest.mark.parametrize(
     ("text", "overrides", "message"),
     [
-        ("{batch: 6}", ["train.yolo.device=0"], "train.yolo.device=0: train.yolo: 'device' is raypar's"),
+        ("{batch: 6}", ["train.yolo.device=0"], "train.yolo.device=0: train.yolo: 'device' is refused"),
         ("{batch: 8}", ["seed=2", "train.num_workers=3", "train.yolo.lr0=1"], "train.num_workers=3: train: batch 8 cannot be shared equally by 3"),
         ("{batch: 8}", ["train.num_workers=3", "train.batch=10"], "train.batch=10: train: batch 10 cannot be shared equally by 3"),
         ("{batch: 8}", ["prepare.format=voc", "seed=3"], "prepare.format=voc: prepare: source is missing"),
@@ -272,7 +301,7 @@ def test_override_errors_name_the_override(write) -> None:
         ("{batch: 8}", ["device.x=3"], "device.x=3: device: no such setting"),
         ("{batch: 8}", ["train.batch.x=3"], "train.batch.x=3: train.batch: should be an integer"),
         ("{batch: 8, num_workers: 3}", ["train.yolo.lr0=1", "seed=2"], "run.yaml:2: train: batch 8 cannot be shared equally by 3"),
-        ("{batch: 8, yolo: {device: 0}}", ["train.yolo.lr0=1"], "run.yaml:2: train.yolo: 'device' is raypar's"),
+        ("{batch: 8, yolo: {device: 0}}", ["train.yolo.lr0=1"], "run.yaml:2: train.yolo: 'device' is refused"),
         ("{batch: x}", ["train.yolo.lr0=1"], "run.yaml:2: train.batch: should be an integer, not 'x'"),
     ],
 )  # fmt: skip
@@ -314,9 +343,7 @@ SCALARS = (
     )
 )
 def test_dump_reads_back_to_the_same(extra: dict[str, object]) -> None:
-    from raypar.config import OWNED_BY_RAYPAR
-
-    yolo = {k: v for k, v in extra.items() if k not in OWNED_BY_RAYPAR}
+    yolo = {k: v for k, v in extra.items() if k not in REFUSED and k != "cfg"}
     config = runfile.RunConfig.model_validate(
         {"name": "x", "train": {"yolo": {**yolo, "text": "1e-3", "word": "off", "time": "1:30"}}}
     )

@@ -51,6 +51,7 @@ def make_config(storage: Path, **train: Any) -> RunConfig:
             "train.yolo.lr0, train.yolo.momentum without effect: optimizer=auto",
         ),
         ({"lr0": 0.01, "optimizer": "SGD"}, ""),
+        ({"epochs": 3, "time": 1.0}, "train.yolo.epochs without effect on the length"),
         ({"imgsz": 100}, "train.yolo.imgsz=100 becomes 128"),
         ({"imgsz": 96}, ""),
         ({}, ""),
@@ -134,14 +135,48 @@ def test_a_run_that_was_begun_otherwise_is_refused_before_ray_is_there(tmp_path:
         ("mine.pt", r"there is no file mine\.pt, and Ultralytics offers no weights of that name"),
         ("yolov8q.yaml", r"train\.model: yolov8q\.yaml cannot be read"),
         ("yolov8n-seg.yaml", "a model for 'segment', the dataset is for 'detect'"),
+        ("yolov8s-world.yaml", r"train\.model: yolov8s-world\.yaml is a model of the YOLO-World family, which raypar cannot train: write e\.g\. yolov8n\.yaml"),
+        ("yolov8s-worldv2.yaml", "of the YOLO-World family"),
+        ("yoloe-11s.yaml", "of the YOLOE family"),
+        ("yoloe-26n-seg.yaml", "of the YOLOE family"),
+        ("rtdetr-l.yaml", "of the RT-DETR family"),
     ],
-)
+)  # fmt: skip
 def test_a_model_that_is_none_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
         initial.find(name, "detect")
+
+
+@pytest.mark.parametrize(
+    ("train", "said"),
+    [
+        ({"yolo": {"classes": [0, 3]}}, r"train\.yolo\.classes: there is no class 3, the dataset has 0 to 1"),
+        ({"yolo": {"classes": 1}}, r"train\.yolo\.classes: no training image has a label of class 1 \(b\)"),
+        ({"yolo": {"nms": False}}, r"train\.yolo\.nms=False: yolov8n\.yaml has no NMS-free head"),
+        ({"yolo": {"mask_ratio": 2}}, r"train\.yolo\.mask_ratio=2 has no effect for task 'detect' \(it has for segment\)"),
+        ({"yolo": {"copy_paste": 0.5}}, "the dataset has boxes without polygons"),
+        ({"init_from": "yolov8n.yaml"}, r"train\.init_from: yolov8n\.yaml is a model's YAML, which holds no weights: write a \.pt"),
+    ],
+)  # fmt: skip
+def test_settings_without_effect_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: dict[str, Any], said: str
+) -> None:
+    split = MANIFEST.splits["train"].model_copy(update={"boxes_per_class": (7, 0)})
+    config = make_config(tmp_path, **train)
+    MANIFEST.model_copy(update={"class_names": ("a", "b"), "splits": {"train": split}}).save(
+        config.dataset_folder
+    )
+    with pytest.raises(ValueError, match=said) as caught:
+        raypar.train.check(config)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("model", ["yolo26n.yaml", "yolov10n.yaml"])
+def test_a_model_with_an_nms_free_head_may_be_validated_by_it(tmp_path: Path, model: str) -> None:
+    raypar.train.check(make_config(tmp_path, model=model, yolo={"nms": False, "optimizer": "SGD"}))
 
 
 @pytest.mark.parametrize("error", [ConnectionError("no route"), None])
