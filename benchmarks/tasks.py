@@ -2,7 +2,7 @@
 
     python benchmarks/tasks.py [--tasks segment pose] [--family yolov8n] [--epochs 12] [--imgsz 160] [--train 240] [--val 60] [--workers 1]
 
-For each task a row: the figures of training's own validation, of `raypar evaluate` and of `YOLO(best.pt).val(batch=1)` on the same images.
+For each task a row: the figures of training's own validation, of `raypar evaluate` and of `YOLO(best.pt).val()` on the same images.
 Each task must reach its goal, and none of evaluate's figures may differ from Ultralytics' by more than 0.003. Training's are of the weights in fp32, which best.pt rounds to fp16: that
 may move precision and recall, which are read at the confidence where F1 is largest, but the others not by more than 0.003.
 """
@@ -108,8 +108,8 @@ def measure(task: str, args: argparse.Namespace, folder: Path) -> dict[str, Any]
     ray.shutdown()  # type: ignore[no-untyped-call]
     run = Path(config.folder.uri)
     theirs = YOLO(run / "train/best.pt").val(
-        data=as_ultralytics(run / "dataset", manifest, folder / f"{task}-yolo"), imgsz=args.imgsz, batch=1, plots=False, verbose=False,
-        workers=0, device="cpu", project=str(folder), conf=0.01 if task == "obb" else 0.001).results_dict  # fmt: skip
+        data=as_ultralytics(run / "dataset", manifest, folder / f"{task}-yolo"), plots=False, verbose=False,
+        workers=0, device="cpu", project=str(folder)).results_dict  # fmt: skip
     names = [name for name, key in FIGURES.items() if key in theirs]
     figures = {
         name: (float(ours[name]), float(evaluated[name]), float(theirs[FIGURES[name]])) for name in names

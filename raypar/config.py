@@ -281,7 +281,10 @@ class EvaluateConfig(InferenceConfig):
 
     split: Literal["train", "val", "test"] = Field("val", description="which images")
     conf: float = Field(0.001, ge=0, le=1, description="boxes below this confidence are dropped")
-    batch: PositiveInt = Field(16, description="images a forward pass")
+    batch: PositiveInt = Field(
+        16,
+        description="images a forward pass; as in `yolo val` also those that share a rectangle, by aspect ratio, so other values give slightly other numbers",
+    )
     num_workers: PositiveInt = Field(1, description="detector processes")
     overwrite: bool = Field(False, description="evaluate again though the result is there")
 

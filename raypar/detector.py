@@ -1,14 +1,15 @@
 """Weights + images -> detections: the only way from the one to the other.
 
 Runs in: training workers (validation), Ray Data actors (evaluate, predict), Serve replicas. An image is letterboxed by its own
-shape alone, and images of equal shape share a forward pass: no answer depends on the other images of a batch.
+shape alone, or into the rectangle that the caller names for it, and images of equal letterboxes share a forward pass: no answer depends
+on the other images of a call.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,6 +67,30 @@ class Letterboxed:
     gains: list[NDArray[np.float32]]
     pads: list[NDArray[np.float32]]
     image_hws: list[tuple[int, int]]
+
+    def pieces(self, most: int) -> Iterator[Letterboxed]:
+        """The same images, at most so many at a time."""
+        for first in range(0, len(self.indices), most):
+            part = slice(first, first + most)
+            yield Letterboxed(
+                self.images[part],
+                self.indices[part],
+                self.gains[part],
+                self.pads[part],
+                self.image_hws[part],
+            )
+
+
+def joined(groups: Sequence[Letterboxed]) -> Letterboxed:
+    """Groups of equal shape as one; its indices count from 0."""
+    images = torch.cat([group.images for group in groups])
+    return Letterboxed(
+        images,
+        list(range(len(images))),
+        [gain for group in groups for gain in group.gains],
+        [pad for group in groups for pad in group.pads],
+        [hw for group in groups for hw in group.image_hws],
+    )
 
 
 class Detector:
@@ -170,21 +195,45 @@ class Detector:
                 found[i] = detections
         return [detections for detections in found if detections is not None]
 
-    def letterbox(self, images: Sequence[bytes | Image]) -> list[Letterboxed]:
-        """Scales and pads each image by its own shape, and puts those of equal shape together.
+    def letterbox(
+        self, images: Sequence[bytes | Image], shapes: Sequence[tuple[int, int]] | None = None
+    ) -> list[Letterboxed]:
+        """Scales and pads images, and puts those of equal shape together.
+
+        Args:
+            images: encoded bytes, or uint8 (H, W, 3) RGB.
+            shapes: height and width of each image's letterbox, of :meth:`rectangle`; unset: what its own shape asks for.
 
         Raises:
             ValueError: an image cannot be decoded.
         """
-        shapes: dict[tuple[int, int], list[int]] = {}
+        alike: dict[tuple[int, int], list[int]] = {}
         decoded = [image if isinstance(image, np.ndarray) else decode(image) for image in images]
         for i, image in enumerate(decoded):
             if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
                 raise ValueError(f"image {i} is {image.dtype} {image.shape}: it must be uint8 (H, W, 3) RGB")
-            shapes.setdefault(self._sizes(image.shape[0], image.shape[1])[1], []).append(i)
+            shape = self._sizes(image.shape[0], image.shape[1])[1] if shapes is None else shapes[i]
+            alike.setdefault(shape, []).append(i)
         return [
-            self._group([decoded[i] for i in indices], indices, shape) for shape, indices in shapes.items()
+            self._group([decoded[i] for i in indices], indices, shape) for shape, indices in alike.items()
         ]
+
+    def input_shapes(self, image_hws: Iterable[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Heights and widths of the letterboxes that images of these sizes get, px, each once and in order: nothing is decoded."""
+        return sorted({self._sizes(height, width)[1] for height, width in image_hws})
+
+    def rectangle(self, sides: tuple[float, float]) -> tuple[int, int]:
+        """Height and width in px of a batch's rectangle, as Ultralytics' ``set_rectangle`` rounds it.
+
+        Args:
+            sides: over ``imgsz``, of :class:`raypar.rectangles.Rectangles`.
+        """
+        if self.square:
+            return self.imgsz, self.imgsz
+        height, width = (
+            math.ceil(side * self.imgsz / self.stride + self.pad) * self.stride for side in sides
+        )
+        return height, width
 
     def _sizes(self, height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
         """Height and width of the scaled image, and of the letterbox around it.

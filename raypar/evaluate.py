@@ -6,8 +6,9 @@
         detections.png      labels beside detections; of other tasks val_batch0_labels.jpg and val_batch0_pred.jpg
         metrics.json        written last: where it is, the evaluation is complete
 
-Runs in: the driver. Ray Data deals row groups to a pool of actors, each with a detector; their scores are merged by image id, so the
-numbers do not depend on who saw which image.
+Runs in: the driver. It sorts the images by aspect ratio into batches, each with a rectangle of its own, as ``yolo val`` does. Ray Data
+deals row groups to a pool of actors, each with a detector, which letterbox an image into the rectangle of its batch whoever its neighbours
+are; their scores are merged by the order of the batches, so the numbers do not depend on who saw which image.
 """
 
 from __future__ import annotations
@@ -16,26 +17,32 @@ import hashlib
 import pickle
 import tempfile
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import pyarrow.parquet as pq
+import pyarrow as pa
 
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
-from raypar.dataset.rows import only_classes
+from raypar.dataset.rows import only_classes, read_sizes, row_group
 from raypar.differences import list_differences
 from raypar.pool import DetectorPool, read_facts
+from raypar.rectangles import SQUARE, raised_max_det, rectangles, squares
 from raypar.scores import scores_of
 from raypar.storage import Folder
 from raypar.weights import Weights, find
 from raypar.yolo_keys import chosen_classes
 
+if TYPE_CHECKING:
+    from raypar.detector import Detections, Detector, Letterboxed
+
 RESULT = "metrics.json"
 NUM_SAMPLES = 8  # images in detections.png
+SHEET_IMAGES = 16  # in the pictures of other tasks, as many as Ultralytics draws
 SAMPLE_CONF = 0.25
 
 
@@ -50,7 +57,7 @@ class Job:
     is_single_class: bool
     classes: tuple[int, ...] | None  # whose labels count; None: all
     batch: int
-    sampled_shard: str  # its first images are in detections.png
+    sampled_shard: str  # its first images are in the pictures
 
 
 def check(config: RunConfig) -> None:
@@ -82,7 +89,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     classes = chosen_classes(config.train.yolo.get("classes"))  # as training validates
     settings = {
         "weights_sha256": sha256, "split": section.split, "imgsz": imgsz, "conf": conf, "iou": section.iou,
-        "max_det": section.max_det, "forward_precision": section.precision,
+        "max_det": section.max_det, "batch": section.batch, "forward_precision": section.precision,
         "dataset_sha256": hashlib.sha256(dataset.read(MANIFEST)).hexdigest(),
         "classes": None if classes is None else list(classes),
     }  # fmt: skip
@@ -97,12 +104,15 @@ def run(config: RunConfig) -> dict[str, Any]:
     verify.check_sums(dataset, manifest, (section.split,))
     out.delete(RESULT)
     weights = weights.staged(out)
-    items = [
-        {"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))
-    ]
+    items, num_labels = _items(dataset, split, manifest.task, section.batch)
+    max_det = raised_max_det(section.max_det, num_labels)
+    if max_det > section.max_det:
+        print(
+            f"evaluate: images have up to {num_labels} labels: {max_det} boxes an image are kept", flush=True
+        )
     pool = DetectorPool(weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
-                        "max_det": section.max_det, "pad": 0.5, "task": manifest.task}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
-    args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": section.max_det, "single_cls": is_single_class, "classes": classes,
+                        "max_det": max_det, "pad": 0.5, "task": manifest.task}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
+    args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": max_det, "single_cls": is_single_class, "classes": classes,
             "mask_ratio": config.train.yolo.get("mask_ratio", 4), "task": manifest.task}  # fmt: skip
     job = Job(
         dataset, class_names, manifest, args, is_single_class, classes, section.batch, split.shards[0].path
@@ -110,6 +120,32 @@ def run(config: RunConfig) -> dict[str, Any]:
     print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
           f"{pool.num_actors} worker(s)", flush=True)  # fmt: skip
     return _evaluate(pool, job, items, split, settings, out)
+
+
+def _items(dataset: Folder, split: Split, task: str, batch: int) -> tuple[list[dict[str, Any]], int]:
+    """What the actors are dealt: for each row group where it is, and of its images their rectangles (``sides``, over imgsz) and positions in
+    the order of ``yolo val``. And the labels of the image that has most."""
+    sizes = read_sizes(dataset, split)
+    batches = (
+        squares(sizes.image_ids, batch)
+        if task == "classify"
+        else rectangles(sizes.image_ids, sizes.hws, batch)
+    )
+    sides = batches.sides[batches.batch_of]
+    items, first = [], 0
+    for shard in split.shards:
+        for group, num_rows in enumerate(shard.row_groups):
+            rows = slice(first, first + num_rows)
+            first += num_rows
+            items.append(
+                {
+                    "shard": shard.path,
+                    "group": group,
+                    "sides": sides[rows].tolist(),
+                    "positions": batches.position_of[rows].tolist(),
+                }
+            )
+    return items, sizes.num_labels
 
 
 def _known(
@@ -155,7 +191,7 @@ def _evaluate(pool: DetectorPool, job: Job, items: list[dict[str, Any]], split: 
                 (Path(folder) / name).write_bytes(data)
         for picture in sorted([*Path(folder).glob("*.png"), *Path(folder).glob("*.jpg")]):
             out.upload(picture, picture.name)
-    result = {**metrics, **settings, "task": job.manifest.task, "weights": pool.weights.uri, "num_workers": pool.num_actors,
+    result = {**metrics, **settings, "boxes_kept": job.args["max_det"], "task": job.manifest.task, "weights": pool.weights.uri, "num_workers": pool.num_actors,
               "images_per_s": split.num_images / seconds, "num_unreadable": len(unreadable), "unreadable": unreadable, "seconds": seconds,
               "model_ms_per_image": 1000 * sum(part["seconds"] for part in parts) / split.num_images}  # fmt: skip
     out.write_json(RESULT, result)
@@ -163,18 +199,46 @@ def _evaluate(pool: DetectorPool, job: Job, items: list[dict[str, Any]], split: 
     return result
 
 
-def _readable(rows: list[dict[str, Any]]) -> tuple[list[int], list[Any], list[dict[str, str]]]:
-    """Which rows' images can be decoded, those images, and what is wrong with the others."""
-    from raypar.images import decode
+@dataclass(frozen=True)
+class RowGroup:
+    """Readable images of a row group.
 
-    good, images, unreadable = [], [], []
-    for i, row in enumerate(rows):
-        try:
-            images.append(decode(row["image"]))
-            good.append(i)
-        except ValueError as error:
-            unreadable.append({"image_id": row["image_id"], "reason": str(error)})
-    return good, images, unreadable
+    Attributes:
+        rows: without their encoded images, with the column ``position``.
+        images: of each row, uint8 (H, W, 3) RGB.
+        sides: of each row's rectangle, over imgsz.
+        unreadable: image id and reason of the others.
+        is_sampled: whether its first images are in the pictures.
+    """
+
+    rows: pa.Table
+    images: list[Any]
+    sides: list[tuple[float, float]]
+    unreadable: list[dict[str, str]]
+    is_sampled: bool
+
+    @classmethod
+    def read(cls, job: Job, item: dict[str, Any]) -> RowGroup:
+        """What an item of :func:`_items` stands for."""
+        from raypar.images import decode
+
+        shard, group = str(item["shard"]), int(item["group"])
+        table = row_group(job.dataset, shard, group)
+        good, images, unreadable = [], [], []
+        for i, row in enumerate(table.select(["image_id", "image"]).to_pylist()):
+            try:
+                images.append(decode(row["image"]))
+                good.append(i)
+            except ValueError as error:
+                unreadable.append({"image_id": row["image_id"], "reason": str(error)})
+        rows = table.drop_columns("image").append_column("position", pa.array(item["positions"], pa.int64()))
+        sides = [(float(height), float(width)) for height, width in (item["sides"][i] for i in good)]
+        return cls(rows.take(good), images, sides, unreadable, shard == job.sampled_shard and group == 0)
+
+    def groups(self, detector: Detector, batch: int) -> Iterator[Letterboxed]:
+        """The images in their rectangles, at most ``batch`` at a time; ``indices`` count rows."""
+        for group in detector.letterbox(self.images, [detector.rectangle(sides) for sides in self.sides]):
+            yield from group.pieces(batch)
 
 
 class Worker:
@@ -184,34 +248,40 @@ class Worker:
         self.job, self.detector = job, pool.load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
-        shard, group = str(batch["shard"][0]), int(batch["group"][0])
-        return {"part": np.array([pickle.dumps(self._score(shard, group))], dtype=object)}
+        item = {name: values[0] for name, values in batch.items()}
+        return {"part": np.array([pickle.dumps(self._score(RowGroup.read(self.job, item)))], dtype=object)}
 
-    def _score(self, shard: str, group: int) -> dict[str, Any]:
+    def _score(self, found: RowGroup) -> dict[str, Any]:
         from raypar.metrics import Scorer
 
         scorer, seconds = Scorer(self.job.class_names), 0.0
-        tiles: list[tuple[str, bytes]] = []
-        unreadable: list[dict[str, str]] = []
-        wants_tiles = shard == self.job.sampled_shard and group == 0
-        with self.job.dataset.open(shard) as file:
-            rows = pq.ParquetFile(file).read_row_group(group).to_pylist()
-        for first in range(0, len(rows), self.job.batch):
+        rows = found.rows.to_pylist()
+        labels = [_labels(row, self.job.is_single_class, self.job.classes) for row in rows]
+        detections: dict[int, Detections] = {}
+        for group in found.groups(self.detector, self.job.batch):
             began = time.monotonic()
-            good, images, bad = _readable(rows[first : first + self.job.batch])
-            unreadable += bad
-            if not good:
-                continue
-            some, found = [rows[first + i] for i in good], self.detector(images)
+            detected = self.detector.postprocess(self.detector.forward(group.images), group)
             seconds += time.monotonic() - began
-            labels = [_labels(row, self.job.is_single_class, self.job.classes) for row in some]
-            scorer.update(found, [row["image_id"] for row in some], *map(list, zip(*labels, strict=True)))
-            if wants_tiles:
-                tiles += [
-                    self._tile(*x) for x in zip(some[: NUM_SAMPLES - len(tiles)], found, labels, strict=False)
-                ]
-        return {"scores": scorer.state(), "num_images": len(rows) - len(unreadable), "pictures": _samples(tiles), "unreadable": unreadable,
-                "seconds": seconds}  # fmt: skip
+            detections |= dict(zip(group.indices, detected, strict=True))
+        ordered = [detections[i] for i in range(len(rows))]
+        scorer.update(
+            ordered,
+            [row["image_id"] for row in rows],
+            [class_ids for class_ids, _ in labels],
+            [boxes for _, boxes in labels],
+            [row["position"] for row in rows],
+        )
+        tiles = [
+            self._tile(rows[i]["image_id"], found.images[i], ordered[i], labels[i])
+            for i in range(min(NUM_SAMPLES, len(rows)) if found.is_sampled else 0)
+        ]
+        return {
+            "scores": scorer.state(),
+            "num_images": len(rows),
+            "pictures": _samples(tiles),
+            "unreadable": found.unreadable,
+            "seconds": seconds,
+        }
 
     @staticmethod
     def joined(job: Job, states: list[dict[str, Any]], folder: Path) -> dict[str, Any]:
@@ -223,12 +293,13 @@ class Worker:
             scorer.merge(state)
         return scorer.compute(plots_folder=folder)
 
-    def _tile(self, row: dict[str, Any], found: Any, labels: tuple[Any, Any]) -> tuple[str, bytes]:
+    def _tile(
+        self, image_id: str, image: Any, found: Detections, labels: tuple[Any, Any]
+    ) -> tuple[str, bytes]:
         """Image id and a PNG: the image with its labels, and beside it with what was found."""
         from raypar.draw import boxes_on
-        from raypar.images import decode, encode_png
+        from raypar.images import encode_png
 
-        image = decode(row["image"])
         sure = found.confidences > SAMPLE_CONF
         truth = boxes_on(image, labels[1], labels[0], self.job.class_names)
         drawn = boxes_on(
@@ -238,7 +309,7 @@ class Worker:
             self.job.class_names,
             found.confidences[sure],
         )
-        return row["image_id"], encode_png(
+        return image_id, encode_png(
             np.concatenate([truth, np.full((image.shape[0], 4, 3), 255, np.uint8), drawn], 1)
         )
 
@@ -250,36 +321,56 @@ class JudgedWorker:
         self.job, self.detector = job, pool.load()
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
+        item = {name: values[0] for name, values in batch.items()}
         with tempfile.TemporaryDirectory(prefix="raypar-evaluate-") as folder:
-            part = self._score(str(batch["shard"][0]), int(batch["group"][0]), Path(folder))
+            part = self._score(RowGroup.read(self.job, item), Path(folder))
         return {"part": np.array([pickle.dumps(part)], dtype=object)}
 
-    def _score(self, shard: str, group: int, folder: Path) -> dict[str, Any]:
-        import torch
-
+    def _score(self, found: RowGroup, folder: Path) -> dict[str, Any]:
         judge, seconds = self._judge(self.job, folder), 0.0
         judge.clear(self.detector.model)
-        with self.job.dataset.open(shard) as file:
-            table = pq.ParquetFile(file).read_row_group(group)
-        good, images, unreadable = _readable(table.select(["image_id", "image"]).to_pylist())
-        table, wants_sample = table.take(good), shard == self.job.sampled_shard and group == 0
-        for first in range(0, len(good), self.job.batch):
-            some = images[first : first + self.job.batch]
-            for batch in judge.batches(table.slice(first, len(some)), some, self.detector):
-                began = time.monotonic()
-                with torch.no_grad():
-                    raw = self.detector.model(batch["img"])
-                seconds += time.monotonic() - began
-                judge.update(raw, batch, sample=wants_sample)
-                wants_sample = False
-        pictures = {path.name: path.read_bytes() for path in folder.glob("*.jpg")}
+        for group in self._groups(found):
+            batch = judge.batch(found.rows, group, self.detector.device)
+            began = time.monotonic()
+            raw = self._forward(batch)
+            seconds += time.monotonic() - began
+            judge.update(raw, batch)
+        if found.is_sampled and found.images:
+            batch = judge.batch(found.rows, self._sample(found), self.detector.device)
+            judge.draw(self._forward(batch), batch)
         return {
             "scores": judge.state(),
             "num_images": judge.num_images,
-            "pictures": pictures,
-            "unreadable": unreadable,
+            "pictures": {path.name: path.read_bytes() for path in folder.glob("*.jpg")},
+            "unreadable": found.unreadable,
             "seconds": seconds,
         }
+
+    def _forward(self, batch: dict[str, Any]) -> Any:
+        import torch
+
+        with torch.no_grad():
+            return self.detector.model(batch["img"])
+
+    def _groups(self, found: RowGroup) -> Iterator[Letterboxed]:
+        if self.job.manifest.task != "classify":
+            yield from found.groups(self.detector, self.job.batch)
+        elif found.images:
+            yield from self._classified(found.images).pieces(self.job.batch)
+
+    def _sample(self, found: RowGroup) -> Letterboxed:
+        """The first images in one letterbox that fits them all: a sheet of pictures has tiles of one size."""
+        images = found.images[:SHEET_IMAGES]
+        if self.job.manifest.task == "classify":
+            return self._classified(images)
+        (group,) = self.detector.letterbox(images, [self.detector.rectangle(SQUARE)] * len(images))
+        return group
+
+    def _classified(self, images: list[Any]) -> Letterboxed:
+        from raypar.detector import joined
+        from raypar.judge import classified
+
+        return joined([classified(image, self.detector.imgsz) for image in images])
 
     @staticmethod
     def _judge(job: Job, folder: Path) -> Any:

@@ -2,13 +2,14 @@
 
 Runs in: training workers (validation), Ray Data actors (evaluate), and the driver, which joins their states. The validators' loops and
 loaders are not used, only what they do with a batch; so the figures are theirs. Images are letterboxed by
-:class:`raypar.detector.Detector`, one by one, as ``YOLO.val`` does with ``batch=1``.
+:class:`raypar.detector.Detector`, in the rectangles that the caller names.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from copy import copy
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,7 +30,7 @@ from ultralytics.models.yolo.segment import SegmentationValidator
 from raypar.augment.outlines import boxes_xywhr
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.rows import only_classes, row_labels
-from raypar.detector import Detector, Letterboxed
+from raypar.detector import Letterboxed
 from raypar.images import Image
 
 VALIDATORS: dict[str, Any] = {
@@ -76,40 +77,56 @@ class Judge:
 
     def clear(self, model: Any) -> None:
         """Forgets all images; ``model`` is judged next."""
-        self.num_images = 0
+        self.positions: list[int] = []
         self.validator.init_metrics(model)
 
-    def batches(
-        self, table: pa.Table, images: Sequence[Image], detector: Detector
-    ) -> Iterator[dict[str, Any]]:
-        """Rows of shards with their decoded images as batches for the model, the loss and :meth:`update`, on the detector's device."""
-        made = [self._classified(table, images)] if self.task == "classify" else (
-            self._boxed(table, group) for group in detector.letterbox(images))  # fmt: skip
-        for batch in made:
-            yield {
-                name: value.to(detector.device) if isinstance(value, Tensor) else value
-                for name, value in batch.items()
-            }
+    @property
+    def num_images(self) -> int:
+        """Images so far."""
+        return len(self.positions)
 
-    def update(self, raw: Any, batch: dict[str, Any], *, sample: bool = False) -> None:
+    def keep(self, max_det: int) -> None:
+        """Sets how many boxes an image may have."""
+        self.validator.args.max_det = max_det
+
+    def batch(self, table: pa.Table, group: Letterboxed, device: torch.device) -> dict[str, Any]:
+        """A batch for the model, the loss and :meth:`update`, on a device.
+
+        Args:
+            table: rows of shards, which the group's ``indices`` count; ``position``: of each in the order of all images.
+            group: of a detector's ``letterbox``, for classify of :func:`classified`.
+            device: of the model.
+        """
+        rows = table.take(group.indices)
+        made = self._classified(rows, group) if self.task == "classify" else self._boxed(rows, group)
+        made |= {"im_file": rows["image_id"].to_pylist(), "positions": rows["position"].to_pylist()}
+        return {
+            name: value.to(device) if isinstance(value, Tensor) else value for name, value in made.items()
+        }
+
+    def update(self, raw: Any, batch: dict[str, Any]) -> None:
         """Adds what the model, in evaluation mode, made of a batch's ``img``.
 
         Args:
             raw: the model's own output.
-            batch: of :meth:`batches`.
-            sample: whether labels and predictions of the batch are drawn.
+            batch: of :meth:`batch`.
         """
-        validator = self.validator
-        validator.device = batch["img"].device
+        self.validator.device = batch["img"].device
+        self.validator.update_metrics(self._found(raw, len(batch["img"])), batch)
+        self.positions += batch["positions"]
+
+    def draw(self, raw: Any, batch: dict[str, Any]) -> None:
+        """Draws labels and predictions of a batch's first 16 images: ``val_batch0_labels.jpg`` and ``val_batch0_pred.jpg``.
+
+        Arguments as of :meth:`update`; counts for no metric.
+        """
+        self.validator.device = batch["img"].device
         predictions = self._found(raw, len(batch["img"]))
-        self.num_images += len(batch["img"])
-        validator.update_metrics(predictions, batch)
-        if sample and self.plots:
-            before = set(threading.enumerate())
-            validator.plot_val_samples(batch, 0)
-            validator.plot_predictions(batch, predictions, 0)
-            for thread in set(threading.enumerate()) - before:  # Ultralytics draws in threads of its own
-                thread.join()
+        # Ultralytics draws in threads and scales the pixels in place: one at a time, each with pixels of its own
+        with _threads_joined():
+            self.validator.plot_val_samples(_copied(batch), 0)
+        with _threads_joined():
+            self.validator.plot_predictions(_copied(batch), predictions, 0)
 
     def _found(self, raw: Any, count: int) -> Any:
         """What the validator reads from the model's output. One image at a time: NMS gives a batch some seconds, after which the rest of
@@ -123,24 +140,39 @@ class Judge:
 
     def state(self) -> dict[str, Any]:
         """Everything, as values that can be pickled."""
-        validator = self.validator
-        stats = (
-            {"pred": validator.pred, "targets": validator.targets}
-            if self.task == "classify"
-            else validator.metrics.stats
-        )
-        return {"stats": stats, "confusion": validator.confusion_matrix.matrix, "num_images": self.num_images}
+        return {
+            "stats": self._stats(),
+            "confusion": self.validator.confusion_matrix.matrix,
+            "positions": self.positions,
+        }
+
+    def _stats(self) -> dict[str, list[Any]]:
+        """Lists of one entry an image."""
+        if self.task != "classify":
+            found: dict[str, list[Any]] = self.validator.metrics.stats
+            return found
+        validator = self.validator  # it keeps a tensor for each batch
+        return {
+            name: [row.clone() for rows in getattr(validator, name) for row in rows.split(1)]
+            for name in ("pred", "targets")
+        }
 
     def join(self, states: Sequence[dict[str, Any]]) -> None:
-        """Takes other judges' states, in order, instead of its own."""
+        """Takes other judges' states instead of its own, and orders their images by position: then equal confidences do not depend on
+        who judged what."""
         validator = self.validator
-        stats = {name: [x for state in states for x in state["stats"][name]] for name in states[0]["stats"]}
+        positions = [position for state in states for position in state["positions"]]
+        order = sorted(range(len(positions)), key=positions.__getitem__)
+        stats = {}
+        for name in states[0]["stats"]:
+            values = [value for state in states for value in state["stats"][name]]
+            stats[name] = [values[i] for i in order]
         if self.task == "classify":
             validator.pred, validator.targets = stats["pred"], stats["targets"]
         else:
             validator.metrics.stats = stats
         validator.confusion_matrix.matrix = sum(state["confusion"] for state in states)
-        self.num_images = sum(state["num_images"] for state in states)
+        self.positions = sorted(positions)
 
     def compute(self) -> dict[str, Any]:
         """Metrics of all images, by the names of ``metrics.jsonl``; ``per_class`` of classes that have labels. Draws, if it is to."""
@@ -158,26 +190,17 @@ class Judge:
                  **{name: float(value) for name, value in zip(names, metrics.class_result(i), strict=True)}}
                 for i, c in enumerate(metrics.ap_class_index)]  # fmt: skip
 
-    def _classified(self, table: pa.Table, images: Sequence[Image]) -> dict[str, Any]:
-        import PIL.Image
+    def _classified(self, rows: pa.Table, group: Letterboxed) -> dict[str, Any]:
+        class_ids = rows["class_id"].to_numpy().astype(np.int64) * (0 if self.args.single_cls else 1)
+        return {"img": group.images, "cls": torch.from_numpy(class_ids)}
 
-        transform = classify_transforms(size=self.args.imgsz)
-        shown = torch.stack([transform(PIL.Image.fromarray(image)) for image in images])
-        names = table["image_id"].to_pylist()
-        class_ids = table["class_id"].to_numpy().astype(np.int64) * (0 if self.args.single_cls else 1)
-        return {
-            "img": shown,
-            "cls": torch.from_numpy(class_ids),
-            "im_file": names,
-        }
-
-    def _boxed(self, table: pa.Table, group: Letterboxed) -> dict[str, Any]:
+    def _boxed(self, rows: pa.Table, group: Letterboxed) -> dict[str, Any]:
         """Images of one shape, with their labels in their letterboxes' own coordinates."""
         height, width = group.images.shape[2:]
         side = np.array([width, height], np.float32)
         found: dict[str, list[NDArray[Any]]] = {"cls": [], "bboxes": [], "batch_idx": []}
-        for place, i in enumerate(group.indices):
-            labels = row_labels(table, i, self.task, self.num_keypoints)
+        for place in range(rows.num_rows):
+            labels = row_labels(rows, place, self.task, self.num_keypoints)
             class_ids, boxes, polygons, keypoints = only_classes(labels, self.args.classes)
             # px of the scaled image
             scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)
@@ -206,13 +229,11 @@ class Judge:
             tensors["sem_masks"] = class_of_pixels(
                 tensors["masks"].int(), tensors["cls"][:, 0], tensors["batch_idx"]
             )
-        names = table["image_id"].to_pylist()
         pads = [
             ((float(g[0]), float(g[1])), (float(p[0]), float(p[1])))
             for g, p in zip(group.gains, group.pads, strict=True)
         ]
-        return {"img": group.images.float() / 255, **tensors, "ori_shape": group.image_hws, "ratio_pad": pads,
-                "im_file": [names[i] for i in group.indices]}  # fmt: skip
+        return {"img": group.images.float() / 255, **tensors, "ori_shape": group.image_hws, "ratio_pad": pads}
 
     def _mask(self, polygons: NDArray[np.float32], hw: tuple[int, int]) -> tuple[NDArray[Any], NDArray[Any]]:
         ratio = self.args.mask_ratio
@@ -220,6 +241,14 @@ class Judge:
             return np.zeros((hw[0] // ratio, hw[1] // ratio), np.uint8), np.zeros(0, np.intp)
         mask, order = polygons2masks_overlap(hw, list(polygons), downsample_ratio=ratio)
         return mask, order
+
+
+def classified(image: Image, imgsz: int) -> Letterboxed:
+    """An image as a classifier is validated with it: float32 (1, 3, imgsz, imgsz) RGB in [0, 1], cut square."""
+    import PIL.Image
+
+    pixels: Tensor = classify_transforms(size=imgsz)(PIL.Image.fromarray(image))
+    return Letterboxed(pixels[None], [0], [], [], [(image.shape[0], image.shape[1])])
 
 
 def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Tensor:
@@ -236,6 +265,19 @@ def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Te
         if len(mine):
             found[image] = mine[masks[image].long() - 1].float()
     return found
+
+
+@contextmanager
+def _threads_joined() -> Iterator[None]:
+    """Waits for the threads that are started within."""
+    before = set(threading.enumerate())
+    yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join()
+
+
+def _copied(batch: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.clone() if isinstance(value, Tensor) else value for name, value in batch.items()}
 
 
 def _one(output: Any, i: int) -> Any:

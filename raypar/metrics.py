@@ -30,6 +30,7 @@ class _Image(NamedTuple):
     confidences: NDArray[np.float32]  # (N,)
     class_ids: NDArray[np.int32]  # (N,) of the detections
     label_class_ids: NDArray[np.int32]  # (M,)
+    position: int  # of the image among all
 
 
 class Scorer:
@@ -46,7 +47,7 @@ class Scorer:
         self._confusion = ConfusionMatrix(names=self._names)
 
     def update(self, detections: Sequence[Detections], image_ids: Sequence[str], class_ids: Sequence[NDArray[Any]],
-               boxes_xyxy: Sequence[NDArray[Any]]) -> None:  # fmt: skip
+               boxes_xyxy: Sequence[NDArray[Any]], positions: Sequence[int] | None = None) -> None:  # fmt: skip
         """Adds images.
 
         Args:
@@ -54,18 +55,24 @@ class Scorer:
             image_ids: unique over all updates and merges.
             class_ids: labels: (M,) an image.
             boxes_xyxy: labels: (M, 4) px of the original image.
+            positions: of each in the order of all images, which decides between equal confidences; unset: the order of the image ids.
 
         Raises:
             ValueError: an image was there before.
         """
-        for found, image_id, ids, boxes in zip(detections, image_ids, class_ids, boxes_xyxy, strict=True):
-            self._add(
-                image_id,
-                self._score(found, np.asarray(ids, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4)),
-            )
+        places = [0] * len(image_ids) if positions is None else positions
+        for found, image_id, ids, boxes, position in zip(
+            detections, image_ids, class_ids, boxes_xyxy, places, strict=True
+        ):
+            labels = np.asarray(ids, np.int32), np.asarray(boxes, np.float32).reshape(-1, 4)
+            self._add(image_id, self._score(found, *labels, position))
 
     def _score(
-        self, found: Detections, class_ids: NDArray[np.int32], boxes_xyxy: NDArray[np.float32]
+        self,
+        found: Detections,
+        class_ids: NDArray[np.int32],
+        boxes_xyxy: NDArray[np.float32],
+        position: int,
     ) -> _Image:
         predicted = {"bboxes": torch.from_numpy(found.boxes_xyxy), "conf": torch.from_numpy(found.confidences),
                      "cls": torch.from_numpy(found.class_ids).float()}  # fmt: skip
@@ -77,7 +84,7 @@ class Scorer:
                 _MATCHER, predicted["cls"], labels["cls"], overlap
             ).numpy()
         self._confusion.process_batch(predicted, labels, conf=CONFUSION_CONF)
-        return _Image(is_right, found.confidences, found.class_ids, class_ids)
+        return _Image(is_right, found.confidences, found.class_ids, class_ids, position)
 
     def _add(self, image_id: str, image: _Image) -> None:
         if image_id in self._images:
@@ -108,7 +115,9 @@ class Scorer:
             plots_folder: local folder for the precision, recall, F1 and precision-recall curves and the confusion matrices.
         """
         metrics = DetMetrics(self._names)
-        for image_id in sorted(self._images):
+        for image_id in sorted(
+            self._images, key=lambda image_id: (self._images[image_id].position, image_id)
+        ):
             image = self._images[image_id]
             metrics.update_stats({
                 "tp": image.is_right, "conf": image.confidences, "pred_cls": image.class_ids.astype(np.float32),

@@ -8,6 +8,11 @@ SCORES = {
     "map50": "mAP50", "map50_95": "mAP50-95", "mask_map50": "mask mAP50", "mask_map50_95": "mask mAP50-95",
     "pose_map50": "pose mAP50", "pose_map50_95": "pose mAP50-95", "top1": "top-1", "top5": "top-5",
 }  # fmt: skip
+KINDS = {
+    "": "",
+    "mask_": "mask ",
+    "pose_": "pose ",
+}  # of boxes, masks and keypoints: how the names of their scores begin
 # Columns of results.csv as Ultralytics names them, so that its plots and its users' scripts read ours.
 ULTRALYTICS_NAMES = {
     **{f"{prefix}{ours}": f"metrics/{theirs}({of})" for prefix, of in (("", "B"), ("mask_", "M"), ("pose_", "P"))

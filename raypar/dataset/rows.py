@@ -1,10 +1,11 @@
-"""Rows of shards, and their columns -> what the renderer wants. Runs in: Ray Data tasks, and training workers."""
+"""Rows of shards, and their columns -> what the renderer wants. Runs in: Ray Data tasks, training workers, and the driver (evaluate)."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -13,12 +14,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment.outlines import densify
+from raypar.dataset.manifest import Split
 from raypar.dataset.schema import row_schema
 from raypar.storage import Folder
 
 Floats = NDArray[np.float32]
 RowLabels = tuple[NDArray[np.int32], Floats, Floats | None, Floats | None]
 WHOLE = np.array([[0.5, 0.5, 1, 1]], np.float32)  # the box of an image's class
+READERS = 16  # shards whose narrow columns are read at a time
 
 
 def row_group(dataset: Folder, path: str, number: int, columns: list[str] | None = None) -> pa.Table:
@@ -31,6 +34,52 @@ def row_group(dataset: Folder, path: str, number: int, columns: list[str] | None
         field = row_schema("detect").field("segments_xyn")
         table = table.append_column(field, pa.array([[]] * table.num_rows, field.type))
     return table
+
+
+class Sizes(NamedTuple):
+    """What is known of a split's images without their pixels, in the order of its rows.
+
+    Attributes:
+        image_ids: of each image.
+        hws: int32 (images, 2) height and width, px.
+        num_labels: of the image that has most.
+    """
+
+    image_ids: list[str]
+    hws: NDArray[np.int32]
+    num_labels: int
+
+
+def read_sizes(dataset: Folder, split: Split) -> Sizes:
+    """Reads the narrow columns of a split's shards."""
+    table = _columns(dataset, split, ["image_id", "height", "width"])
+    hws = np.stack([table[name].to_numpy() for name in ("height", "width")], 1)
+    return Sizes(table["image_id"].to_pylist(), hws, pc.max(table["num_labels"]).as_py())
+
+
+def most_labels(dataset: Folder, split: Split) -> int:
+    """Labels of the image of a split that has most."""
+    return int(pc.max(_columns(dataset, split, ["height"])["num_labels"]).as_py())
+
+
+def _columns(dataset: Folder, split: Split, names: list[str]) -> pa.Table:
+    """Some columns of all shards, and ``num_labels`` int32: of each image."""
+
+    def read(path: str) -> pa.Table:
+        return dataset.reading(
+            path, lambda file: _with_num_labels(pq.ParquetFile(file, pre_buffer=True), names)
+        )
+
+    with ThreadPoolExecutor(READERS) as threads:
+        return pa.concat_tables(threads.map(read, [shard.path for shard in split.shards]))
+
+
+def _with_num_labels(shard: pq.ParquetFile, names: list[str]) -> pa.Table:
+    has_boxes = "class_ids" in shard.schema_arrow.names  # without: classify
+    table = shard.read(columns=[*names, "class_ids" if has_boxes else "class_id"])
+    labels = table.column(len(names))
+    num_labels = pc.list_value_length(labels) if has_boxes else pa.array(np.ones(len(labels), np.int32))
+    return table.select(names).append_column("num_labels", num_labels)
 
 
 def cells(column: pa.ChunkedArray) -> list[pa.Buffer]:

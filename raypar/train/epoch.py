@@ -32,7 +32,8 @@ class Epoch:
         self.wait_s = self.step_s = 0.0
         self.num_steps = self.num_replaced = 0
         self.losses: dict[str, Tensor] = {}  # on the device, so that no step waits for one
-        self.times_seen: NDArray[np.uint8] = np.zeros(num_images, np.uint8)
+        # a small split may be shown more than 255 times in a step of a large batch
+        self.times_seen: NDArray[np.int32] = np.zeros(num_images, np.int32)
         self.kept = kept or {}
 
     @property
@@ -62,7 +63,7 @@ class Epoch:
         """The whole epoch so far, over all ranks, whatever their number was. Waits for them.
 
         Returns:
-            ``losses`` (sums over steps of means over ranks), ``num_steps``, ``num_replaced``, ``times_seen`` uint8 (images,),
+            ``losses`` (sums over steps of means over ranks), ``num_steps``, ``num_replaced``, ``times_seen`` int32 (images,),
             ``wait_s``, ``step_s`` and ``seconds`` of this rank.
         """
         names = sorted({*self.losses, *self.kept.get("losses", {})})

@@ -12,6 +12,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from raypar.scores import KINDS
 from raypar.storage import Folder
 from raypar.train import charts
 
@@ -77,7 +78,7 @@ def page(name: str, state: str, history: Sequence[Mapping[str, Any]], *, setting
         settings: what the run was begun with, nested.
         environment: values by name.
         events: ``time`` (s since 1970), ``what`` and more.
-        per_class: ``class_name, num_boxes, precision, recall, map50, map50_95``, of the best epoch.
+        per_class: ``class_name, num_boxes, precision, recall, map50, map50_95``, of masks and keypoints too, of the best epoch.
         pictures: PNG files by name.
     """
     best = max(history, key=lambda line: line.get("fitness", -1.0)) if history else {}
@@ -111,21 +112,34 @@ def _tiles(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str
     seconds = sum(float(line.get(key, 0.0)) for line in history for key in STAGES)
     rates = sorted(float(line["images_per_s"]) for line in history)
     shown = {
-        "mAP 50-95, best": _score(best.get("map50_95")), "mAP 50, then": _score(best.get("map50")), "best epoch": str(best["epoch"]),
-        "epochs": str(len(history)), "images/s, median": charts.number(round(rates[len(rates) // 2], 1)), "in training": _short(seconds),
+        **_best_scores(best), "best epoch": str(best["epoch"]), "epochs": str(len(history)),
+        "images/s, median": charts.number(round(rates[len(rates) // 2], 1)), "in training": _short(seconds),
         "workers": str(last["world_size"]), "images seen": f"{last['images_seen']:,}",
     }  # fmt: skip
-    if "map50_95" not in best and "top1" in best:
-        shown = {
-            "top-1, best": _score(best["top1"]),
-            "top-5, then": _score(best.get("top5")),
-            **dict(list(shown.items())[2:]),
-        }
     return (
         '<div class="tiles">'
         + "".join(f'<div class="card"><b>{v}</b><span>{k}</span></div>' for k, v in shown.items())
         + "</div>"
     )
+
+
+def _best_scores(best: Mapping[str, Any]) -> dict[str, str]:
+    """Scores of the best epoch, as its tiles name them."""
+    if "map50_95" not in best and "top1" in best:
+        return {"top-1, best": _score(best["top1"]), "top-5, then": _score(best.get("top5"))}
+    found = {"mAP 50-95, best": _score(best.get("map50_95")), "mAP 50, then": _score(best.get("map50"))}
+    for prefix, kind in KINDS.items():
+        if prefix and f"{prefix}map50_95" in best:
+            found[f"{kind}mAP 50-95, then"] = _score(best[f"{prefix}map50_95"])
+            found[f"{kind}mAP 50, then"] = _score(best.get(f"{prefix}map50"))
+    return found
+
+
+def _named(keys: Mapping[str, str]) -> dict[str, str]:
+    """Keys of scores by what they are called, those of boxes, of masks and of keypoints."""
+    return {
+        f"{kind}{label}": f"{prefix}{key}" for prefix, kind in KINDS.items() for label, key in keys.items()
+    }
 
 
 def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> str:
@@ -138,9 +152,9 @@ def _curves(history: Sequence[Mapping[str, Any]], best: Mapping[str, Any]) -> st
         return {label: [line.get(key) for line in history] for label, key in named.items() if key in names}
 
     plots: list[tuple[str, dict[str, list[float | None]], bool]] = [
-        ("mAP", of(**{"mAP 50-95": "map50_95", "mAP 50": "map50"}), True),
+        ("mAP", of(**_named({"mAP 50-95": "map50_95", "mAP 50": "map50"})), True),
         ("Accuracy", of(**{"top-1": "top1", "top-5": "top5"}), True),
-        ("Precision and recall", of(precision="precision", recall="recall"), True),
+        ("Precision and recall", of(**_named({"precision": "precision", "recall": "recall"})), True),
     ]
     losses = [name.removeprefix("train/") for name in names if name.startswith("train/")]
     plots += [
@@ -187,7 +201,9 @@ def _times(history: Sequence[Mapping[str, Any]]) -> str:
 def _classes(per_class: Sequence[Mapping[str, Any]]) -> str:
     if not per_class:
         return ""
-    columns = {"map50_95": "mAP 50-95", "map50": "mAP 50", "precision": "precision", "recall": "recall"}
+    labels = {"mAP 50-95": "map50_95", "mAP 50": "map50", "precision": "precision", "recall": "recall"}
+    # masks and keypoints have theirs too
+    columns = {key: label for label, key in _named(labels).items() if any(key in row for row in per_class)}
     head = '<th>class</th><th class="n">boxes</th>' + "".join(
         f'<th class="n">{label}</th>' for label in columns.values()
     )

@@ -1,5 +1,8 @@
 """Validation in the middle of a training: every worker takes its share of the images, and the metrics are those of the whole.
 
+Images are letterboxed in the rectangles that Ultralytics' trainer gives them: batches by aspect ratio, each twice the training batch (for
+obb: the training batch), however many workers there are.
+
 Runs in: every training worker, which reads its rows straight from the shards: a Ray Data execution at each epoch would cost
 seconds (see ``docs/decisions/0003-validation.md``). Images pass through the one :class:`raypar.detector.Detector`.
 """
@@ -19,15 +22,18 @@ from numpy.typing import NDArray
 from raypar.boxes import xywhn_to_xyxy
 from raypar.dataset.manifest import Split
 from raypar.dataset.plan import contiguous_share
-from raypar.dataset.rows import cells, only_classes, row_group
-from raypar.detector import Detector, Letterboxed
-from raypar.images import decode
-from raypar.judge import Judge
+from raypar.dataset.rows import cells, most_labels, only_classes, read_sizes, row_group
+from raypar.detector import Detector, Letterboxed, joined
+from raypar.images import Image, decode
+from raypar.judge import Judge, classified
 from raypar.metrics import Scorer
+from raypar.rectangles import BatchQueue, Rectangles, raised_max_det, rectangles, squares
 from raypar.storage import Folder
 from raypar.train.recipe import Lender
 
-CACHE_BYTES = 512 << 20  # letterboxed images a rank keeps between epochs
+CACHE_BYTES = (
+    512 << 20
+)  # letterboxed images that a rank holds: those that wait for their batch, and those it keeps between epochs
 
 
 class Labels(NamedTuple):
@@ -36,6 +42,98 @@ class Labels(NamedTuple):
     image_id: str
     class_ids: NDArray[np.int32]
     boxes_xyxy: NDArray[np.float32]
+    position: int
+
+
+class Group(NamedTuple):
+    """Images of one letterbox, their rows without the encoded images, and what they weigh in the losses."""
+
+    images: Letterboxed
+    rows: pa.Table
+    weight: float
+
+
+class Share:
+    """One rank's images of the validation split, in the batches of Ultralytics' trainer.
+
+    Args:
+        lender: Ultralytics' settings and the manifest.
+        dataset: where the shards are.
+        batch: images a forward pass, at most.
+    """
+
+    def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
+        self.lender, self.dataset, self.split = lender, dataset, lender.manifest.split("val")
+        self.task = lender.manifest.task
+        self.rows = contiguous_share(self.split.num_images, rank, world_size)
+        # as BaseTrainer._build_train_pipeline of 8.4.190, whatever the number of workers
+        self.images_per_rectangle = lender.args.batch * (1 if self.task == "obb" else 2)
+        self.batch = min(batch, self.images_per_rectangle)
+        self.max_det = int(lender.args.max_det)
+        self._rectangles: Rectangles | None = None
+        self._cache: list[Group] | None = None
+
+    def prepare(self) -> None:
+        """Looks at the sizes of all images, once. All ranks must call."""
+        if self._rectangles is None:
+            # rank 0 alone: the order of equal ratios is not the same on every CPU
+            is_first = not _is_distributed() or dist.get_rank() == 0
+            self._rectangles, self.max_det = _from_rank_zero(self._planned() if is_first else None)
+
+    def _planned(self) -> tuple[Rectangles, int]:
+        sizes = read_sizes(self.dataset, self.split)
+        if self.task == "classify":
+            return squares(sizes.image_ids, self.images_per_rectangle), self.max_det
+        num_labels = max(sizes.num_labels, most_labels(self.dataset, self.lender.manifest.split("train")))
+        max_det = raised_max_det(self.max_det, num_labels)
+        if max_det > self.max_det:
+            print(
+                f"train: images have up to {num_labels} labels: validation keeps {max_det} boxes an image",
+                flush=True,
+            )
+        return rectangles(sizes.image_ids, sizes.hws, self.images_per_rectangle), max_det
+
+    def groups(self, detector: Detector) -> Iterator[Group]:
+        """This rank's images, each once."""
+        if self._cache is not None:
+            yield from self._cache
+            return
+        kept, num_bytes = list[Group](), 0
+        for group in self._read(detector):
+            num_bytes += group.images.images.nbytes
+            if num_bytes <= CACHE_BYTES:
+                kept.append(group)
+            else:
+                kept.clear()
+            yield group
+        self._cache = kept if num_bytes <= CACHE_BYTES else None
+
+    def _read(self, detector: Detector) -> Iterator[Group]:
+        assert self._rectangles is not None, "prepare comes first"
+        batch_of, weights = self._rectangles.batch_of, self._rectangles.weights()
+        shapes = [detector.rectangle((height, width)) for height, width in self._rectangles.sides.tolist()]
+        queue = BatchQueue[Group](batch_of, shapes, self.rows, most=self.batch, limit=CACHE_BYTES)
+        image = self.rows.start
+        for table in tables(self.dataset, self.split, self.rows, self.batch):
+            positions = self._rectangles.position_of[image : image + table.num_rows]
+            labels = table.drop_columns("image").append_column("position", pa.array(positions))
+            for i, encoded in enumerate(cells(table["image"])):
+                letterboxed = self._letterboxed(decode(encoded), shapes[batch_of[image]], detector)
+                one = Group(letterboxed, labels.slice(i, 1), float(weights[image]))
+                for groups in queue.push(image, one, letterboxed.images.nbytes):
+                    yield _together(groups)
+                image += 1
+
+    def _letterboxed(self, image: Image, shape: tuple[int, int], detector: Detector) -> Letterboxed:
+        if self.task == "classify":
+            return classified(image, detector.imgsz)
+        (found,) = detector.letterbox([image], [shape])
+        return found
+
+
+def _together(groups: list[Group]) -> Group:
+    rows = pa.concat_tables([group.rows for group in groups])
+    return Group(joined([group.images for group in groups]), rows, sum(group.weight for group in groups))
 
 
 class Validator:
@@ -44,15 +142,12 @@ class Validator:
     Args:
         lender: Ultralytics' settings, and the class names.
         dataset: where the shards are.
-        batch: images a forward pass.
+        share: rank, world_size, and the images of a forward pass (batch).
     """
 
-    def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
-        self.lender, self.dataset, self.split = lender, dataset, lender.manifest.split("val")
-        self.class_names = list(lender.data["names"].values())
-        self.rows = contiguous_share(self.split.num_images, rank, world_size)
-        self.args, self.batch = lender.args, batch
-        self.cache: list[tuple[list[Letterboxed], list[Labels]]] | None = None
+    def __init__(self, lender: Lender, dataset: Folder, **share: int):
+        self.args, self.class_names = lender.args, list(lender.data["names"].values())
+        self.share = Share(lender, dataset, **share)
 
     def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
         """Metrics of the whole split, equal on every rank; with ``val/...`` losses.
@@ -62,93 +157,66 @@ class Validator:
             loss_of: the training model, whose criterion measures the validation loss.
             device: where the model is.
         """
-        select_head(model, self.args)
+        self.share.prepare()
+        select_head(model, self.args, self.share.max_det)
         conf = 0.001 if self.args.conf is None else self.args.conf
         detector = Detector(model, self.class_names, imgsz=self.args.imgsz, stride=max(int(model.stride.max()), 32), device=device,
-                            conf=conf, iou=self.args.iou, max_det=self.args.max_det, pad=0.5, agnostic=self.args.agnostic_nms)  # fmt: skip
-        scorer = Scorer(self.class_names)
-        losses: dict[str, float] = {}
-        num_images = 0
-        for groups, labels in self._batches(detector):
-            for group in groups:
-                raw = detector.forward(group.images)
-                mine = [labels[i] for i in group.indices]
-                for name, value in _loss(loss_of, raw, group, mine, device).items():
-                    losses[name] = losses.get(name, 0.0) + value * len(mine)
-                num_images += len(mine)
-                scorer.update(detector.postprocess(raw, group), *map(list, zip(*mine, strict=True)))
-        return _join(scorer, losses, num_images, self.split.num_images)
+                            conf=conf, iou=self.args.iou, max_det=self.share.max_det, pad=0.5,
+                            agnostic=self.args.agnostic_nms)  # fmt: skip
+        scorer, losses, num_images = Scorer(self.class_names), _Losses(), 0
+        for group in self.share.groups(detector):
+            raw = detector.forward(group.images.images)
+            labels = self._labels(group.rows)
+            losses.add(_loss(loss_of, raw, group.images, labels, device), group.weight)
+            num_images += len(labels)
+            scorer.update(detector.postprocess(raw, group.images), *map(list, zip(*labels, strict=True)))
+        return _join(scorer, losses, num_images, self.share.split.num_images)
 
-    def _batches(self, detector: Detector) -> Iterator[tuple[list[Letterboxed], list[Labels]]]:
-        if self.cache is not None:
-            yield from self.cache
-            return
-        kept, num_bytes = [], 0
-        for images, labels in self._read():
-            groups = detector.letterbox(images)
-            num_bytes += sum(g.images.nbytes for g in groups)
-            kept.append((groups, labels)) if num_bytes <= CACHE_BYTES else kept.clear()
-            yield groups, labels
-        self.cache = kept if num_bytes <= CACHE_BYTES else None
-
-    def _read(self) -> Iterator[tuple[list[bytes], list[Labels]]]:
-        """This rank's rows, in batches of encoded images and their labels."""
-        for table in tables(self.dataset, self.split, self.rows, self.batch):
-            images, labels = [], []
-            for row in table.to_pylist():
-                class_ids = np.asarray(row["class_ids"], np.int32)
-                boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
-                class_ids, boxes, *_ = only_classes((class_ids, boxes, None, None), self.args.classes)
-                class_ids = class_ids * (0 if self.args.single_cls else 1)
-                images.append(row["image"])
-                labels.append(
-                    Labels(row["image_id"], class_ids, xywhn_to_xyxy(boxes, (row["height"], row["width"])))
-                )
-            yield images, labels
+    def _labels(self, rows: pa.Table) -> list[Labels]:
+        found = []
+        for row in rows.to_pylist():
+            class_ids = np.asarray(row["class_ids"], np.int32)
+            boxes = np.asarray(row["boxes_xywhn"], np.float32).reshape(-1, 4)
+            class_ids, boxes, *_ = only_classes((class_ids, boxes, None, None), self.args.classes)
+            class_ids = class_ids * (0 if self.args.single_cls else 1)
+            boxes_xyxy = xywhn_to_xyxy(boxes, (row["height"], row["width"]))
+            found.append(Labels(row["image_id"], class_ids, boxes_xyxy, row["position"]))
+        return found
 
 
 class JudgedValidator:
     """One rank's part of the validation split of another task, by Ultralytics' own validator; arguments as of :class:`Validator`."""
 
-    def __init__(self, lender: Lender, dataset: Folder, *, rank: int, world_size: int, batch: int):
-        self.dataset, self.split, self.args, self.batch = (
-            dataset,
-            lender.manifest.split("val"),
-            lender.args,
-            batch,
-        )
-        self.rows = contiguous_share(self.split.num_images, rank, world_size)
+    def __init__(self, lender: Lender, dataset: Folder, **share: int):
+        self.args = lender.args
+        self.share = Share(lender, dataset, **share)
         self.judge = Judge(lender.manifest, lender.args, Path(lender.args.save_dir))
 
     def __call__(self, model: Any, loss_of: Any, device: torch.device) -> dict[str, Any]:
         """Metrics of the whole split, equal on every rank; with ``val/...`` losses. Arguments as of :class:`Validator`."""
-        select_head(model, self.args)
+        self.share.prepare()
+        select_head(model, self.args, self.share.max_det)
+        self.judge.keep(self.share.max_det)
         stride = max(int(model.stride.max()), 32)
-        detector = Detector(
-            model,
-            list(self.judge.names.values()),
-            imgsz=self.args.imgsz,
-            stride=stride,
-            device=device,
-            pad=0.5,
-        )
+        names = list(self.judge.names.values())
+        detector = Detector(model, names, imgsz=self.args.imgsz, stride=stride, device=device, pad=0.5)
         self.judge.clear(model)
-        losses: dict[str, float] = {}
-        for table in tables(self.dataset, self.split, self.rows, self.batch):
-            images = [decode(image) for image in cells(table["image"])]
-            for batch in self.judge.batches(table, images, detector):
-                with torch.no_grad():
-                    raw = detector.model(batch["img"])
-                    parts = loss_of.loss(batch, raw)[1]
-                for name, value in parts.items():
-                    losses[name] = losses.get(name, 0.0) + float(value) * len(batch["img"])
-                self.judge.update(raw, batch)
-        states, means = gathered(self.judge.state(), losses, self.judge.num_images, self.split.num_images)
+        losses = _Losses()
+        for group in self.share.groups(detector):
+            batch = self.judge.batch(group.rows, group.images, detector.device)
+            with torch.no_grad():
+                raw = detector.model(batch["img"])
+                parts = loss_of.loss(batch, raw)[1]
+            losses.add({name: float(value) for name, value in parts.items()}, group.weight)
+            self.judge.update(raw, batch)
+        states, means = gathered(
+            self.judge.state(), losses.sums, self.judge.num_images, self.share.split.num_images
+        )
         self.judge.join(states)
         return {**self.judge.compute(), **means}
 
 
-def select_head(model: Any, args: Any) -> None:
+def select_head(model: Any, args: Any, max_det: int) -> None:
     """Lets a model with two heads answer by the one that Ultralytics validates: that with NMS, or with ``nms=False`` that without.
 
     As ``BaseValidator.__call__`` and ``DetectionValidator.init_metrics`` do (8.4.190).
@@ -157,7 +225,18 @@ def select_head(model: Any, args: Any) -> None:
         return
     model.end2end = args.nms is False
     if model.end2end:
-        model.set_head_attr(max_det=args.max_det, agnostic_nms=args.agnostic_nms)
+        model.set_head_attr(max_det=max_det, agnostic_nms=args.agnostic_nms)
+
+
+class _Losses:
+    """Sums of losses."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, float] = {}
+
+    def add(self, parts: dict[str, float], weight: float) -> None:
+        for name, value in parts.items():
+            self.sums[name] = self.sums.get(name, 0.0) + value * weight
 
 
 def make_validator(lender: Lender, dataset: Folder, **share: int) -> Validator | JudgedValidator:
@@ -211,10 +290,10 @@ def _loss(
         return {name: float(value) for name, value in model.loss(batch, raw)[1].items()}
 
 
-def _join(scorer: Scorer, losses: dict[str, float], num_images: int, expected: int) -> dict[str, Any]:
+def _join(scorer: Scorer, losses: _Losses, num_images: int, expected: int) -> dict[str, Any]:
     """Gathers every rank's part; the same answer everywhere."""
     whole = Scorer(scorer.class_names)
-    states, means = gathered(scorer.state(), losses, num_images, expected)
+    states, means = gathered(scorer.state(), losses.sums, num_images, expected)
     for state in states:
         whole.merge(state)
     return {**whole.compute(), **means}
@@ -223,16 +302,16 @@ def _join(scorer: Scorer, losses: dict[str, float], num_images: int, expected: i
 def gathered(
     state: Any, losses: dict[str, float], num_images: int, expected: int
 ) -> tuple[list[Any], dict[str, float]]:
-    """What every rank has found, in their order, and ``val/...`` losses as means over all images; the same answer everywhere.
+    """What every rank has found, in their order, and ``val/...`` losses of the whole split; the same answer everywhere.
 
     Args:
         state: what this rank has found; can be pickled.
-        losses: sums over this rank's images.
+        losses: sums over this rank's groups, by their weights.
         num_images: of this rank.
         expected: images of all ranks.
     """
     parts: list[Any] = [(state, losses, num_images)]
-    if dist.is_initialized() and dist.get_world_size() > 1:
+    if _is_distributed():
         parts = [None] * dist.get_world_size()
         dist.all_gather_object(parts, (state, losses, num_images))
     total = sum(n for _, _, n in parts)
@@ -240,5 +319,17 @@ def gathered(
         raise RuntimeError(f"validation saw {total} images of {expected}")
     names = dict.fromkeys(name for _, part, _ in parts for name in part)
     return [state for state, _, _ in parts], {
-        f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) / total for name in names
+        f"val/{name}": sum(part.get(name, 0.0) for _, part, _ in parts) for name in names
     }
+
+
+def _is_distributed() -> bool:
+    return dist.is_initialized() and dist.get_world_size() > 1
+
+
+def _from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    values = [value]
+    if _is_distributed():
+        dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -80,9 +80,7 @@ def test_metrics_have_boxes_and_masks(config: RunConfig) -> None:
 
 def test_evaluate_is_yolo_val(config: RunConfig, tmp_path: Path) -> None:
     result = raypar.evaluate.run(
-        config.model_copy(
-            update={"evaluate": config.evaluate.model_copy(update={"num_workers": 2, "batch": 3})}
-        )
+        config.model_copy(update={"evaluate": config.evaluate.model_copy(update={"num_workers": 2})})
     )
     folder = Path(config.folder.uri)
     assert {
@@ -110,8 +108,6 @@ def test_evaluate_is_yolo_val(config: RunConfig, tmp_path: Path) -> None:
         YOLO(folder / "train/best.pt")
         .val(
             data=str(tmp_path / "data.yaml"),
-            imgsz=96,
-            batch=1,
             plots=False,
             verbose=False,
             workers=0,

@@ -26,6 +26,7 @@ RANKS = [
         "progress",
         "quiet",
         "images",
+        "rectangles",
         "scores",
         "domain",
         "differences",

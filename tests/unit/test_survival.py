@@ -222,6 +222,15 @@ def _ranks(rank: int, path: str, results: Any) -> None:
     dist.destroy_process_group()
 
 
+def test_images_shown_hundreds_of_times_in_a_step_are_counted() -> None:
+    """A split of three images, and a batch of 1,024: the counts of an epoch do not overflow."""
+    epoch = Epoch(4)
+    rows = np.repeat([0, 1, 2], [512, 256, 256])
+    epoch.stepped({"box": torch.tensor(1.0)}, Batch(0, 0, 0, *[np.empty(0)] * 4, rows))  # type: ignore[arg-type]
+    found = summary(epoch.reduced(Agreement(1, 30)))
+    assert (found["images_missed"], found["images_repeated"]) == (1, 1024 - 3)
+
+
 def test_two_ranks_agree_one_step_later_and_share_their_sums_and_gradients(tmp_path: Path) -> None:
     results = mp.Manager().dict()
     mp.spawn(_ranks, (str(tmp_path / "store"), results), nprocs=2)

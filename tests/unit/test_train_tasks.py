@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import pickle
+import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 import yaml
 from ultralytics import YOLO
+from ultralytics.cfg import get_cfg
 
+import raypar.evaluate
 from raypar.augment.labels import Labels
+from raypar.config import EvaluateConfig
 from raypar.dataset.batch import Batch
 from raypar.dataset.formats import shapes
 from raypar.dataset.ingest import ShardJob, write_shard
@@ -20,15 +27,24 @@ from raypar.dataset.manifest import Manifest, Split
 from raypar.dataset.plan import Plan
 from raypar.dataset.rows import row_labels
 from raypar.dataset.stream import StreamSpec, recipe_of, render
-from raypar.judge import class_of_pixels
+from raypar.detector import Detector
+from raypar.images import decode
+from raypar.judge import Judge, class_of_pixels, classified
 from raypar.scores import ULTRALYTICS_NAMES
 from raypar.storage import Folder
 from raypar.train.loop import Loop, to_tensors
 from raypar.train.recipe import Lender, settings, weights_file
 from raypar.train.validate import make_validator
 
-NUM_IMAGES, BATCH, STEPS, SIZE = 12, 6, 40, 96
-MODELS = {"segment": "yolov8n-seg", "pose": "yolov8n-pose", "obb": "yolov8n-obb", "classify": "yolov8n-cls"}
+NUM_IMAGES, BATCH, STEPS, SIZE = 24, 6, 40, 96
+SIZES = ((72, 96), (96, 72), (60, 100), (96, 96), (50, 100), (100, 64))
+MODELS = {
+    "detect": "yolov8n",
+    "segment": "yolov8n-seg",
+    "pose": "yolov8n-pose",
+    "obb": "yolov8n-obb",
+    "classify": "yolov8n-cls",
+}
 PLAIN = {
     "mosaic": 0.0,
     "scale": 0.0,
@@ -43,18 +59,20 @@ PLAIN = {
 
 
 def prepared(folder: Path, task: str) -> Manifest:
-    """The same images for training and validation: what is learnt by heart is found again."""
+    """Images of six aspect ratios, the same for training and validation: what is learnt by heart is found again."""
     listing = shapes.scan({"train": NUM_IMAGES}, task)
-    job = ShardJob(Folder.at(str(folder)), "train/0.parquet", "train", "shapes", 4, tuple(listing.splits["train"]), 4, 10**7, 0, (72, 96), task,
-                   listing.keypoint_shape)  # fmt: skip
-    report = write_shard(job)
-    assert report.shard is not None
+    records, reports = tuple(listing.splits["train"]), []
+    for i, hw in enumerate(SIZES):
+        job = ShardJob(Folder.at(str(folder)), f"train/{i}.parquet", "train", "shapes", 4, records[i :: len(SIZES)], 4, 10**7, 0, hw, task,
+                       listing.keypoint_shape)  # fmt: skip
+        reports.append(write_shard(job))
     split = Split(
-        shards=(report.shard,),
-        num_images=report.num_images,
-        num_boxes=report.num_boxes,
+        shards=tuple(report.shard for report in reports if report.shard),
+        num_images=sum(report.num_images for report in reports),
+        num_boxes=sum(report.num_boxes for report in reports),
         boxes_per_class=(1, 1, 1, 1),
     )
+    assert split.num_images == NUM_IMAGES
     return Manifest(task=task, class_names=listing.class_names, splits={"train": split, "val": split}, source="shapes",
                     keypoint_shape=listing.keypoint_shape, flip_idx=listing.flip_idx)  # fmt: skip
 
@@ -62,7 +80,8 @@ def prepared(folder: Path, task: str) -> Manifest:
 def as_yolo(folder: Path, manifest: Manifest, root: Path) -> str:
     """The dataset as Ultralytics wants it: a data.yaml, or for classify a folder of folders."""
     points = manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
-    table = pq.read_table(folder / "train/0.parquet")
+    table = pa.concat_tables([pq.read_table(path) for path in sorted((folder / "train").iterdir())])
+    table = table.sort_by("image_id")
     for i, image in enumerate(table["image"].to_pylist()):
         class_ids, boxes, polygons, keypoints = row_labels(table, i, manifest.task, points)
         if manifest.task == "classify":
@@ -115,7 +134,8 @@ def test_a_task_is_learnt_and_judged_as_by_ultralytics(tmp_path: Path, task: str
     lender = Lender(
         yolo, model=f"{MODELS[task]}.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
     )
-    plan = Plan(manifest.split("train").shards[0].row_groups, seed=0, global_batch=BATCH, epochs=1)
+    row_groups = tuple(n for shard in manifest.split("train").shards for n in shard.row_groups)
+    plan = Plan(row_groups, seed=0, global_batch=BATCH, epochs=1)
     spec = StreamSpec.of(dataset, manifest.split("train"), plan, recipe_of(vars(lender.args), manifest), mosaic_epochs=0, albumentations=[],
                          world_size=1)  # fmt: skip
     batches = [to_tensors(batch) for item in plan.items() for batch in render(spec, item)]
@@ -137,23 +157,116 @@ def test_a_task_is_learnt_and_judged_as_by_ultralytics(tmp_path: Path, task: str
             for one in batches:
                 model(lender.preprocess_batch({k: v.clone() for k, v in one.items()})["img"])
     (tmp_path / "best.pt").write_bytes(weights_file(model, lender.args, epoch=0, metrics={}))
-    saved = YOLO(tmp_path / "best.pt").model.float()
     lender.model.criterion = None
+    data = as_yolo(tmp_path / "dataset", manifest, tmp_path / "yolo")
+
+    def theirs(batch: int) -> dict[str, float]:
+        found = YOLO(tmp_path / "best.pt").val(
+            data=data, imgsz=SIZE, batch=batch, plots=False, verbose=False, workers=0, device="cpu", project=str(tmp_path))  # fmt: skip
+        return {**found.results_dict, "fitness": found.fitness}
+
+    saved = YOLO(tmp_path / "best.pt").model.float().eval()
     found = make_validator(lender, dataset, rank=0, world_size=1, batch=5)(
-        saved.eval(), lender.model, torch.device("cpu")
+        saved, lender.model, torch.device("cpu")
     )
-    theirs = YOLO(tmp_path / "best.pt").val(
-        data=as_yolo(tmp_path / "dataset", manifest, tmp_path / "yolo"), imgsz=SIZE, batch=1, plots=False, verbose=False, workers=0,
-        device="cpu", project=str(tmp_path), conf=0.01 if task == "obb" else 0.001)  # fmt: skip
-    expected = {
-        ours: float(theirs.results_dict[name])
-        for ours, name in ULTRALYTICS_NAMES.items()
-        if name in theirs.results_dict
-    }
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-4)
-    assert found["fitness"] == pytest.approx(float(theirs.results_dict["fitness"]), abs=1e-4)
+    of_training = BATCH * (1 if task == "obb" else 2)
+    assert_same(found, theirs(of_training))
     assert found["fitness"] > 0.05  # it did learn, so that the figures say something
     assert all(np.isfinite(value) for name, value in found.items() if name.startswith("val/"))
+    assert_same(evaluated(tmp_path, manifest, EvaluateConfig().batch), theirs(16))
+
+
+def assert_same(found: dict[str, Any], theirs: dict[str, float]) -> None:
+    """To the digit: Ultralytics writes five."""
+    names = {ours: name for ours, name in ULTRALYTICS_NAMES.items() if name in theirs} | {
+        "fitness": "fitness"
+    }
+    assert {ours: found[ours] for ours in names} == pytest.approx(
+        {ours: float(theirs[name]) for ours, name in names.items()}, abs=1e-5
+    )
+
+
+def evaluated(folder: Path, manifest: Manifest, batch: int) -> dict[str, Any]:
+    """What ``raypar evaluate`` finds, its actors called one by one."""
+    dataset, split = Folder.at(str(folder / "dataset")), manifest.split("val")
+    items, _ = raypar.evaluate._items(dataset, split, manifest.task, batch)
+    conf = 0.01 if manifest.task == "obb" else 0.001
+    pool = SimpleNamespace(
+        load=lambda: Detector.load(folder / "best.pt", task=manifest.task, conf=conf, pad=0.5)
+    )
+    args = {"imgsz": SIZE, "conf": conf, "task": manifest.task, "single_cls": False}
+    job = raypar.evaluate.Job(
+        dataset, list(manifest.class_names), manifest, args, False, batch, split.shards[0].path
+    )
+    kind = raypar.evaluate.Worker if manifest.task == "detect" else raypar.evaluate.JudgedWorker
+    worker: Any = kind(pool, job)  # type: ignore[arg-type]
+    parts = [
+        pickle.loads(worker({name: [value] for name, value in item.items()})["part"][0]) for item in items
+    ]
+    (folder / "pictures").mkdir()
+    for part in parts:
+        for name, data in part["pictures"].items():
+            (folder / "pictures" / name).write_bytes(data)
+    found: dict[str, Any] = kind.joined(
+        job, [part["scores"] for part in reversed(parts)], folder / "pictures"
+    )
+    return found
+
+
+@pytest.mark.parametrize("task", ["segment", "classify"])
+def test_pictures_show_sixteen_images_as_they_are(tmp_path: Path, task: str) -> None:
+    """Of all shapes, labels and predictions alike: Ultralytics draws in threads that scale one array in place."""
+    manifest = prepared(tmp_path / "dataset", task)
+    tables = [pq.read_table(path) for path in sorted((tmp_path / "dataset/train").iterdir())]
+    table = pa.concat_tables([tables[i % len(SIZES)].slice(i // len(SIZES), 1) for i in range(NUM_IMAGES)])
+    pq.write_table(table, tmp_path / "dataset/train/0.parquet", row_group_size=NUM_IMAGES)
+    shard = manifest.split("val").shards[0].model_copy(update={"row_groups": (NUM_IMAGES,)})
+    split = manifest.split("val").model_copy(update={"shards": (shard,)})
+    manifest = manifest.model_copy(update={"splits": {"val": split}})
+    lender = Lender(
+        {"imgsz": SIZE}, model=f"{MODELS[task]}.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
+    )  # fmt: skip
+    (tmp_path / "best.pt").write_bytes(weights_file(lender.model, lender.args, epoch=0, metrics={}))
+    evaluated(tmp_path, manifest, 16)
+    images = [decode(encoded) for encoded in table["image"].to_pylist()[:16]]
+    if task == "classify":
+        shown = [(classified(image, SIZE).images[0] * 255).numpy().transpose(1, 2, 0) for image in images]
+    else:
+        detector = Detector(lender.model, list(manifest.class_names), imgsz=SIZE, pad=0.5)
+        (group,) = detector.letterbox(images, [detector.rectangle((1, 1))] * 16)
+        shown = list(group.images.permute(0, 2, 3, 1).numpy())
+    side = shown[0].shape[0]
+    for name in ("val_batch0_labels.jpg", "val_batch0_pred.jpg"):
+        sheet = decode((tmp_path / "pictures" / name).read_bytes()).astype(float)
+        assert sheet.shape == (4 * side, 4 * side, 3)
+        for i, expected in enumerate(shown):
+            tile = sheet[side * (i % 4) :, side * (i // 4) :][:side, :side]
+            # names, boxes and masks are drawn over it
+            assert np.median(np.abs(tile - expected)) < 12, (name, i)
+
+
+def test_each_picture_is_drawn_from_pixels_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ultralytics' plots run in threads and scale the pixels that they are given in place."""
+    manifest = prepared(tmp_path, "classify")
+    judge = Judge(manifest, get_cfg(overrides={"imgsz": SIZE, "task": "classify"}), tmp_path, plots=True)
+    seen = []
+
+    def plot(batch: dict[str, Any], *_: object) -> None:
+        def scale() -> None:
+            seen.append(float(batch["img"].max()))
+            batch["img"] *= 255
+
+        threading.Thread(target=scale).start()
+
+    for name in ("plot_val_samples", "plot_predictions"):
+        monkeypatch.setattr(judge.validator, name, plot)
+    pixels = torch.linspace(0, 1, 3 * SIZE * SIZE).view(1, 3, SIZE, SIZE)
+    batch = {"img": pixels, "cls": torch.zeros(1), "im_file": ["a"], "positions": [0]}
+    judge.draw(torch.zeros(1, 4), batch)
+    assert seen == [1.0, 1.0]
+    assert float(pixels.max()) == 1.0
 
 
 def test_the_class_of_each_pixel() -> None:

@@ -310,6 +310,21 @@ def test_page_is_whole_and_needs_nothing_else() -> None:
     assert page.tags.count("svg") == 7
 
 
+@pytest.mark.parametrize(("prefix", "kind"), [("mask_", "mask"), ("pose_", "pose")])
+def test_page_shows_the_scores_of_masks_and_keypoints(prefix: str, kind: str) -> None:
+    keys = ("precision", "recall", "map50", "map50_95")
+    scores = {f"{prefix}{key}": 0.111 * (i + 1) for i, key in enumerate(keys)}
+    row = {"class_name": "a", "num_boxes": 3, **dict.fromkeys(keys, 0.9), **scores}
+    text = a_page([line(1, **scores), line(2, **scores)], per_class=[row])
+    assert f"<b>0.444</b><span>{kind} mAP 50-95, then</span>" in text
+    assert f"<b>0.333</b><span>{kind} mAP 50, then</span>" in text
+    for name in ("mAP 50-95", "mAP 50", "precision", "recall"):
+        assert f"<title>{kind} {name}</title></polyline>" in text  # a curve
+        assert f'<th class="n">{kind} {name}</th>' in text  # a column of the classes
+    assert text.count("0.222") >= 2
+    assert kind not in a_page([line(1)])
+
+
 @pytest.mark.parametrize(
     "history",
     [[], [line(1)], [line(1, map50=float("nan"))], [{**line(i), "train/box_loss": float("inf")} for i in (1, 2)], [line(i) for i in range(1, 1001)],
