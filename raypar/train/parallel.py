@@ -9,12 +9,17 @@ import inspect
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.utils.torch_utils import TORCH_2_13
+
+if TYPE_CHECKING:
+    from raypar.train.loop import Loop
+
+IDLE_UPDATES = 100  # at a learning rate above 0, that move no weight: more than a GradScaler skips before training goes back
 
 
 def compiled(model: nn.Module, mode: bool | str, *, is_multi_scale: bool, device: torch.device) -> Any:
@@ -92,21 +97,68 @@ def update_ema(ema: Any, model: nn.Module) -> None:
         ema.update(model)
 
 
+def checksums(model: nn.Module) -> list[int]:
+    """A sum over the bit patterns of each rank's weights (under FSDP of its share), by rank. All ranks must call."""
+    mine = [getattr(p, "to_local", lambda p=p: p)() for p in model.parameters()]
+    flat = torch.cat([p.detach().reshape(-1) for p in mine])
+    total = flat.view(torch.int32).sum(dtype=torch.int64).view(1)
+    every = [torch.empty_like(total) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, total)
+    return [int(each) for each in every]
+
+
 def assert_synchronised(model: nn.Module, rank: int) -> None:
     """Compares all ranks' weights bit for bit: a model that DDP does not wrap trains apart without any error.
 
     Raises:
         RuntimeError: they differ.
     """
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    # of the bit patterns, so order of summation is irrelevant
-    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    if any(int(other) != int(mine) for other in every):
-        raise RuntimeError(
-            f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised"
-        )
+    if len(set(checksums(model))) > 1:
+        raise RuntimeError(f"rank {rank}: the ranks' weights differ: gradients are not synchronised")
+
+
+class SynchronisationCheck:
+    """Compares the ranks' weights after each update until one has moved them, and later whenever it is asked.
+
+    An update at a learning rate of 0 (a warm-up's first step) and one that the GradScaler skips move nothing, so ranks that exchange no
+    gradients are still equal after it. Under FSDP every rank holds the averaged weights whole: those are compared.
+
+    Args:
+        loop: about to start, after what it resumes from is restored. With several ranks all must create, call and compare alike.
+    """
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.is_done = loop.world_size == 1
+        self.num_updates = 0
+        if not self.is_done:
+            self.start = checksums(loop.lender.model)
+
+    def after(self, global_step: int) -> None:
+        """To be called after each step.
+
+        Raises:
+            RuntimeError: the weights differ, or updates do not move them.
+        """
+        if self.is_done or self.loop.last_optimizer_step != global_step:
+            return
+        self.compare()
+        self.is_done = checksums(self.loop.lender.model) != self.start
+        self.num_updates += any(group["lr"] > 0 for group in self.loop.optimizer.param_groups)
+        if not self.is_done and self.num_updates >= IDLE_UPDATES:
+            raise RuntimeError(
+                f"{self.num_updates} updates have not moved the weights: gradients do not arrive"
+            )
+
+    def compare(self) -> None:
+        """Compares now.
+
+        Raises:
+            RuntimeError: the weights differ.
+        """
+        if self.loop.world_size > 1:
+            whole_model = self.loop.ema.ema if self.loop.is_sharded else self.loop.lender.model
+            assert_synchronised(whole_model, dist.get_rank())
 
 
 def fused(optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> torch.optim.Optimizer:
