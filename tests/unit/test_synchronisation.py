@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 import torch
 import torch.multiprocessing as mp
-from test_parallel import make_batch, make_loop
+from test_parallel import TINY, make_batch
+from test_parallel import make_loop as make_any_loop
 from torch import Tensor, nn
 from torch import distributed as dist
 
@@ -29,6 +30,10 @@ CASES: dict[str, dict[str, Any]] = {
 }
 FINE = ("SGD", "auto, a long run", "auto, four steps added up")  # that are trained under DDP too
 STEPS = 6
+
+
+def make_loop(*arguments: Any, **more: Any) -> Any:
+    return make_any_loop(*arguments, model=TINY, **more)
 
 
 class Apart(nn.Module):
@@ -50,12 +55,11 @@ def outcome(rank: int, first: int = 0, state: dict[str, Any] | None = None, **mo
         checkpoint.restore(loop, state)
     check = SynchronisationCheck(loop)
     for step in range(first, first + STEPS):
-        loop.step(make_batch(step, rank, 2), step)
-        message = _message(lambda step=step: check.after(step))  # type: ignore[misc]
+        message = _message(lambda step=step: loop.step(make_batch(step, rank, 2), step))  # type: ignore[misc]
         if message:
-            return "apart" if "gradients are not synchronised" in message else message
-        if check.is_done:
-            check.compare()
+            return "apart" if "gradients differ" in message else message
+        if loop.inspect_gradients is None:
+            check.compare_weights()
             return "well"
     return "unknown"
 
@@ -78,21 +82,20 @@ def _ranks(rank: int, folder: str, results: Any) -> None:
     parallel.spread_ddp = together
 
     found["well", "fsdp"] = outcome(rank, spread="fsdp", **WARMS_UP)
-    plain = make_loop(2, "fsdp")
-    check = SynchronisationCheck(plain)
-    with torch.no_grad():
-        next(plain.ema.ema.parameters()).view(-1)[0] += rank
-    found["an average that differs under fsdp"] = _message(check.compare)
-
-    still = make_loop(2, "fsdp")
-    still.model.set_requires_gradient_sync(False)  # no share of a gradient ever arrives
-    check = SynchronisationCheck(still)
-    parallel.IDLE_UPDATES = 3
-    said = []
-    for step in range(4):
-        still.step(make_batch(step, rank, 2), step)
-        said.append(_message(lambda step=step: check.after(step)))  # type: ignore[misc]
-    found["gradients that do not arrive under fsdp"] = said
+    sharded = make_loop(2, "fsdp")
+    check = SynchronisationCheck(sharded)
+    sharded.model.set_requires_gradient_sync(False)  # no share of a gradient ever arrives
+    found["no gradients"] = _message(lambda: sharded.step(make_batch(0, rank, 2), 0))
+    whole = make_loop(2)
+    weights = SynchronisationCheck(whole).compare_weights, check.compare_weights
+    for name, loop, compare in (
+        ("weights", whole.lender.model, weights[0]), ("averages", sharded.ema.ema, weights[1]),
+    ):  # fmt: skip
+        largest = max(float(p.detach().abs().max()) for p in loop.parameters())
+        for how, part in (("rounded", 1e-6), ("far", 0.1)):
+            with torch.no_grad():
+                next(loop.parameters()).view(-1)[0] += rank * part * largest
+            found[name, how] = _message(compare)
     results[rank] = found
     dist.destroy_process_group()
 
@@ -124,10 +127,13 @@ def test_ranks_that_do_are_left_alone(found: list[dict[Any, Any]], name: str) ->
     assert [each["well", name] for each in found] == ["well", "well"]
 
 
-def test_under_fsdp_the_average_is_compared_and_weights_that_never_move_are_noticed(
-    found: list[dict[Any, Any]],
-) -> None:
+@pytest.mark.parametrize("name", ["weights", "averages"])
+def test_weights_may_differ_by_rounding_alone(found: list[dict[Any, Any]], name: str) -> None:
+    """Averages: of a sharded model, the only ones that each rank holds whole."""
     for each in found:
-        assert "gradients are not synchronised" in each["an average that differs under fsdp"]
-        assert each["gradients that do not arrive under fsdp"][:2] == ["", ""]
-        assert "have not moved the weights" in each["gradients that do not arrive under fsdp"][2]
+        assert each[name, "rounded"] == ""
+        assert "weights differ by" in each[name, "far"]
+
+
+def test_gradients_that_never_arrive_are_noticed(found: list[dict[Any, Any]]) -> None:
+    assert all("no gradients" in each["no gradients"] for each in found)
