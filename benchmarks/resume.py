@@ -11,7 +11,7 @@
 must show every image once; the final mAP is set against runs left alone, with two seeds.
 
 ``preempted``: a cluster of three nodes on this machine. Both workers are on one of them, which Ray is told to drain as a cloud does before it
-takes a spot machine back; when the notice is over, that node is killed. The run has ``max_failures: 0`` and saves by itself only at epochs' ends.
+takes a spot machine back; when the notice is over, that node is killed. The run has ``max_failures: 0`` and saves by itself only at its end.
 It is compared bit by bit with a run left alone.
 """
 

@@ -182,14 +182,19 @@ class TrainConfig(Section):
     albumentations: list[dict[str, Any]] | str | None = Field(
         None, description="transforms as [{Blur: {p: 0.1}}, ...] or an importable function 'pkg.module:make' that returns them; nothing: Ultralytics' four"
     )  # fmt: skip
-    max_failures: int = Field(3, ge=-1, description="how many times lost workers are replaced; -1: no limit")
+    max_failures: int = Field(
+        3,
+        ge=-1,
+        description="how many times in a row, without a further epoch in a checkpoint in between, lost workers are replaced; -1: no limit",
+    )
     max_nan_restarts: int = Field(
         3,
         ge=0,
-        description="how many times a loss that is not finite sends training back to its checkpoint, at half the learning rate",
+        description="how many times in a row, without a good epoch in between, a loss that is not finite sends training back to its checkpoint, each time at half the learning rate",
     )
     checkpoint_every_s: PositiveFloat = Field(
-        600, description="seconds between checkpoints within an epoch; each epoch ends with one too"
+        600,
+        description="seconds between checkpoints, which is what a lost worker costs at most; a run's end and a stop write one too",
     )
     keep_checkpoints: PositiveInt = Field(2, description="newest checkpoints kept")
     collective_timeout_s: PositiveFloat = Field(

@@ -7,7 +7,7 @@ one step and read at the next: so no step waits for it, and no device is synchro
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from datetime import timedelta
 from typing import Any
 
@@ -74,17 +74,23 @@ class Agreement:
 
 
 class FiniteWatch:
-    """Notices a loss that is not finite, some steps later on a GPU: the device is asked and not waited for."""
+    """Notices numbers that are not finite, some steps later on a GPU: the device is asked and not waited for.
 
-    def __init__(self) -> None:
-        self._asked: deque[tuple[Any, Tensor]] = deque()
+    Args:
+        patience: how many in a row it takes.
+    """
+
+    def __init__(self, patience: int = 1) -> None:
+        self.patience = patience
         self.is_broken = False
+        self._in_a_row = 0
+        self._asked: deque[tuple[Any, Tensor]] = deque()
 
-    def push(self, parts: dict[str, Tensor]) -> None:
-        """Takes in a step's losses (0-d, on the device)."""
-        total = torch.stack([value.float() for value in parts.values()]).sum()
+    def push(self, values: Mapping[str, Tensor]) -> None:
+        """Takes in what belongs to one step, e.g. its losses (0-d, on the device)."""
+        total = torch.stack([value.float() for value in values.values()]).sum()
         if not total.is_cuda:
-            self.is_broken |= not bool(torch.isfinite(total))
+            self._judge(total)
             return
         copy = torch.empty((), pin_memory=True)
         copy.copy_(total, non_blocking=True)
@@ -92,4 +98,8 @@ class FiniteWatch:
         event.record()
         self._asked.append((event, copy))
         while self._asked and self._asked[0][0].query():
-            self.is_broken |= not bool(torch.isfinite(self._asked.popleft()[1]))
+            self._judge(self._asked.popleft()[1])
+
+    def _judge(self, total: Tensor) -> None:
+        self._in_a_row = 0 if bool(torch.isfinite(total)) else self._in_a_row + 1
+        self.is_broken |= self._in_a_row >= self.patience

@@ -5,6 +5,7 @@ Runs in: every training worker.
 
 from __future__ import annotations
 
+import math
 import time
 from typing import Any
 
@@ -17,6 +18,8 @@ from raypar.dataset.batch import Batch
 from raypar.train.agree import Agreement
 
 SAY_EVERY_S = 60.0
+# Where a rank's time goes, all of it. "other": starting, telling Ray Train and the loggers, waiting for the other ranks at the epoch's end.
+STAGES = ("wait", "step", "validate", "checkpoint", "other")
 
 
 class Epoch:
@@ -25,31 +28,71 @@ class Epoch:
     Args:
         num_images: in the training split.
         kept: of the same epoch, as :meth:`reduced` gave it.
+        skips_overflow: whether a step whose loss is not finite counts for nothing, since its update is skipped (fp16).
+        began: when the first stage began (``time.monotonic()``), so that no time is lost between two epochs; unset: now.
     """
 
-    def __init__(self, num_images: int, kept: dict[str, Any] | None = None):
-        self.began = self.mark = self.spoke = time.monotonic()
-        self.wait_s = self.step_s = 0.0
+    def __init__(
+        self,
+        num_images: int,
+        kept: dict[str, Any] | None = None,
+        *,
+        skips_overflow: bool = False,
+        began: float | None = None,
+    ):
+        self.spoke = time.monotonic()
+        self.mark = self.spoke if began is None else began
+        self.stage_s = dict.fromkeys(STAGES, 0.0)
         self.num_steps = self.num_replaced = 0
+        self.skips_overflow = skips_overflow
+        self.num_finite: Tensor | None = None  # steps, on the device
+        self.num_skipped: Tensor | None = None  # updates, on the device
         self.losses: dict[str, Tensor] = {}  # on the device, so that no step waits for one
         # a small split may be shown more than 255 times in a step of a large batch
         self.times_seen: NDArray[np.int32] = np.zeros(num_images, np.int32)
         self.kept = kept or {}
 
+    def following(self) -> Epoch:
+        """The epoch after this one; its time begins with this one's last lap."""
+        return Epoch(len(self.times_seen), skips_overflow=self.skips_overflow, began=self.mark)
+
+    def lap(self, stage: str) -> None:
+        """Counts the time since the last lap to a stage, one of :data:`STAGES`."""
+        now = time.monotonic()
+        self.stage_s[stage] += now - self.mark
+        self.mark = now
+
+    def seconds_by_stage(self) -> dict[str, float]:
+        """``wait_s``, ``step_s`` ... of the whole epoch up to the last lap, and their sum as ``epoch_s``."""
+        seconds = {
+            f"{stage}_s": own + self.kept.get(f"{stage}_s", 0.0) for stage, own in self.stage_s.items()
+        }
+        return {"epoch_s": sum(seconds.values()), **seconds}
+
     @property
     def seconds(self) -> float:
-        return float(time.monotonic() - self.began + self.kept.get("seconds", 0.0))
+        """From the epoch's first step on, without validation."""
+        seconds = self.seconds_by_stage()
+        return seconds["wait_s"] + seconds["step_s"] + seconds["checkpoint_s"] + time.monotonic() - self.mark
 
-    def waited(self) -> None:
-        now = time.monotonic()
-        self.wait_s, self.mark = self.wait_s + now - self.mark, now
+    def stepped(self, parts: dict[str, Tensor], batch: Batch, gradient_norm: Tensor | None = None) -> None:
+        """Takes in a step.
 
-    def stepped(self, parts: dict[str, Tensor], batch: Batch) -> None:
-        now = time.monotonic()
-        self.step_s, self.mark = self.step_s + now - self.mark, now
+        Args:
+            parts: of its loss (0-d, on the device).
+            batch: what it trained on.
+            gradient_norm: under fp16, of the update that it made; not finite: the update was skipped.
+        """
         self.num_steps += 1
         self.num_replaced += batch.num_replaced
         np.add.at(self.times_seen, batch.rows, 1)
+        if self.skips_overflow:
+            is_finite = torch.stack([value.float() for value in parts.values()]).sum().isfinite()
+            parts = {name: value.where(is_finite, torch.zeros_like(value)) for name, value in parts.items()}
+            self.num_finite = is_finite.long() + (0 if self.num_finite is None else self.num_finite)
+        if gradient_norm is not None:
+            is_skipped = ~gradient_norm.isfinite()
+            self.num_skipped = is_skipped.long() + (0 if self.num_skipped is None else self.num_skipped)
         for name, value in parts.items():
             self.losses[name] = self.losses[name] + value if name in self.losses else value.clone()
 
@@ -63,37 +106,42 @@ class Epoch:
         """The whole epoch so far, over all ranks, whatever their number was. Waits for them.
 
         Returns:
-            ``losses`` (sums over steps of means over ranks), ``num_steps``, ``num_replaced``, ``times_seen`` int32 (images,),
-            ``wait_s``, ``step_s`` and ``seconds`` of this rank.
+            ``losses`` (sums over steps of means over ranks), ``num_steps``, ``num_finite`` (steps that the losses are of, mean over ranks),
+            ``num_skipped`` (updates), ``num_replaced``, ``times_seen`` int32 (images,), and this rank's seconds by stage.
         """
-        names = sorted({*self.losses, *self.kept.get("losses", {})})
+        kept = self.kept
+        names = sorted({*self.losses, *kept.get("losses", {})})
         mine = [float(self.losses[name]) if name in self.losses else 0.0 for name in names]
-        *sums, num_replaced = agreement.sum(
-            torch.tensor([*mine, self.num_replaced], dtype=torch.float64)
+        num_finite = self.num_steps if self.num_finite is None else int(self.num_finite)
+        *sums, num_finite, num_replaced = agreement.sum(
+            torch.tensor([*mine, num_finite, self.num_replaced], dtype=torch.float64)
         ).tolist()
         seen = agreement.sum(torch.from_numpy(self.times_seen.copy())).numpy()
-        kept = self.kept
+        num_skipped = 0 if self.num_skipped is None else int(self.num_skipped)
         return {
             "losses": {
                 n: s / agreement.world_size + kept.get("losses", {}).get(n, 0.0)
                 for n, s in zip(names, sums, strict=True)
             },
             "num_steps": self.num_steps + kept.get("num_steps", 0),
+            "num_finite": num_finite / agreement.world_size
+            + kept.get("num_finite", kept.get("num_steps", 0)),
+            "num_skipped": num_skipped + kept.get("num_skipped", 0),
             "num_replaced": int(num_replaced) + kept.get("num_replaced", 0),
             "times_seen": seen + kept["times_seen"] if kept else seen,
-            "wait_s": self.wait_s + kept.get("wait_s", 0.0),
-            "step_s": self.step_s + kept.get("step_s", 0.0),
-            "seconds": self.seconds,
+            **self.seconds_by_stage(),
         }
 
 
 def summary(reduced: dict[str, Any]) -> dict[str, Any]:
     """What ``metrics.jsonl`` says of it: mean losses, how many images were missed and how many shown again (topping up the last step)."""
     seen = reduced["times_seen"]
+    num_finite = reduced["num_finite"]
     return {
-        **{f"train/{name}": value / reduced["num_steps"] for name, value in reduced["losses"].items()},
-        "wait_s": reduced["wait_s"],
-        "step_s": reduced["step_s"],
+        **{
+            f"train/{name}": value / num_finite if num_finite else math.nan
+            for name, value in reduced["losses"].items()
+        },
         "images_missed": int((seen == 0).sum()),
         "images_repeated": int(np.maximum(seen.astype(int) - 1, 0).sum()),
         "images_replaced": reduced["num_replaced"],

@@ -138,7 +138,8 @@ def _who_is_silent(life: pulse.Pulse) -> str:
 
 
 class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
-    """Ray Train's failure policy, which tells causes apart and says what it does.
+    """Ray Train's failure policy, which tells causes apart and says what it does. Failures are counted in a row: a start from a checkpoint
+    with more epochs than any before it begins the count again.
 
     Args:
         failure_config: ``max_failures`` is taken from it.
@@ -161,9 +162,15 @@ class Policy(FailurePolicy):  # type: ignore[misc]  # Ray is untyped here
             start_attempts,
         )
         self.counts: dict[str, int] = {}
+        self.num_epochs = 0  # the most that a start has found in its checkpoint
 
     def make_decision(self, training_failed_error: Exception) -> FailureDecision:
-        kind, cause = diagnosis(training_failed_error, _beats(self.run_id))
+        beats = _beats(self.run_id)
+        kind, cause = diagnosis(training_failed_error, beats)
+        num_epochs = max((beat.num_epochs for beat in beats.values()), default=0)
+        if num_epochs > self.num_epochs:  # the start that failed had come further than any before it
+            self.num_epochs = num_epochs
+            self.counts.pop("failure", None)
         if kind != "start":
             self.counts.pop("start", None)  # in a row
         self.counts[kind] = count = self.counts.get(kind, 0) + 1

@@ -27,7 +27,7 @@ IDS = "loggers.json"  # which run of MLflow and of Weights & Biases this one is
 # metrics.jsonl's names, grouped as TensorBoard folds them; what has a slash keeps its name.
 GROUPS = {
     "metrics": ("map50_95", "map50", "precision", "recall", "fitness", "top1", "top5"),
-    "seconds": ("wait_s", "step_s", "validate_s", "checkpoint_s"),
+    "seconds": ("epoch_s", "wait_s", "step_s", "validate_s", "checkpoint_s", "other_s"),
     "run": (
         "images_per_s",
         "world_size",
@@ -35,6 +35,7 @@ GROUPS = {
         "images_missed",
         "images_repeated",
         "images_replaced",
+        "updates_skipped",
         "all_reduce_ms",
     ),
 }

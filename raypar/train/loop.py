@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import random
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
@@ -124,7 +125,12 @@ class Loop:
             group.setdefault("initial_lr", group["lr"])
         self.last_optimizer_step = -1
         self.best_fitness: float | None = None
-        self.lr_scale = 1.0  # halved each time that the loss was not finite
+        self.lr_scale = 1.0  # less after the loss was not finite
+        # Under fp16: batch norm's buffers, and a copy of what they held after the last step.
+        self._statistics: tuple[list[Tensor], Tensor] | None = None
+        # Under fp16: of the last update, before clipping (0-d, on the device). Not finite: that update was skipped.
+        self.gradient_norm: Tensor | None = None
+        self.inspect_gradients: Callable[[], None] | None = None  # called before an update
 
     def learning_rate_factor(self, epoch: int) -> float:
         """Share of the initial learning rate in an epoch: linear, or cosine with ``cos_lr``."""
@@ -153,6 +159,8 @@ class Loop:
             The loss' parts, detached, on the device, as means over this rank's images.
         """
         self._schedule(global_step)
+        if self.scaler.is_enabled() and self._statistics is None:
+            self._statistics = self._current_statistics()
         is_update = global_step - self.last_optimizer_step >= self.accumulate
         with nullcontext() if is_update or self.world_size == 1 or self.is_sharded else self.model.no_sync():
             if self.args.multi_scale:
@@ -169,6 +177,8 @@ class Loop:
             loss, parts = self.lender.model.loss(batch, _float(predictions))
             # The loss is a sum over this rank's images (of classify a mean). DDP takes the mean over ranks: undo that, as Ultralytics does.
             self.scaler.scale(loss.sum() * self.loss_scale).backward()
+        if self.scaler.is_enabled():
+            self._restore_statistics()
         if is_update:
             self._update(global_step)
         return {name: value.detach() for name, value in parts.items()}
@@ -184,6 +194,11 @@ class Loop:
         if self.world_size > 1:  # batch-norm statistics are rank 0's, as in Ultralytics
             for buffer in self.ema.ema.buffers():
                 dist.broadcast(buffer, src=0)
+
+    def is_average_finite(self) -> bool:
+        """Whether the averaged weights and statistics are numbers; the same on every rank after :meth:`end_epoch`."""
+        values = [value for value in self.ema.ema.state_dict().values() if value.is_floating_point()]
+        return bool(torch.stack([value.isfinite().all() for value in values]).all())
 
     def learning_rates(self) -> dict[str, float]:
         return {f"lr/pg{i}": group["lr"] for i, group in enumerate(self.optimizer.param_groups)}
@@ -206,9 +221,33 @@ class Loop:
                     np.interp(global_step, [0, warmup], [self.args.warmup_momentum, self.args.momentum])
                 )
 
+    def _current_statistics(self) -> tuple[list[Tensor], Tensor]:
+        """Batch norm's buffers, and a copy of what they hold."""
+        names = ("running_mean", "running_var")
+        buffers = [b for name, b in self.lender.model.named_buffers() if name.rpartition(".")[2] in names]
+        return buffers, torch.cat(buffers) if buffers else torch.empty(0)
+
+    def _restore_statistics(self) -> None:
+        """Under fp16: batch-norm statistics that overflowed in this step's forward pass become those of the step before.
+
+        The update of such a step is skipped; statistics that are once infinite would never be finite again.
+        """
+        buffers, before = self._statistics or ([], torch.empty(0))
+        if not buffers:
+            return
+        now = torch.cat(buffers)
+        finite = now.where(now.isfinite(), before)
+        # A kernel for all of them; torch 2.15 has no public function that copies lists of tensors.
+        torch._foreach_copy_(buffers, finite.split([len(buffer) for buffer in buffers]))
+        self._statistics = buffers, finite
+
     def _update(self, global_step: int) -> None:
+        if self.inspect_gradients is not None:
+            self.inspect_gradients()
         self.scaler.unscale_(self.optimizer)
-        nn.utils.clip_grad_norm_(self.lender.model.parameters(), max_norm=10.0, foreach=True)
+        norm: Any = nn.utils.clip_grad_norm_(self.lender.model.parameters(), max_norm=10.0, foreach=True)
+        if self.scaler.is_enabled():
+            self.gradient_norm = getattr(norm, "full_tensor", lambda: norm)()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         self.optimizer.zero_grad()

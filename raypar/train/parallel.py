@@ -6,15 +6,21 @@ Runs in: every training worker. FSDP's modules take a second to import: only wha
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from ultralytics.utils.torch_utils import TORCH_2_13
+
+if TYPE_CHECKING:
+    from raypar.train.loop import Loop
+
+MAX_DRIFT = 0.01  # of the largest weight: more is no rounding of different processors
 
 
 def compiled(model: nn.Module, mode: bool | str, *, is_multi_scale: bool, device: torch.device) -> Any:
@@ -92,21 +98,93 @@ def update_ema(ema: Any, model: nn.Module) -> None:
         ema.update(model)
 
 
+def checksums(tensors: Sequence[Tensor], device: torch.device) -> list[int]:
+    """A sum over the bit patterns of each rank's float32 tensors, by rank. All ranks must call."""
+    flat = torch.cat([t.detach().reshape(-1) for t in tensors]) if tensors else torch.zeros(1, device=device)
+    total = flat.view(torch.int32).sum(dtype=torch.int64).view(1)
+    every = [torch.empty_like(total) for _ in range(dist.get_world_size())]
+    dist.all_gather(every, total)
+    return [int(each) for each in every]
+
+
 def assert_synchronised(model: nn.Module, rank: int) -> None:
-    """Compares all ranks' weights bit for bit: a model that DDP does not wrap trains apart without any error.
+    """Compares all ranks' weights bit for bit.
 
     Raises:
         RuntimeError: they differ.
     """
-    flat = torch.cat([p.detach().reshape(-1) for p in model.parameters()])
-    # of the bit patterns, so order of summation is irrelevant
-    mine = flat.view(torch.int32).to(torch.int64).sum().view(1)
-    every = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
-    dist.all_gather(every, mine)
-    if any(int(other) != int(mine) for other in every):
-        raise RuntimeError(
-            f"rank {rank}: the ranks' weights differ after the first step: gradients are not synchronised"
-        )
+    parameters = list(model.parameters())
+    if len(set(checksums(parameters, parameters[0].device))) > 1:
+        raise RuntimeError(f"rank {rank}: the ranks' weights differ: gradients are not synchronised")
+
+
+class SynchronisationCheck:
+    """Notices ranks that train apart: a model that DDP does not wrap does so without any error.
+
+    Gradients are compared bit for bit before the first update of a start, and once an epoch. A sum over ranks has the same bits on each
+    of them, whatever the optimizer and the learning rate are (which is 0 when a warm-up begins). Weights are compared once an epoch, with
+    room for what ranks on different processors round differently. Under FSDP a rank holds shares: there, gradients of shares must have
+    arrived, what is not shared out is compared, and so are the averaged weights, which every rank holds whole.
+
+    Args:
+        loop: that is about to start. With several ranks all must create and call alike.
+    """
+
+    def __init__(self, loop: Loop):
+        self.loop = loop
+        self.has_told = False
+        self.renew()
+
+    def renew(self) -> None:
+        """Has the gradients of the next update compared."""
+        if self.loop.world_size > 1:
+            self.loop.inspect_gradients = self._inspect
+
+    def _inspect(self) -> None:
+        """Compares the gradients; again at the next update when these tell nothing: all zero, or (fp16) not finite.
+
+        Raises:
+            RuntimeError: they differ, or there are none.
+        """
+        gradients = [p.grad for p in self.loop.lender.model.parameters() if p.grad is not None]
+        if not gradients:
+            raise RuntimeError("an update has no gradients: the ranks do not exchange them")
+        own = [gradient for gradient in gradients if not hasattr(gradient, "device_mesh")]
+        if len(set(checksums(own, self.loop.device))) > 1:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: the ranks' gradients differ: they are not synchronised"
+            )
+        total = float(torch.stack([gradient.abs().sum() for gradient in own]).sum()) if own else 1.0
+        if 0 < total < math.inf:
+            self.loop.inspect_gradients = None
+
+    def compare_weights(self) -> None:
+        """Compares what the ranks have learnt.
+
+        Raises:
+            RuntimeError: it is not the same.
+        """
+        if self.loop.world_size == 1:
+            return
+        model = self.loop.ema.ema if self.loop.is_sharded else self.loop.lender.model
+        parameters = list(model.parameters())
+        if len(set(checksums(parameters, self.loop.device))) == 1:
+            return
+        mine = torch.cat([p.detach().reshape(-1) for p in parameters])
+        first = mine.clone()
+        dist.broadcast(first, src=0)
+        drift = (mine - first).abs().max() / first.abs().max()
+        dist.all_reduce(drift, dist.ReduceOp.MAX)
+        if not float(drift) <= MAX_DRIFT:
+            raise RuntimeError(
+                f"rank {dist.get_rank()}: the ranks' weights differ by {float(drift):.1%} of the largest one: they are not synchronised"
+            )
+        if dist.get_rank() == 0 and not self.has_told:
+            self.has_told = True
+            print(
+                f"train: note: the ranks' weights differ by rounding, up to {float(drift):.0e} of the largest one",
+                flush=True,
+            )
 
 
 def fused(optimizer: torch.optim.Optimizer, *, is_scaled: bool = False) -> torch.optim.Optimizer:

@@ -36,6 +36,7 @@ class Beat:
         memory_gb: the most that the process has held.
         total: images of the whole run, when that is known.
         local_rank: among the ranks on its host.
+        num_epochs: that the checkpoint knows which this start goes on from.
     """
 
     rank: int
@@ -49,6 +50,7 @@ class Beat:
     memory_gb: float
     total: int = 0
     local_rank: int = 0
+    num_epochs: int = 0
 
     def __str__(self) -> str:
         return f"rank {self.rank} on {self.host} in stage '{self.stage}' for {self.since_s:.0f} s, after {self.cursor} images"
@@ -112,7 +114,7 @@ class Pulse:
 
         self.run_id, self.rank, self.world_size, self.local_rank = run_id, rank, world_size, local_rank
         self.host = f"{socket.gethostname()} ({ray.util.get_node_ip_address()})"
-        self.cursor = self.total = self._count = 0
+        self.cursor = self.total = self.num_epochs = self._count = 0
         self.on_beat: Callable[[Pulse], None] | None = None  # called once a second, in the pulse's own thread
         self._stage, self._since, self._complaints = "start", time.monotonic(), 0
         self._seconds: dict[str, float] = {}  # by the first word of the stage
@@ -166,7 +168,7 @@ class Pulse:
     def _beat(self) -> None:
         self._count += 1
         beat = Beat(self.rank, self.world_size, self.host, os.getpid(), self._stage, time.monotonic() - self._since, self.cursor,
-                    self._count, self.memory_gb(), self.total, self.local_rank)  # fmt: skip
+                    self._count, self.memory_gb(), self.total, self.local_rank, self.num_epochs)  # fmt: skip
         post(self.run_id, f"beat:{self.rank}", json.dumps(asdict(beat)))
 
     def _complain(self) -> None:

@@ -23,6 +23,7 @@ STAGES = {
     "step_s": "steps",
     "validate_s": "validation",
     "checkpoint_s": "checkpoints",
+    "other_s": "start and reports",
 }
 STATES = {"finished": "good", "running": "going", "stopped": "going", "failed": "bad"}
 STYLE = """

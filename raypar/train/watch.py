@@ -121,7 +121,7 @@ class Watch:
     def __init__(self, worker: Worker, run_id: str):
         self.worker, self.run_id, self.out = worker, run_id, worker.out
         self.name = worker.out.path.rstrip("/").split("/")[-2]
-        self.figures, self.line_at = Figures(self.name, worker.rank, worker.loop.model), worker.epoch.began
+        self.figures = Figures(self.name, worker.rank, worker.loop.model)
         worker.pulse.total = worker.total
         worker.pulse.on_beat = self.figures.on_beat
         if worker.rank != 0:
@@ -139,30 +139,28 @@ class Watch:
         self.aside.submit(chronicle.USED, partial(self.out.write_json, chronicle.USED, used(worker)))
 
     def line(self) -> dict[str, float]:
-        """For the line of an epoch that has just been validated: seconds since the line before, and the gradients' travel when DDP has measured it."""
-        now, took = time.monotonic(), all_reduce_s(self.worker.loop.model)
-        epoch_s, self.line_at = now - self.line_at, now
-        return {"epoch_s": epoch_s, **({} if took is None else {"all_reduce_ms": 1e3 * took})}
+        """For an epoch's line: how long the gradients travel, when DDP has measured it."""
+        took = all_reduce_s(self.worker.loop.model)
+        return {} if took is None else {"all_reduce_ms": 1e3 * took}
 
     def epoch(
         self,
         line: dict[str, Any],
         history: Sequence[dict[str, Any]],
-        per_class: Sequence[dict[str, Any]] | None,
+        best_classes: dict[str, Any] | None,
     ) -> None:
         """An epoch has ended.
 
         Args:
             line: of ``metrics.jsonl``.
             history: all lines so far.
-            per_class: metrics of each class, when this is the best epoch.
+            best_classes: ``epoch`` and ``classes`` (metrics of each), when this is the best epoch.
         """
         self.figures.on_epoch(line)
         if self.worker.rank != 0:
             return
-        if per_class is not None:
-            classes = {"epoch": line["epoch"], "classes": list(per_class)}
-            self.aside.submit("per_class.json", partial(self.out.write_json, report.PER_CLASS, classes))
+        if best_classes is not None:
+            self.aside.submit("per_class.json", partial(self.out.write_json, report.PER_CLASS, best_classes))
         for name, log in self.loggers.named.items():
             self.aside.submit(name, partial(log, history))
         if time.monotonic() - self.drawn_at > REPORT_EVERY_S:

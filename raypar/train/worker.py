@@ -6,10 +6,13 @@ only inside the worker, and it checks that they are right.
 
 from __future__ import annotations
 
+import functools
 import logging
+import math
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from copy import copy, deepcopy
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -30,7 +33,7 @@ from raypar.precision import pick_precision
 from raypar.prefetch import sent
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, say
+from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, report, rollback, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -53,6 +56,9 @@ if TYPE_CHECKING:
     from raypar.dataset.rendered import Rendered
 
 NAN_RESTARTS = "nan_restarts.json"  # where and how often the loss was not finite
+# Updates in a row that fp16's GradScaler may skip. It starts at a scale of 65,536 and halves it at each: after 16 the scale is 1, and gradients
+# that still overflow are no matter of the scale.
+MAX_SKIPPED = 20
 
 
 def stream_spec(
@@ -82,7 +88,7 @@ def is_validated(args: Any, *, is_last: bool, may_stop: bool) -> bool:
 class Worker:
     """One rank."""
 
-    def __init__(self, config: dict[str, Any], pulse: Pulse):  # noqa: PLR0915
+    def __init__(self, config: dict[str, Any], pulse: Pulse):
         quiet_ray()
         # it names it so: each report
         logging.getLogger(ray.train.v2._internal.execution.context.__file__).setLevel(logging.WARNING)
@@ -95,67 +101,89 @@ class Worker:
         )
         ultralytics.utils.LOGGER.setLevel("WARNING")
         self.train, self.label = config["train"], config["label"]
-        train = self.train
         self.device = ray.train.torch.get_device()
-
-        patience_s = train["storage_timeout_s"]
-        self.out, dataset = (
-            Folder(config["folder"], patience_s) / "train",
-            Folder(config["dataset"], patience_s),
+        self.precision = pick_precision(
+            self.train["precision"], self.device, is_sharded=self.train["parallel"] == "fsdp"
         )
+        self.agreement = Agreement(self.world_size, self.train["collective_timeout_s"])
+
+        patience_s = self.train["storage_timeout_s"]
+        self.out = Folder(config["folder"], patience_s) / "train"
+        dataset = Folder(config["dataset"], patience_s)
         manifest = patiently(lambda: Manifest.load(dataset), f"read {dataset.shown(MANIFEST)}", patience_s)
-        self.args = settings(train["yolo"], batch=train["batch"], seed=config["seed"], task=manifest.task)
+        self.args = settings(
+            self.train["yolo"], batch=self.train["batch"], seed=config["seed"], task=manifest.task
+        )
         manifest = validated_part(manifest, self.args)
+        self._plan_stream(config, dataset, manifest)
+        state = self._find_state()
+        # first: its processes start while the model is built
+        self.stream = iter(()) if self.is_finished else self._stream(self.spec)
+        lender = self._build_model(config, manifest)
+        self.class_names = list(lender.data["names"].values())
+        self._limit_threads()
+        self._build_loop(lender)
+        self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
+                                        batch=max(1, 2 * self.train["batch"] // self.world_size))  # fmt: skip
+        self.saver = Saver(patience_s) if self.rank == 0 else None
+        self.saved_at, self.saved_cursor = time.monotonic(), -1
+        # weights of epochs that ended since the last checkpoint
+        self.unwritten: dict[str, Callable[[], bytes]] = {}
+        self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
+        self._rewind_tables()
+        self._begin_from(state)
+        import torchvision  # noqa: F401  # validation needs it: now, while the first images are made
+
+    def _plan_stream(self, config: dict[str, Any], dataset: Folder, manifest: Manifest) -> None:
+        """Which images there will be, in which order, and how they are made."""
         self.spec = stream_spec(config, self.args, manifest, dataset, self.world_size)
         self.plan = self.spec.plan
         # held open: as long as a worker lives, nobody sweeps it away
         self.cache = None if self.spec.cache is None else node_cache(self.spec.cache)
-        self.agreement = Agreement(self.world_size, train["collective_timeout_s"])
-        state = self._find_state()
-        # first: its processes start while the model is built
-        self.stream = iter(()) if self.is_finished else self._stream(self.spec)
 
+    def _build_model(self, config: dict[str, Any], manifest: Manifest) -> Lender:
         with (
             staged(config["model"], self.out) as model,
             initial_weights(config["init_from"], self.out) as weights,
         ):
-            lender = Lender(
-                train["yolo"],
+            return Lender(
+                self.train["yolo"],
                 model=model,
                 manifest=manifest,
-                batch=train["batch"],
+                batch=self.train["batch"],
                 seed=config["seed"],
                 device=self.device,
                 weights=weights,
                 class_counts=counted_classes(self.spec, manifest, self.args),
             )
-        # set now: building Ultralytics' trainer sets the number of threads too
+
+    def _limit_threads(self) -> None:
+        """To be called after the model is built: building Ultralytics' trainer sets the number of threads too."""
         cores = len(os.sched_getaffinity(0))
-        torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
-        epochs, self.args, self.class_names = (
-            self.args.epochs,
-            lender.args,
-            list(lender.data["names"].values()),
-        )
-        self.precision = pick_precision(
-            train["precision"], self.device, is_sharded=train["parallel"] == "fsdp"
-        )
+        share = max(1, cores // ray.train.get_context().get_local_world_size())
+        torch.set_num_threads(self.train["threads_per_worker"] or share)
+
+    def _build_loop(self, lender: Lender) -> None:
+        epochs, self.args = self.args.epochs, lender.args
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
-                         world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
+                         world_size=self.world_size, precision=self.precision, spread=self.train["parallel"], sync_bn=self.train["sync_bn"])  # fmt: skip
         # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
         self.args.epochs = epochs
-        self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
-                                        batch=max(1, 2 * train["batch"] // self.world_size))  # fmt: skip
-        self.saver = Saver(patience_s) if self.rank == 0 else None
-        self.finite = FiniteWatch()
-        self.saved_at, self.saved_cursor = time.monotonic(), -1
-        self.asked: set[str] = set()  # wishes that all ranks know of and that wait for an optimizer step
+        self.finite = FiniteWatch(patience=MAX_SKIPPED if self.is_fp16 else 1)
+
+    def _begin_from(self, state: dict[str, Any] | None) -> None:
+        """Puts a checkpoint's state into the loop, when there is one."""
         self.pulse.stage = "resume"
         settle_buckets(self.loop)
         if state is not None:
             checkpoint.restore(self.loop, state)
-        self.loop.lr_scale = 0.5 ** len(self.broken)
-        import torchvision  # noqa: F401  # validation needs it: now, while the first images are made
+        self.loop.lr_scale = self._standing().lr_scale
+        self.synchronisation = parallel.SynchronisationCheck(self.loop)
+
+    @property
+    def is_fp16(self) -> bool:
+        """Whether a GradScaler skips updates whose gradients overflow."""
+        return self.precision == torch.float16
 
     def _find_state(self) -> dict[str, Any] | None:
         """The newest checkpoint's content, which rank 0 chooses, and where the run goes on from there."""
@@ -169,8 +197,10 @@ class Worker:
         self.cursor, self.history, self.is_finished = (
             (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
         )
-        self.pulse.cursor = self.cursor
-        self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
+        self.pulse.cursor, self.pulse.num_epochs = self.cursor, len(self.history)
+        self.best_classes: dict[str, Any] | None = state.get("best_classes") if state else None
+        kept = state["epoch"] if state else None
+        self.epoch = Epoch(self.plan.num_images, kept, skips_overflow=self.is_fp16)
         self._keep_time(self.history)
         return state
 
@@ -214,37 +244,35 @@ class Worker:
         """All steps and epochs that are left. Returns whether it was asked to stop before the end."""
         self.loop.start_epoch()
         first_cursor = self.cursor
-        self.pulse.stage = "wait for data"
+        self._enter("wait for data", ended="other")
         for batch, tensors in self._batches():
-            self.epoch.waited()
             compiles = ", the model is compiled" if self.args.compile and self.cursor == first_cursor else ""
-            self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}"
+            self._enter(f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}", ended="wait")
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
-            if (
-                self.cursor == first_cursor + self.plan.global_batch
-                and self.world_size > 1
-                and not self.loop.is_sharded
-            ):
-                parallel.assert_synchronised(self.loop.lender.model, self.rank)
             say.progress(self, batch)
-            learnt = self.agreement.step(self._wishes(parts))  # what was wished a step ago
+            learnt = self.agreement.step(self._wishes(parts, step))  # what was wished a step ago
             self.asked |= (
                 learnt - {"save"} if self.saved_cursor == self.cursor - self.plan.global_batch else learnt
             )
             if "nan" in self.asked:
                 self._go_back()
+            self.epoch.lap("step")
             if batch.step == self.plan.steps_per_epoch - 1:
                 if self._end_epoch(batch.epoch, step):
                     break
-                self.epoch = Epoch(self.plan.num_images)
                 self.loop.start_epoch()
             elif self.asked and self.loop.last_optimizer_step == step:
                 self._save(self.epoch.reduced(self.agreement), is_finished=False, has_gradients=False)
             if self._must_leave():
                 return True
-            self.pulse.stage = "wait for data"
+            self._enter("wait for data", ended="other")
         return False
+
+    def _enter(self, stage: str, *, ended: str) -> None:
+        """Begins a stage; the time since the last one counts to what ended, one of :data:`raypar.train.epoch.STAGES`."""
+        self.epoch.lap(ended)
+        self.pulse.stage = stage
 
     def _batches(self) -> Iterator[Rendered]:
         """This rank's batches from the cursor on, and what the loss wants of them; from a new stream when mosaic was closed meanwhile."""
@@ -278,36 +306,48 @@ class Worker:
         torch.manual_seed(hash((self.args.seed, step, self.rank)))
         with memory.advice(self.loop, tensors, world_size=self.world_size, who=str(self.pulse)):
             parts = self.loop.step(tensors, step)
-        self.epoch.stepped(parts, batch)
+        norm = self.loop.gradient_norm if self.loop.last_optimizer_step == step else None
+        self.epoch.stepped(parts, batch, norm)
         self.cursor += self.plan.global_batch
         self.pulse.cursor = self.cursor
         return parts
 
-    def _wishes(self, parts: dict[str, Tensor]) -> set[str]:
+    def _wishes(self, parts: dict[str, Tensor], step: int) -> set[str]:
         """What this rank would have all ranks do: ``save``, ``stop``, ``preempted``, ``grow``, ``nan``."""
         wishes = set(self.pulse.wishes())
-        self.finite.push(parts)
+        if not self.is_fp16:
+            self.finite.push(parts)
+        elif self.loop.gradient_norm is not None and self.loop.last_optimizer_step == step:
+            self.finite.push({"gradient norm": self.loop.gradient_norm})
         if self.finite.is_broken:
             wishes.add("nan")
         if self.saver is not None:
             self.saver.check()
-            if time.monotonic() - self.saved_at > self.train["checkpoint_every_s"] and not self.saver.is_busy:
+            if self._is_save_due() and not self.saver.is_busy:
                 wishes.add("save")
         return wishes
 
+    def _is_save_due(self) -> bool:
+        """By this rank's clock; rank 0's counts."""
+        return time.monotonic() - self.saved_at > float(self.train["checkpoint_every_s"])
+
     def _end_epoch(self, number: int, step: int) -> bool:
-        """Validates, saves, reports. Returns whether training ends here; the same on every rank."""
+        """Validates, reports, and saves if it is time to. Returns whether training ends here; the same on every rank."""
         loop, is_last = self.loop, number + 1 >= self.args.epochs
         has_gradients = loop.last_optimizer_step != step
         if has_gradients:
             checkpoint.fold_gradients(loop)
+        self.synchronisation.compare_weights()
+        self.synchronisation.renew()
         reduced = self.epoch.reduced(self.agreement)
         sums = summary(reduced)
-        if not all(map(torch.isfinite, map(torch.tensor, reduced["losses"].values()))):
+        if not all(math.isfinite(value) for name, value in sums.items() if name.startswith("train/")):
             self._go_back()
         loop.end_epoch()
-        self.pulse.stage = f"validation after epoch {number + 1}"
-        began = time.monotonic()
+        if not loop.is_average_finite():
+            self._go_back()
+        self._enter(f"validation after epoch {number + 1}", ended="step")
+        images_per_s = self.plan.positions_per_epoch / self.epoch.seconds
         metrics: dict[str, Any] = {}
         if is_validated(self.args, is_last=is_last, may_stop=loop.stopper.possible_stop):
             metrics = self.validator(loop.ema.ema, loop.lender.model, loop.device)
@@ -317,68 +357,101 @@ class Worker:
             stop = bool(loop.stopper(number + 1, fitness)) or is_last
         else:
             is_best, stop = False, is_last
+        self._enter("report", ended="validate")
         line = {
             "epoch": number + 1, **{k: v for k, v in sums.items() if k.startswith("train/")},
             **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(), **self.watch.line(),
-            "images_per_s": self.plan.positions_per_epoch / reduced["seconds"], **sums,
-            "validate_s": time.monotonic() - began, "world_size": self.world_size, "images_seen": self.cursor,
-            "compute_dtype": str(self.precision).removeprefix("torch."),
+            "images_per_s": images_per_s, **sums, **({"updates_skipped": reduced["num_skipped"]} if self.is_fp16 else {}),
+            "world_size": self.world_size, "images_seen": self.cursor,
+            "compute_dtype": str(self.precision).removeprefix("torch."), **self.epoch.seconds_by_stage(),
         }  # fmt: skip
         self._keep_time([*self.history, line])
         stop = stop or number + 1 >= self.args.epochs
-        self._save_epoch(line, is_best, is_finished=stop, has_gradients=has_gradients)
-        self.watch.epoch(line, self.history, metrics["per_class"] if is_best else None)
+        if is_best:
+            self.best_classes = {"epoch": number + 1, "classes": list(metrics["per_class"])}
+        self._close_epoch(line, is_best, is_finished=stop, has_gradients=has_gradients)
         say.epoch(self, line, is_best)
         return stop
 
-    def _save_epoch(
+    def _close_epoch(
         self, line: dict[str, Any], is_best: bool, *, is_finished: bool, has_gradients: bool
     ) -> None:
-        """Weights, metrics and a checkpoint, written beside the next epoch's first steps; then Ray Train is told."""
-        history, files = [*self.history, line], dict[str, Any]()
-        if self.rank == 0:
-            weights = weights_file(
-                self.loop.ema.ema,
-                self.args,
-                epoch=line["epoch"] - 1,
-                metrics={k: line[k] for k in line if "map" in k},
-            )
-            names = ("last.pt", "best.pt")[: 1 + is_best]
-            files = {
-                f"write {self.out.shown(name)}": partial(self.out.write, name, weights) for name in names
-            }
-            files[f"write {self.out.shown('metrics.jsonl')}"] = lambda: pictures.tables(self.out, history)
-        self._save(None, is_finished=is_finished, has_gradients=has_gradients, line=line, before=files)
-        self.pulse.stage = "report"
-        ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)})
+        """Adds the epoch to the history and the tables, and begins the next one. With a checkpoint if it is time for one, or the last.
 
-    def _save(self, epoch: dict[str, Any] | None, *, is_finished: bool, has_gradients: bool, line: dict[str, Any] | None = None,
-              before: dict[str, Any] | None = None) -> None:  # fmt: skip
-        """Copies the state; rank 0 writes it beside the training. All ranks must call.
+        Its weights are only kept: they are written with the next checkpoint, so that what lies in the folder belongs together.
+        """
+        if self.rank == 0:
+            self._keep_weights(line, is_best)
+        is_due = is_finished or bool(self.asked) or self.agreement.any(self.rank == 0 and self._is_save_due())
+        self.epoch.lap("other")
+        state = self._captured(has_gradients=has_gradients) if is_due else None
+        self.epoch.lap("checkpoint")
+        line |= self.epoch.seconds_by_stage()
+        self.history = [*self.history, line]  # a new list: the old one may be being written
+        self.epoch = self.epoch.following()
+        if self.saver is not None:
+            tables = partial(pictures.tables, self.out, self.history)
+            self.saver.submit(f"write {self.out.shown('metrics.jsonl')}", tables)
+        if state is not None:
+            self._submit(state, epoch=None, is_finished=is_finished)
+            self.epoch.lap("checkpoint")
+            self.pulse.stage = "report"
+            ray.train.report({k: v for k, v in line.items() if isinstance(v, int | float)})
+        self.loop.lr_scale = self._standing().lr_scale
+        self.watch.epoch(line, self.history, self.best_classes if is_best else None)
+
+    def _keep_weights(self, line: dict[str, Any], is_best: bool) -> None:
+        """A copy of the averaged weights, to be written as ``last.pt``, and ``best.pt`` if they are."""
+        content = functools.cache(partial(
+            weights_file, deepcopy(self.loop.ema.ema).half().cpu(), copy(self.args), epoch=line["epoch"] - 1,
+            metrics={k: line[k] for k in line if "map" in k}))  # fmt: skip
+        self.unwritten |= dict.fromkeys(("last.pt", "best.pt")[: 1 + is_best], content)
+
+    def _rewind_tables(self) -> None:
+        """Takes out of the tables what an earlier start wrote after the checkpoint: those epochs are trained again."""
+        if self.saver is None:
+            return
+        out, history, best_classes = self.out, self.history, self.best_classes
+
+        def rewind() -> None:
+            if out.exists("metrics.jsonl"):
+                pictures.tables(out, history)
+            if best_classes is not None:
+                out.write_json(report.PER_CLASS, best_classes)
+
+        self.saver.submit(f"write {out.shown('metrics.jsonl')}", rewind)
+
+    def _save(self, epoch: dict[str, Any], *, is_finished: bool, has_gradients: bool) -> None:
+        """A checkpoint within an epoch. All ranks must call.
 
         Args:
-            epoch: sums of the epoch so far; nothing at its end.
+            epoch: sums of the epoch so far.
             is_finished: whether nothing is left to train.
             has_gradients: whether gradients wait for more steps.
-            line: of the epoch that ended; it is told how long training waited, and joins the history.
-            before: what to write before the checkpoint, so that whoever resumes from it finds these too.
         """
+        self._submit(self._captured(has_gradients=has_gradients), epoch=epoch, is_finished=is_finished)
+        self.epoch.lap("checkpoint")
+
+    def _captured(self, *, has_gradients: bool) -> dict[str, Any]:
+        """A copy of the loop's state, which holds numbers only: else training goes back. All ranks must call."""
         self.pulse.stage = "checkpoint"
-        began = time.monotonic()
         state = checkpoint.capture(self.loop, has_gradients=has_gradients)
         if self.agreement.any(self.rank == 0 and not checkpoint.is_finite(state)):
             self._go_back()
-        if line is not None:
-            line["checkpoint_s"] = time.monotonic() - began
-            self.history = [*self.history, line]  # a new list: the old one may be being written
+        return state
+
+    def _submit(self, state: dict[str, Any], *, epoch: dict[str, Any] | None, is_finished: bool) -> None:
+        """Has rank 0 write a captured state in the background; weights that wait are written before it, so that whoever resumes finds them."""
         if self.saver is not None:
-            for what, do in (before or {}).items():
-                self.saver.submit(what, do)
+            for name, content in self.unwritten.items():
+                self.saver.submit(f"write {self.out.shown(name)}", partial(_write, self.out, name, content))
+            self.unwritten = {}
             state |= {
                 "cursor": self.cursor,
                 "history": self.history,
                 "is_finished": is_finished,
                 "epoch": epoch,
+                "best_classes": self.best_classes,
             }
             self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip
@@ -403,28 +476,34 @@ class Worker:
             return True
         raise failure.Restart("preempted" if "preempted" in reasons else "grow")
 
+    def _standing(self) -> rollback.Standing:
+        """What is left of the rollbacks so far."""
+        return rollback.standing([each["epoch"] for each in self.broken], len(self.history))
+
     def _go_back(self) -> NoReturn:
         """Ends this attempt: the loss or the weights are no numbers any more. All ranks must call.
 
         Raises:
             NotFiniteError: training is to go on from the newest checkpoint, at half the learning rate.
-            DivergedError: that was done too often.
+            DivergedError: that was done too often in a row.
         """
         limit, epoch = self.train["max_nan_restarts"], (self.cursor - 1) // self.plan.positions_per_epoch + 1
         self.broken.append({"epoch": epoch, "images_seen": self.cursor})
+        now = self._standing()
         if self.saver is not None:
             self.saver.flush()
             written = f"write {self.out.shown(NAN_RESTARTS)}"
             patiently(lambda: self.out.write_json(NAN_RESTARTS, self.broken), written, self.out.patience_s)
         self.agreement.any(False)
         what = f"the loss is not finite in epoch {epoch}, after {self.cursor} images"
-        if len(self.broken) > limit:
+        if now.in_a_row > limit:
             raise failure.DivergedError(
-                f"{what}; that makes {len(self.broken)} times, train.max_nan_restarts={limit}, each at half the learning rate: lower "
-                f"train.yolo.lr0 (now {self.args.lr0:g}), raise train.yolo.warmup_epochs, or use train.precision=fp32, and add train.overwrite=true"
+                f"{what}; that makes {now.in_a_row} times without a good epoch in between, train.max_nan_restarts={limit}, each at half the "
+                f"learning rate: lower train.yolo.lr0 (now {self.args.lr0:g}), raise train.yolo.warmup_epochs, or use train.precision=fp32, "
+                "and add train.overwrite=true"
             )
         raise failure.NotFiniteError(
-            f"{what}: restart {len(self.broken)} of {limit}, at half the learning rate"
+            f"{what}: restart {now.in_a_row} of {limit} in a row, at {now.lr_scale:g} of the learning rate"
         )
 
     def _read_broken(self) -> list[dict[str, Any]]:
@@ -432,3 +511,7 @@ class Worker:
         return patiently(
             lambda: out.read_json(NAN_RESTARTS) if out.exists(NAN_RESTARTS) else [], what, out.patience_s
         )
+
+
+def _write(out: Folder, name: str, content: Callable[[], bytes]) -> None:
+    out.write(name, content())

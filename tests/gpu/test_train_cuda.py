@@ -51,7 +51,9 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunConfig]:
 
 @pytest.mark.parametrize("augment", ["cpu", "gpu"])
 def test_a_training_runs_and_goes_on(prepared: RunConfig, augment: str) -> None:
-    config = with_train(prepared, f"augment-{augment}", augment=augment)
+    config = with_train(
+        prepared, f"augment-{augment}", augment=augment, checkpoint_every_s=0.001, keep_checkpoints=99
+    )
     raypar.train.run(config)
     folder, before = train_folder(config), lines(config)
     assert [line["images_missed"] for line in before] == [0, 0]

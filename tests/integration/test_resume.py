@@ -18,6 +18,7 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 import yaml
 
 import raypar.train
@@ -135,6 +136,12 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
         "cursor",
     ):
         assert_same_bits(a[part], b[part], part)
+    for name in ("best.pt", "last.pt"):
+        ours, theirs = (
+            torch.load(train_folder(run) / name, weights_only=False) for run in (disturbed, undisturbed)
+        )
+        assert ours["trained_epochs"] == theirs["trained_epochs"], name
+        assert_same_bits(ours["model"].state_dict(), theirs["model"].state_dict(), name)
     for ours, theirs in zip(lines(disturbed), lines(undisturbed), strict=True):
         assert (ours["images_missed"], ours["images_repeated"]) == (0, 0)
         assert ours["map50_95"] == theirs["map50_95"]

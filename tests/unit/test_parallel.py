@@ -33,15 +33,22 @@ YOLO = {
     "deterministic": False,
 }
 
+# the smallest YOLO: a layer for each stride
+TINY = {
+    "nc": 2,
+    "backbone": [[-1, 1, "Conv", [width, 3, 2]] for width in (4, 8, 16, 16, 16)],
+    "head": [[[2, 3, 4], 1, "Detect", ["nc"]]],
+}
 
-def make_loop(world_size: int = 1, spread: str = "ddp", sync_bn: bool = False, **yolo: Any) -> Loop:
+
+def make_loop(
+    world_size: int = 1, spread: str = "ddp", sync_bn: bool = False, model: Any = "yolov8n.yaml", **yolo: Any
+) -> Loop:
     manifest = Manifest(
         task="detect", class_names=("a", "b"), splits={"train": Split(num_images=BATCH * STEPS)}, source=""
     )
     device = torch.device("cpu")
-    lender = Lender(
-        {**YOLO, **yolo}, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=device
-    )
+    lender = Lender({**YOLO, **yolo}, model=model, manifest=manifest, batch=BATCH, seed=0, device=device)
     torch.set_num_threads(1)
     loop = Loop(
         lender,

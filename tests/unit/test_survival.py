@@ -6,6 +6,7 @@ import errno
 import os
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -38,17 +39,23 @@ from raypar.train.saver import Saver
 CLASSES, BATCH, IMGSZ, STEPS = ("a", "b"), 4, 64, 3
 
 
-def make_loop(world_size: int = 1) -> Loop:
+def make_loop(
+    world_size: int = 1, model: Any = "yolov8n.yaml", precision: torch.dtype = torch.float32
+) -> Loop:
     """yolov8n at 64 px; three steps an epoch, gradients of up to four added up."""
     manifest = Manifest(
         task="detect", class_names=CLASSES, splits={"train": Split(num_images=STEPS * BATCH)}, source=""
     )
     yolo = {"epochs": 4, "imgsz": IMGSZ, "nbs": 4 * BATCH, "warmup_epochs": 1.0}
-    lender = Lender(
-        yolo, model="yolov8n.yaml", manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu")
-    )
+    lender = Lender(yolo, model=model, manifest=manifest, batch=BATCH, seed=0, device=torch.device("cpu"))
     torch.set_num_threads(1)
-    return Loop(lender, num_images=STEPS * BATCH, steps_per_epoch=STEPS, world_size=world_size)
+    return Loop(
+        lender,
+        num_images=STEPS * BATCH,
+        steps_per_epoch=STEPS,
+        world_size=world_size,
+        precision=precision,
+    )
 
 
 def make_batch(step: int, rank: int = 0, images: int = BATCH) -> dict[str, torch.Tensor]:
@@ -316,6 +323,20 @@ def test_a_loss_that_is_no_number_is_noticed() -> None:
     assert watch.is_broken
 
 
+def test_a_patient_watch_counts_in_a_row() -> None:
+    watch, overflow, fine = (
+        FiniteWatch(patience=3),
+        {"norm": torch.tensor(float("inf"))},
+        {"norm": torch.tensor(1.0)},
+    )
+    for values in (overflow, overflow, fine, overflow, overflow):
+        watch.push(values)
+    assert not watch.is_broken
+    watch.push(overflow)
+    watch.push(fine)
+    assert watch.is_broken
+
+
 class Failing:
     """Fails some times, then works."""
 
@@ -478,6 +499,20 @@ def test_lost_workers_are_replaced_so_often_and_each_time_is_told(
     )
     assert "failure 2 of 2" in told
     assert "(failure 3, and train.max_failures=2)" in words.posted["cause"]
+
+
+def test_failures_are_counted_again_after_a_further_epoch_was_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One a month is no reason to end; the same epoch over and over is."""
+    beat = pulse.Beat(1, 2, "b (10.0.0.2)", 77, "step 3 of epoch 2", 1.0, 120, 9, 0.5)
+    beats = [beat]
+    Words(monkeypatch, beats)
+    decide = policy(max_failures=2)
+    for num_epochs in (3, 4, 9, 12, 20):
+        beats[0] = replace(beat, num_epochs=num_epochs)
+        assert decide.make_decision(lost(1)) == FailureDecision.RETRY
+    beats[0] = replace(beat, num_epochs=19)  # the newest checkpoint could not be read
+    assert decide.make_decision(lost(1)) == FailureDecision.RETRY
+    assert decide.make_decision(lost(1)) == FailureDecision.RAISE
 
 
 def test_an_elastic_run_counts_room_anew_before_long() -> None:

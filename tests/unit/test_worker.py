@@ -25,7 +25,8 @@ def make_worker(monkeypatch: pytest.MonkeyPatch, **args: Any) -> Worker:
     worker.plan = Plan((BATCH * STEPS,), seed=0, global_batch=BATCH, epochs=2)
     worker.args = SimpleNamespace(**{"seed": 0, "single_cls": False, "compile": False, "epochs": 2, **args})
     worker.pulse = SimpleNamespace(stage="", cursor=0, wishes=set)  # type: ignore[assignment]
-    worker.epoch = SimpleNamespace(waited=lambda: None, stepped=lambda *_: None, reduced=lambda _: {})  # type: ignore[assignment]
+    worker.precision = torch.float32
+    worker.epoch = SimpleNamespace(lap=lambda _: None, stepped=lambda *_: None, reduced=lambda _: {})  # type: ignore[assignment]
     worker.agreement, worker.finite = (
         Agreement(1, 10.0),
         SimpleNamespace(push=lambda _: None, is_broken=False),
@@ -74,7 +75,7 @@ def test_single_cls_leaves_one_class_to_the_pixels_too(monkeypatch: pytest.Monke
     worker = make_worker(monkeypatch, single_cls=True)
     worker.rank = 1  # rank 0 draws pictures
     seen: list[dict[str, torch.Tensor]] = []
-    worker.loop = SimpleNamespace(step=lambda tensors, _: seen.append(tensors) or {})  # type: ignore[assignment]
+    worker.loop = SimpleNamespace(step=lambda tensors, _: seen.append(tensors) or {}, last_optimizer_step=-1)  # type: ignore[assignment]
     tensors = {
         "cls": torch.tensor([[2.0], [1.0]]),
         "sem_masks": torch.full((1, 2, 2), 2.0),
