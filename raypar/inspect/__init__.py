@@ -103,7 +103,9 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
     if not isinstance(args.imgsz, int) or args.imgsz < 32:
         raise ValueError(f"train.yolo.imgsz={args.imgsz!r}: write one number of px, at least 32")
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
-    plan = Plan(groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs)
+    plan = Plan(
+        groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs, strata=split.strata
+    )
     spec = StreamSpec.of(config.dataset_folder, split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
                          albumentations=config.train.albumentations, world_size=1)  # fmt: skip
     return spec, args

@@ -18,7 +18,7 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
-from raypar.dataset.plan import first_images
+from raypar.dataset.plan import first_images, first_strata
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
 from raypar.train import initial
@@ -238,6 +238,7 @@ def _trainer(
     from raypar.train import entry, launch, network
 
     train = config.train
+    row_groups = _row_groups(config, manifest)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     return launch.Trainer(
@@ -255,7 +256,8 @@ def _trainer(
             "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),
             "plan": {
-                "row_groups": _row_groups(config, manifest),
+                "row_groups": row_groups,
+                "strata": first_strata(manifest.split("train").strata, len(row_groups)),
                 "seed": config.seed,
                 "global_batch": train.batch,
             },

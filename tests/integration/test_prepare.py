@@ -475,6 +475,7 @@ def test_append_adds_what_is_new(
     assert [shard.path for shard in manifest.splits["train"].shards][: len(old)] == old
     assert manifest.splits["train"].num_images == 29 + 15
     assert manifest.splits["train"].boxes_per_class == (29 + 15,)
+    assert manifest.splits["train"].strata == (*before.splits["train"].strata, 4)  # 15 images in groups of 4
     assert manifest.splits["val"] == before.splits["val"]
     assert rows_of(config, "train")[:29] == rows
     assert sorted(row["image_id"] for row in rows_of(config, "train")[29:]) == [
