@@ -41,7 +41,10 @@ KINDS = {
     "int": "an integer", "float": "a number", "bool": "true or false",
 }  # fmt: skip
 PATTERNS = {
-    "name": "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
+    **dict.fromkeys(
+        ("name", "inspect.name", "evaluate.name", "predict.name", "export.name"),
+        "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
+    ),
     "serve.route_prefix": "should begin with '/' and hold no '{' and no '}'",
 }
 

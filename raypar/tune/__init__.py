@@ -15,7 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from raypar import train
+from raypar import outputs, train
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
@@ -86,6 +86,7 @@ def run(config: RunConfig) -> dict[str, Any]:
             f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add tune.overwrite=true"
         )
     out.write_json(SETTINGS, settings)
+    outputs.write_run_file(out, config)
     records = study.read(config)
     over = sum(map(study.is_over, records))
     if over >= section.num_trials and over == len(records):

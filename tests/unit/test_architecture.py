@@ -32,7 +32,7 @@ RANKS = [
     {"config", "weights", "detector", "versions"},
     {"runfile", "draw", "metrics", "augment", "pool"},
     {"dataset"},
-    {"sources", "judge"},
+    {"sources", "judge", "outputs"},
     set(VERBS) - {"tune"},
     {"tune"},  # the one verb that runs another: train
     {"cluster"},
