@@ -122,7 +122,7 @@ def _run(options: argparse.Namespace) -> int:
     cluster.connect(with_dashboard=options.verb == "tune")  # Ray Train asks it about trials
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
     # A training keeps the run file that it was run with, and each output has its own.
-    if not config.folder.exists("train"):
+    if not (config.folder / "train").exists(outputs.SETTINGS):
         outputs.write_run_file(config.folder, config)
     if options.verb == "serve":
         outputs.write_run_file(config.folder / "serve", config)

@@ -14,11 +14,13 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
+from raypar import outputs
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.plan import first_images, first_strata
+from raypar.lease import Lease, refuse_if_held
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
 from raypar.train import initial
@@ -34,10 +36,20 @@ IGNORED_BY_AUTO = ("lr0", "momentum", "warmup_bias_lr")  # Ultralytics' optimize
 
 
 def check(config: RunConfig) -> None:
-    """All checks that need no cluster: settings, model, dataset.
+    """All checks that need no cluster: that no other driver trains the run, settings, model, dataset.
 
     Raises:
-        ValueError: with what is wrong and how to mend it.
+        ValueError: with what is wrong and how to fix it.
+    """
+    refuse_if_held(config.folder / "train")
+    check_settings(config)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Settings, model and dataset, whether or not the run is being trained.
+
+    Raises:
+        ValueError: with what is wrong and how to fix it.
     """
     # first: what follows imports torch and Ultralytics, which takes seconds
     manifest = Manifest.load(config.dataset_folder)
@@ -72,44 +84,87 @@ def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
     return num_gpus >= train.min_workers if train.use_gpu == "auto" else train.use_gpu
 
 
-def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:  # noqa: PLR0915
+def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:
     """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
 
     Args:
         config: of the run.
-        run_id: of this start, for whoever wants to ask it to stop (:func:`raypar.train.launch.ask_to_stop`); nothing: a new one.
+        run_id: of this start, for whoever wants to ask it to stop (:func:`raypar.train.launch.ask_to_stop`); unset: a new one.
         label: what its lines begin with.
 
     Raises:
         KeyboardInterrupt: it was asked to stop, and all is saved.
-        ValueError: the run's settings differ from those it was begun with.
-        RuntimeError: training failed more often than ``train.max_failures``.
+        ValueError: the run's settings differ from those it was begun with, or another driver trains it.
+        RuntimeError: training failed more often than ``train.max_failures``, or another driver took the run over.
     """
+    from raypar.train import launch
+
+    out = config.folder / "train"
+    manifest = Manifest.load(config.dataset_folder)
+    if not config.train.overwrite and out.exists(SETTINGS):
+        _check_begun(config, fingerprint(_placed(config, manifest)))
+        if out.exists(SUMMARY):
+            print(f"{label}: {out.uri} is complete; train.overwrite=true trains it again", flush=True)
+            summary: dict[str, Any] = out.read_json(SUMMARY)
+            return summary
+    run_id = run_id or uuid.uuid4().hex[:12]
+    with Lease(out, label, on_lost=functools.partial(launch.ask_to_stop, run_id)) as lease:
+        if config.train.overwrite:
+            lease.clear()
+        return _run(config, manifest, lease, run_id, label)
+
+
+def _run(config: RunConfig, manifest: Manifest, lease: Lease, run_id: str, label: str) -> dict[str, Any]:
+    """Trains to the end, by a driver that holds the run's lease."""
+    from raypar.train import chronicle
+
+    out = lease.out
+    trainer, cache = _prepared(config, manifest, out, run_id, label)
+    try:
+        stopped = _fit(trainer, config.name, lease)
+    finally:
+        if cache is not None:
+            drop_everywhere(cache)
+    if stopped is not None:
+        what = f"stopped on demand after {stopped:,} images, all of it saved"
+        chronicle.close(out, run_id, config.name, "stopped", what)
+        print(
+            f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there",
+            flush=True,
+        )
+        raise KeyboardInterrupt
+    summary = _finish(out, label)
+    what = f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}"
+    chronicle.close(out, run_id, config.name, "finished", what)
+    print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
+    return summary
+
+
+def _prepared(
+    config: RunConfig, manifest: Manifest, out: Folder, run_id: str, label: str
+) -> tuple[launch.Trainer, CacheSpec | None]:
+    """Puts what the workers need into the run's folder, and returns Ray Train's trainer."""
+    placed = _placed(config, manifest)
+    train, settings, is_begun = placed.train, fingerprint(placed), out.exists(SETTINGS)
+    verify.check_sums(config.dataset_folder, manifest, SPLITS)
+    _check_optimizer(placed, manifest)  # here too: not everybody has called check
+    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
+    if train.init_from is not None:
+        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+    out.write_json(SETTINGS, settings)
+    outputs.write_run_file(config.folder, config)
+    cache = _cache(placed, manifest)
+    return _trainer(placed, model, manifest, cache, run_id, label), cache
+
+
+def _fit(trainer: launch.Trainer, name: str, lease: Lease) -> int | None:
+    """Runs the workers to their end. Returns the images seen when they were asked to stop before it."""
     import ray.train
 
     from raypar.train import chronicle, launch
     from raypar.train.watch import Bar
 
-    out = config.folder / "train"
-    if config.train.overwrite:
-        out.delete()
-    manifest = Manifest.load(config.dataset_folder)
-    config = _placed(config, manifest)
-    train, settings, is_begun = config.train, fingerprint(config), out.exists(SETTINGS)
-    if is_begun:
-        _check_begun(config, settings)
-    if out.exists(SUMMARY):
-        print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
-        summary: dict[str, Any] = out.read_json(SUMMARY)
-        return summary
-    verify.check_sums(config.dataset_folder, manifest, SPLITS)
-    _check_optimizer(config, manifest)  # here too: not everybody has called check
-    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
-    if train.init_from is not None:
-        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
-    out.write_json(SETTINGS, settings)
-    cache = _cache(config, manifest)
-    trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
+    out = lease.out
     try:
         with Bar(trainer.run_id):
             result = trainer.fit()
@@ -118,39 +173,17 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         ray.exceptions.RayActorError,
         ray.exceptions.OutOfMemoryError,
     ) as error:  # two are the controller's
+        lease.check()
         # what the controller has told, before its words are taken away
         chronicle.happened(out, trainer.run_id)
         cause = launch.cause(trainer.run_id, error)
-        chronicle.close(out, trainer.run_id, config.name, "failed", f"failed: {cause}")
+        chronicle.close(out, trainer.run_id, name, "failed", f"failed: {cause}")
         raise RuntimeError(
             f"training failed: {cause}; what was saved is in {out.uri}, and the same command goes on from there"
         ) from error
-    finally:
-        if cache is not None:
-            drop_everywhere(cache)
-    if (stopped := (result.return_value or {}).get("stopped")) is not None:
-        chronicle.close(
-            out,
-            trainer.run_id,
-            config.name,
-            "stopped",
-            f"stopped on demand after {stopped:,} images, all of it saved",
-        )
-        print(
-            f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there",
-            flush=True,
-        )
-        raise KeyboardInterrupt
-    summary = _finish(out, label)
-    chronicle.close(
-        out,
-        trainer.run_id,
-        config.name,
-        "finished",
-        f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}",
-    )
-    print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
-    return summary
+    lease.check()
+    stopped: int | None = (result.return_value or {}).get("stopped")
+    return stopped
 
 
 def _check_begun(config: RunConfig, settings: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ RANKS = [
         "scores",
         "domain",
     },
-    {"config", "weights", "detector", "versions"},
+    {"config", "weights", "detector", "versions", "lease"},
     {"runfile", "draw", "metrics", "augment", "pool"},
     {"dataset"},
     {"sources", "judge", "outputs"},
