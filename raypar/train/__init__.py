@@ -23,7 +23,7 @@ from raypar.dataset.plan import first_images, first_strata
 from raypar.lease import Lease, refuse_if_held
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
-from raypar.train import initial
+from raypar.train import identity, initial
 
 if TYPE_CHECKING:
     from raypar.train import launch
@@ -102,8 +102,8 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
     out = config.folder / "train"
     manifest = Manifest.load(config.dataset_folder)
     if not config.train.overwrite and out.exists(SETTINGS):
-        _check_begun(config, fingerprint(_placed(config, manifest)))
-        if out.exists(SUMMARY):
+        grown = _check_begun(config, fingerprint(_placed(config, manifest)))
+        if grown is None and out.exists(SUMMARY):
             print(f"{label}: {out.uri} is complete; train.overwrite=true trains it again", flush=True)
             summary: dict[str, Any] = out.read_json(SUMMARY)
             return summary
@@ -144,17 +144,36 @@ def _prepared(
     config: RunConfig, manifest: Manifest, out: Folder, run_id: str, label: str
 ) -> tuple[launch.Trainer, CacheSpec | None]:
     """Puts what the workers need into the run's folder, and returns Ray Train's trainer."""
+    from raypar.train import chronicle
+
     placed = _placed(config, manifest)
-    train, settings, is_begun = placed.train, fingerprint(placed), out.exists(SETTINGS)
+    train, is_begun = placed.train, out.exists(SETTINGS)
+    grown, settings = _recorded(placed, out, is_begun=is_begun)
     verify.check_sums(config.dataset_folder, manifest, SPLITS)
-    _check_optimizer(placed, manifest)  # here too: not everybody has called check
+    _check_optimizer(
+        placed, manifest, settings[identity.BEGUN]["epochs"]
+    )  # here too: not everybody has called check
     model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
     if train.init_from is not None:
         initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+    if grown is not None:
+        print(f"{label}: {grown}", flush=True)
+        chronicle.happened(out, run_id, str(grown))
+        out.delete(SUMMARY)  # first: a run with the new length in its settings is not complete
     out.write_json(SETTINGS, settings)
     outputs.write_run_file(config.folder, config)
     cache = _cache(placed, manifest)
-    return _trainer(placed, model, manifest, cache, run_id, label), cache
+    return _trainer(placed, model, manifest, cache, run_id, label, identity.of(settings)), cache
+
+
+def _recorded(
+    config: RunConfig, out: Folder, *, is_begun: bool
+) -> tuple[identity.Growth | None, dict[str, Any]]:
+    """The length that was raised, if one was, and what ``settings.json`` is to hold."""
+    settings = fingerprint(config)
+    if not is_begun:
+        return None, identity.recorded(None, settings)
+    return _check_begun(config, settings), identity.recorded(out.read_json(SETTINGS), settings)
 
 
 def _fit(trainer: launch.Trainer, name: str, lease: Lease) -> int | None:
@@ -186,16 +205,39 @@ def _fit(trainer: launch.Trainer, name: str, lease: Lease) -> int | None:
     return stopped
 
 
-def _check_begun(config: RunConfig, settings: dict[str, Any]) -> None:
-    """Whether a run goes on as it was begun, with settings of :func:`fingerprint`.
+def _check_begun(config: RunConfig, settings: dict[str, Any]) -> identity.Growth | None:
+    """Whether a run goes on as it was begun, with settings of :func:`fingerprint`. Returns the length that was raised, if one was.
 
     Raises:
         ValueError: with what is otherwise.
     """
     out = config.folder / "train"
-    if others := differing(out.read_json(SETTINGS), settings):
+    before = out.read_json(SETTINGS)
+    if others := changes(before, settings):
+        grown = identity.growth(before, settings)
+        same = (
+            grown and changes(*(identity.without(side, grown.setting) for side in (before, settings))) == ""
+        )
+        if grown and same:
+            _check_can_grow(out, grown)
+            return grown
         raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, add train.overwrite=true, "
                          f"or choose another name, with dataset={config.dataset_folder.uri}")  # fmt: skip
+
+
+def _check_can_grow(out: Folder, grown: identity.Growth) -> None:
+    """Whether a finished run has what it needs to go on.
+
+    Raises:
+        ValueError: its checkpoints are gone.
+    """
+    from raypar.train import checkpoint
+
+    if out.exists(SUMMARY) and not checkpoint.names(out):
+        raise ValueError(
+            f"train.yolo.{grown.setting} was raised from {grown.before:g} to {grown.now:g}, and {out.shown()} has no checkpoint to go on from: "
+            f"set it back, or add train.overwrite=true"
+        )
 
 
 def _note_what_is_otherwise(yolo: dict[str, Any], args: Any) -> None:
@@ -264,6 +306,7 @@ def _trainer(
     cache: CacheSpec | None,
     run_id: str,
     label: str,
+    of_run: dict[str, Any],
 ) -> launch.Trainer:
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
@@ -282,6 +325,7 @@ def _trainer(
         train_loop_config={
             "run_id": run_id,
             "label": label,
+            "identity": of_run,
             "folder": config.folder.uri,
             "dataset": config.dataset_folder.uri,
             "seed": config.seed,
@@ -321,8 +365,12 @@ def _row_groups(config: RunConfig, manifest: Manifest) -> tuple[int, ...]:
     return first_images(groups, config.train.yolo.get("fraction", 1.0))
 
 
-def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
+def _check_optimizer(config: RunConfig, manifest: Manifest, begun_epochs: int | None = None) -> None:
     """Whether there is such an optimizer, and the way that workers share the model leaves it what it needs.
+
+    Args:
+        config, manifest: of the run.
+        begun_epochs: that the run was begun with, if it was: they chose its optimizer.
 
     Raises:
         ValueError: there is none, or it needs whole matrices.
@@ -331,6 +379,7 @@ def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
 
     train = config.train
     args = settings(train.yolo, batch=train.batch, seed=config.seed, task=manifest.task)
+    args.epochs = begun_epochs or args.epochs
     is_sharded = train.parallel == "fsdp" and train.max_workers > 1
     (refuse_for_fsdp if is_sharded else optimizer_of)(args, sum(_row_groups(config, manifest)))
 
@@ -370,7 +419,17 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
             "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
             "parallel": "fsdp" if train.parallel == "fsdp" else None, "sync_bn": train.sync_bn or None,
-            "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
+            "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None,
+            identity.MODEL_CONTENT: initial.content_sha256(train.model)}  # fmt: skip
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What :func:`differing` says, and whether the content of a model yaml is another; older runs have not recorded that."""
+    content = now.get(identity.MODEL_CONTENT)
+    others = differing(before, {k: v for k, v in now.items() if k != identity.MODEL_CONTENT})
+    is_edited = before["model"] == now["model"] and before.get(identity.MODEL_CONTENT, content) != content
+    edited = f"the content of train.model, {now['model']}, was changed" if is_edited else ""
+    return ", ".join(filter(None, (others, edited)))
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:

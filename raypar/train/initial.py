@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import uuid
@@ -50,6 +51,18 @@ def stage(model: str | dict[str, Any], out: Folder, *, is_begun: bool) -> str | 
     if not (is_begun and out.exists(INITIAL)):  # a run that goes on does so with what it was begun with
         out.upload(model, INITIAL)
     return INITIAL
+
+
+def content_sha256(name: str) -> str | None:
+    """Of a model yaml's content, wherever it lies; nothing for weights, which a run keeps a copy of.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        return None
+    content = {key: value for key, value in _read_yaml(name, "train.model")[0].items() if key != "yaml_file"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:

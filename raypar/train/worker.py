@@ -31,7 +31,7 @@ from raypar.precision import pick_precision
 from raypar.prefetch import sent
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, say
+from raypar.train import budget, checkpoint, failure, identity, memory, parallel, pictures, say
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -63,7 +63,7 @@ class Worker:
             f"Ultralytics was imported too early: it took rank {cached}"
         )
         ultralytics.utils.LOGGER.setLevel("WARNING")
-        self.train, self.label = config["train"], config["label"]
+        self.train, self.label, self.identity = config["train"], config["label"], config["identity"]
         train = self.train
         self.device = ray.train.torch.get_device()
 
@@ -111,7 +111,8 @@ class Worker:
             train["precision"], self.device, is_sharded=train["parallel"] == "fsdp"
         )
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
-                         world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"])  # fmt: skip
+                         world_size=self.world_size, precision=self.precision, spread=train["parallel"], sync_bn=train["sync_bn"],
+                         begun_epochs=self.identity["begun_epochs"])  # fmt: skip
         # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
         self.args.epochs = epochs
         self.validator = make_validator(lender, dataset, rank=self.rank, world_size=self.world_size,
@@ -130,18 +131,17 @@ class Worker:
     def _find_state(self) -> dict[str, Any] | None:
         """The newest checkpoint's content, which rank 0 chooses, and where the run goes on from there."""
         self.pulse.stage = "resume"
-        found = checkpoint.newest(self.out, self.out.patience_s) if self.rank == 0 else None
+        found = checkpoint.newest(self.out, self.out.patience_s, self.identity) if self.rank == 0 else None
         state: dict[str, Any] | None = None
         name = self.agreement.from_rank_zero(found[0] if found else None)
         if name is not None:
             state = found[1] if found else checkpoint.load(self.out, name, self.out.patience_s)
         self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
-        self.cursor, self.history, self.is_finished = (
-            (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
-        )
+        self.cursor, self.history = (state[k] for k in ("cursor", "history")) if state else (0, [])
         self.pulse.cursor = self.cursor
         self.epoch = Epoch(self.plan.num_images, state["epoch"] if state else None)
         self._keep_time(self.history)
+        self.is_finished = state is not None and identity.is_finished(state, self.identity, self.args.epochs)
         return state
 
     def _keep_time(self, history: list[dict[str, Any]]) -> None:
@@ -349,6 +349,7 @@ class Worker:
                 "history": self.history,
                 "is_finished": is_finished,
                 "epoch": epoch,
+                "identity": {name: self.identity[name] for name in ("run", "fingerprint", "length")},
             }
             self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip

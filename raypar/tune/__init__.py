@@ -96,7 +96,7 @@ def _run(config: RunConfig) -> dict[str, Any]:
     section, out = config.tune, config.folder / "tune"
     settings = {**train.fingerprint(config), "metric": section.metric,
                 "space": {key: {d.kind: d.arguments} for key, d in section.space.items()}}  # fmt: skip
-    if out.exists(SETTINGS) and (others := train.differing(out.read_json(SETTINGS), settings)):
+    if out.exists(SETTINGS) and (others := train.changes(out.read_json(SETTINGS), settings)):
         raise ValueError(
             f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add tune.overwrite=true"
         )
