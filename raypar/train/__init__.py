@@ -223,6 +223,7 @@ def _check_begun(config: RunConfig, settings: dict[str, Any]) -> identity.Growth
             return grown
         raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, add train.overwrite=true, "
                          f"or choose another name, with dataset={config.dataset_folder.uri}")  # fmt: skip
+    return None
 
 
 def _check_can_grow(out: Folder, grown: identity.Growth) -> None:
