@@ -116,12 +116,16 @@ def _run(options: argparse.Namespace) -> int:
     _check_inputs(verb, config)
     config.folder.check_writable()
 
-    from raypar import cluster
+    from raypar import cluster, outputs
 
     _check_cluster(options.verb, config)
     cluster.connect(with_dashboard=options.verb == "tune")  # Ray Train asks it about trials
     cluster.require(*cluster.needs(options.verb, config, cluster.num_gpus()))
-    config.folder.write("run.yaml", runfile.dump(config) + runfile.written_by())
+    # A training keeps the run file that it was run with, and each output has its own.
+    if not (config.folder / "train").exists(outputs.SETTINGS):
+        outputs.write_run_file(config.folder, config)
+    if options.verb == "serve":
+        outputs.write_run_file(config.folder / "serve", config)
     verb.run(config)
     return 0
 

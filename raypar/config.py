@@ -22,6 +22,7 @@ from raypar.domain import Domain, dotted
 from raypar.storage import Folder
 from raypar.yolo_keys import refuse, with_cfg
 
+NAME = r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
 VERBS = ("prepare", "inspect", "train", "evaluate", "predict", "export", "serve", "tune")
 TASKS_OF_FORMAT = {
     "yolo": ("detect", "segment", "pose", "obb"), "coco": ("detect", "segment", "pose"), "voc": ("detect",),
@@ -29,10 +30,26 @@ TASKS_OF_FORMAT = {
 }  # fmt: skip
 
 
+# names in a run's folder that no output may take
+TAKEN = {*VERBS, "dataset", "run.yaml", "doctor", "replay"}
+
+
 class Section(BaseModel):
     """Settings that cannot be changed after they are read, and among which an unknown key is an error."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class OutputConfig(Section):
+    """What has a folder of output with a name of its own."""
+
+    @field_validator("name", check_fields=False)
+    @classmethod
+    def _is_free(cls, name: str) -> str:
+        own = cls.model_fields["name"].default
+        if name != own and name.lower() in TAKEN:
+            raise ValueError(f"'{name}' is taken by another part of the run: choose another name, as {own}-2")
+        return name
 
 
 class ShapesConfig(Section):
@@ -107,7 +124,7 @@ class PrepareConfig(Section):
         return self
 
 
-class InspectConfig(Section):
+class InspectConfig(OutputConfig):
     """Shards -> statistics, pictures, and the speed of the input pipeline."""
 
     split: Literal["train", "val", "test"] = Field("train", description="which images")
@@ -117,7 +134,10 @@ class InspectConfig(Section):
     seconds: float = Field(
         4.0, ge=0, description="to time the pipeline for, on one core and on all; 0: no speed is measured"
     )
-    overwrite: bool = Field(False, description="inspect again though the report is there")
+    name: str = Field(
+        "inspect", description="of the output's folder; another name keeps several results", pattern=NAME
+    )
+    overwrite: bool = Field(False, description="replace the report that is there")
 
 
 class NumWorkers(Section):
@@ -281,7 +301,7 @@ class InferenceConfig(Section):
     max_det: PositiveInt = Field(300, description="boxes kept an image")
 
 
-class EvaluateConfig(InferenceConfig):
+class EvaluateConfig(InferenceConfig, OutputConfig):
     """Weights and a split -> metrics and pictures."""
 
     split: Literal["train", "val", "test"] = Field("val", description="which images")
@@ -291,10 +311,13 @@ class EvaluateConfig(InferenceConfig):
         description="images a forward pass; as in `yolo val` also those that share a rectangle, by aspect ratio, so other values give slightly other numbers",
     )
     num_workers: PositiveInt = Field(1, description="detector processes")
-    overwrite: bool = Field(False, description="evaluate again though the result is there")
+    name: str = Field(
+        "evaluate", description="of the output's folder; another name keeps several results", pattern=NAME
+    )
+    overwrite: bool = Field(False, description="replace the result that is there")
 
 
-class PredictConfig(InferenceConfig):
+class PredictConfig(InferenceConfig, OutputConfig):
     """Weights and images -> detections in Parquet."""
 
     source: str | None = Field(
@@ -307,10 +330,13 @@ class PredictConfig(InferenceConfig):
         178_956_970, description="images with more pixels than this are rejected, undecoded"
     )
     num_workers: PositiveInt = Field(1, description="detector processes")
-    overwrite: bool = Field(False, description="predict again though the result is there")
+    name: str = Field(
+        "predict", description="of the output's folder; another name keeps several results", pattern=NAME
+    )
+    overwrite: bool = Field(False, description="replace the result that is there")
 
 
-class ExportConfig(Section):
+class ExportConfig(OutputConfig):
     """Weights -> a format that other runtimes load."""
 
     weights: str | None = Field(None, description=".pt; nothing: this run's train/best.pt")
@@ -320,7 +346,10 @@ class ExportConfig(Section):
     imgsz: PositiveInt | None = Field(None, description="px; nothing: as trained")
     dynamic: bool = Field(True, description="accept any batch and image size, where the format can")
     half: bool = Field(False, description="fp16 weights")
-    overwrite: bool = Field(False, description="export again though the result is there")
+    name: str = Field(
+        "export", description="of the output's folder; another name keeps several results", pattern=NAME
+    )
+    overwrite: bool = Field(False, description="replace the export that is there")
 
 
 class Autoscaling(Section):
@@ -399,9 +428,7 @@ class TuneConfig(Section):
 class RunConfig(Section):
     """The whole run file."""
 
-    name: str = Field(
-        description="of the run; its folder in storage", pattern=r"^[A-Za-z0-9_-][A-Za-z0-9._-]*$"
-    )
+    name: str = Field(description="of the run; its folder in storage", pattern=NAME)
     storage: str = Field("runs", description="local folder or URI (s3://bucket/prefix) that holds the runs")
     seed: int = Field(0, ge=0, description="of every random choice")
     dataset: str | None = Field(

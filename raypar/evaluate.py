@@ -1,9 +1,10 @@
 """``raypar evaluate``: weights and a split of the dataset -> metrics and pictures.
 
-    {storage}/{name}/evaluate/
+    {storage}/{name}/{evaluate.name}/
         BoxPR_curve.png  BoxF1_curve.png  BoxP_curve.png  BoxR_curve.png
         confusion_matrix.png  confusion_matrix_normalized.png
         detections.png      labels beside detections; of other tasks val_batch0_labels.jpg and val_batch0_pred.jpg
+        settings.json  run.yaml
         metrics.json        written last: where it is, the evaluation is complete
 
 Runs in: the driver. It sorts the images by aspect ratio into batches, each with a rectangle of its own, as ``yolo val`` does. Ray Data
@@ -30,6 +31,7 @@ from raypar.dataset import verify
 from raypar.dataset.manifest import MANIFEST, Manifest, Split
 from raypar.dataset.rows import only_classes, read_sizes, row_group
 from raypar.differences import list_differences
+from raypar.outputs import Output
 from raypar.pool import DetectorPool, read_facts
 from raypar.rectangles import SQUARE, raised_max_det, rectangles, squares
 from raypar.scores import scores_of
@@ -75,10 +77,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     """Evaluates, and returns what ``metrics.json`` holds; a complete result for the same weights and settings is returned as it is.
 
     Raises:
-        ValueError: weights that cannot be read or are for other classes, no dataset.
+        ValueError: weights that cannot be read or are for other classes, no dataset, a result with other settings.
     """
     check(config)
-    section, out, dataset = config.evaluate, config.folder / "evaluate", config.dataset_folder
+    section, dataset = config.evaluate, config.dataset_folder
+    output = Output("evaluate", config, RESULT)
     manifest = Manifest.load(dataset)
     split = manifest.split(section.split)
     weights = find(section.weights, config.folder, "evaluate")
@@ -91,19 +94,13 @@ def run(config: RunConfig) -> dict[str, Any]:
         "weights_sha256": sha256, "split": section.split, "imgsz": imgsz, "conf": conf, "iou": section.iou,
         "max_det": section.max_det, "batch": section.batch, "forward_precision": section.precision,
         "dataset_sha256": hashlib.sha256(dataset.read(MANIFEST)).hexdigest(),
-        "classes": None if classes is None else list(classes),
+        "classes": None if classes is None else list(classes), "single_cls": is_single_class,
     }  # fmt: skip
-    if not section.overwrite and out.exists(RESULT):
-        before: dict[str, Any] = out.read_json(RESULT)
-        if all(before.get(key) == value for key, value in settings.items()):
-            print(
-                f"evaluate: {out.uri} is complete for these weights and settings; evaluate.overwrite=true evaluates anew",
-                flush=True,
-            )
-            return before
+    if (before := output.finished(settings)) is not None:
+        return before
     verify.check_sums(dataset, manifest, (section.split,))
-    out.delete(RESULT)
-    weights = weights.staged(out)
+    output.begin(settings)
+    weights = weights.staged(output.folder)
     items, num_labels = _items(dataset, split, manifest.task, section.batch)
     max_det = raised_max_det(section.max_det, num_labels)
     if max_det > section.max_det:
@@ -119,7 +116,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     )
     print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
           f"{pool.num_actors} worker(s)", flush=True)  # fmt: skip
-    return _evaluate(pool, job, items, split, settings, out)
+    return _evaluate(pool, job, items, split, settings, output.folder)
 
 
 def _items(dataset: Folder, split: Split, task: str, batch: int) -> tuple[list[dict[str, Any]], int]:

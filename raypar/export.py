@@ -1,7 +1,8 @@
 """``raypar export``: weights -> a format that other runtimes load, kept only if it detects what the weights detect.
 
-    {storage}/{name}/export/
+    {storage}/{name}/{export.name}/
         best.onnx           (or best.torchscript, best_openvino_model/, best.engine)
+        settings.json  run.yaml
         export.json         written last: what it was made of, and how well it agrees
 
 Runs in: the driver; the export and its check are one Ray task.
@@ -19,8 +20,9 @@ import numpy as np
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from raypar.config import ExportConfig, RunConfig
+from raypar.config import RunConfig
 from raypar.dataset.manifest import MANIFEST, Manifest
+from raypar.outputs import Output
 from raypar.storage import Folder
 from raypar.weights import Weights, find
 
@@ -64,27 +66,24 @@ def run(config: RunConfig) -> dict[str, Any]:
     import ray
 
     check(config)
-    section, out = config.export, config.folder / "export"
+    section, output = config.export, Output("export", config, RESULT)
+    out = output.folder
     weights = find(section.weights, config.folder, "export")
     settings = {
         "weights_sha256": _sha256(weights),
         **section.model_dump(mode="json", include={"format", "imgsz", "dynamic", "half"}),
     }
-    if not section.overwrite and out.exists(RESULT):
-        before: dict[str, Any] = out.read_json(RESULT)
-        if before.get("settings") == settings:
-            print(
-                f"export: {out.uri}/{before['file']} is complete; export.overwrite=true exports anew",
-                flush=True,
-            )
-            return before
+    if (before := output.finished(settings)) is not None:
+        return before
     dataset = config.dataset_folder
     has_images = dataset.exists(MANIFEST) and Manifest.load(dataset).splits.get("val") is not None
     print(f"export: {weights.uri} -> {section.format}", flush=True)
     staged = weights.staged(out)
     task = ray.remote(num_cpus=1, num_gpus=1 if section.format == "engine" else 0, max_retries=0)(_export)
     try:
-        result: dict[str, Any] = ray.get(task.remote(staged, section, dataset if has_images else None, out))
+        result: dict[str, Any] = ray.get(
+            task.remote(staged, output, settings, dataset if has_images else None)
+        )
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
         raise ValueError(
@@ -107,7 +106,9 @@ def _sha256(weights: Weights) -> str:
         return sha256_of(path)
 
 
-def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out: Folder) -> dict[str, Any]:
+def _export(
+    weights: Weights, output: Output, settings: dict[str, Any], dataset: Folder | None
+) -> dict[str, Any]:
     """The task: exports in a temporary folder, compares, and only then moves the result into storage."""
     from ultralytics import YOLO
     from ultralytics.utils import LOGGER
@@ -116,6 +117,7 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
     from raypar.precision import pick_device
 
     LOGGER.setLevel("WARNING")
+    section, out = output.config.export, output.folder
     with tempfile.TemporaryDirectory(prefix="raypar-export-") as folder, contextlib.chdir(folder):
         source = Path(folder) / "best.pt"
         given = weights.download(Path(folder))
@@ -133,7 +135,7 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
             raise ValueError(f"only {report['num_agreeing']} of {report['num_compared']} boxes agree with the weights "
                              f"(IoU >= {report['min_iou']}, confidence within {report['max_confidence_difference']}); "
                              f"nothing was written")  # fmt: skip
-        out.delete(RESULT)
+        output.begin(settings)
         for file in sorted(made.rglob("*")) if made.is_dir() else [made]:
             if file.is_file():
                 out.upload(file, file.relative_to(made.parent).as_posix())

@@ -1,7 +1,7 @@
 """``raypar predict``: weights and images -> detections in Parquet.
 
-    {storage}/{name}/predict/
-        settings.json       what a killed run must keep to go on
+    {storage}/{name}/{predict.name}/
+        settings.json  run.yaml   what a killed run must keep to go on, and the run file
         00000.parquet ...   one for each piece of the source: image_id, height, width, boxes_xyxy (4N px), class_ids, confidences
         samples.png         the first images, with their boxes
         rejected.jsonl      a line for each image that could not be read
@@ -28,13 +28,13 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.formats import some_of
 from raypar.dataset.manifest import Manifest
-from raypar.differences import differences
+from raypar.outputs import Output
 from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
 from raypar.storage import Folder
 from raypar.weights import find
 
-SUMMARY, SETTINGS = "summary.json", "settings.json"
+SUMMARY = "summary.json"
 FACTS = b"raypar"  # in the metadata of a piece: its counts, and the images set aside
 NUM_SAMPLES = 12  # images in samples.png
 SCHEMA = pa.schema([
@@ -75,7 +75,8 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: no images, weights that cannot be read, or a run that was begun with other settings.
     """
-    section, out = config.predict, config.folder / "predict"
+    section, output = config.predict, Output("predict", config, SUMMARY)
+    out = output.folder
     weights = find(section.weights, config.folder, "predict")
     source = list_source(section.source, config.folder, config.dataset_folder)
     class_names, imgsz, sha256 = read_facts(weights, section.imgsz)
@@ -83,18 +84,12 @@ def run(config: RunConfig) -> dict[str, Any]:
         "source": section.source or "val", "source_sha256": source.sha256, "weights_sha256": sha256, "imgsz": imgsz, "conf": section.conf,
         "iou": section.iou, "max_det": section.max_det, "precision": section.precision, "class_names": class_names,
     }  # fmt: skip
-    if section.overwrite:
-        out.delete()
-    if out.exists(SETTINGS):
-        _refuse_other(out.read_json(SETTINGS), settings, out)
-    if out.exists(SUMMARY):
-        print(f"predict: {out.uri} is complete; predict.overwrite=true predicts anew", flush=True)
-        summary: dict[str, Any] = out.read_json(SUMMARY)
-        return summary
+    if (before := output.finished(settings)) is not None:
+        return before
     if section.source is None:
         dataset = config.dataset_folder
         verify.check_sums(dataset, Manifest.load(dataset), ("val",))
-    out.write_json(SETTINGS, settings)
+    output.begin(settings, is_empty=section.overwrite)
     done = {name for name in out.list() if name.endswith(".parquet")}
     due = [i for i in range(len(source.pieces)) if _name(i) not in done]
     pool = DetectorPool(weights.staged(out), sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf,
@@ -109,12 +104,6 @@ def run(config: RunConfig) -> dict[str, Any]:
     return _finish(
         pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds
     )
-
-
-def _refuse_other(before: dict[str, Any], settings: dict[str, Any], out: Folder) -> None:
-    if others := differences({key: before.get(key) for key in settings}, settings):
-        raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, choose another name, "
-                         f"or add predict.overwrite=true")  # fmt: skip
 
 
 def _name(piece: int) -> str:

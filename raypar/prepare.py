@@ -4,6 +4,7 @@
         train/00000.parquet  train/00001.parquet ...      rows in the order of one seeded shuffle of the split
         val/00000.parquet ...   test/00000.parquet ...
         rejected.jsonl                                    a line for each image set aside: split, image_id, file, reason
+        settings.json  run.yaml                           what it was made from; the run file
         manifest.json                                     written last: where it is, the dataset is complete
 
 A run that was killed goes on with the shards that are missing. With ``prepare.append`` images that are new in the source become new shards
@@ -20,10 +21,12 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from raypar import outputs
 from raypar.config import PrepareConfig, RunConfig
 from raypar.dataset import append, remote, shards, verify
 from raypar.dataset.formats import (
@@ -58,6 +61,7 @@ def check(config: RunConfig) -> None:
         ValueError: the source is missing, malformed, has no classes or an empty split; one line that says which.
     """
     global _checked
+    _check_same(_section(config), config.folder / "dataset")
     _checked = (_key(config), _list(config), time.monotonic())
 
 
@@ -65,10 +69,11 @@ def run(config: RunConfig) -> Manifest:
     """Writes the dataset of a run; a complete one is kept, unless ``prepare.overwrite`` or ``prepare.append``.
 
     Raises:
-        ValueError: the source is wrong, or too many of its images had to be set aside.
+        ValueError: the source is wrong, too many of its images had to be set aside, or the dataset was made from something else.
     """
     section = _section(config)
     dataset = config.folder / "dataset"
+    _check_same(section, dataset)
     before = None
     if dataset.exists(MANIFEST):
         if section.append:
@@ -128,10 +133,15 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
             )
             return before  # and the manifest stays as it is: a training may be going on
         manifest = append.added(before, manifest)
+    if before is None:
+        dataset.write_json(outputs.SETTINGS, _made_from(section))
+    outputs.write_run_file(dataset, config)
     manifest.save(dataset)
     kept = {shard.path for split in manifest.splits.values() for shard in split.shards} | {
         REJECTED,
         MANIFEST,
+        outputs.SETTINGS,
+        outputs.RUN_FILE,
         verify.VERIFIED,
     }
     for name in set(dataset.list(recursive=True)) - kept:
@@ -185,6 +195,35 @@ def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], n
         seed=config.seed,
         versions=versions("ray", "pyarrow", "opencv-python", "opencv-python-headless", "pillow"),
     )
+
+
+def _made_from(section: PrepareConfig) -> dict[str, Any]:
+    """The settings that decide what is in a dataset."""
+    shapes = {"shapes": section.shapes.model_dump()} if section.format == "shapes" else {}
+    return {"source": _source(section), "format": section.format, **shapes}
+
+
+def _check_same(section: PrepareConfig, dataset: Folder) -> None:
+    """Whether a complete dataset is the one that these settings describe.
+
+    Raises:
+        ValueError: it was made from something else, and is neither to be replaced nor added to.
+    """
+    if section.append or section.overwrite or not dataset.exists(MANIFEST):
+        return
+    manifest, now = Manifest.load(dataset), _made_from(section)
+    before = dataset.read_json(outputs.SETTINGS) if dataset.exists(outputs.SETTINGS) else {}
+    if now["source"] not in manifest.source.split(" + "):
+        before["source"] = manifest.source
+    elif before.get("source") != now["source"]:
+        before = {}  # of the source that it was first prepared from; this one was appended
+    if section.task != "auto":
+        before["task"], now["task"] = manifest.task, section.task
+    if others := outputs.differing(before, now):
+        raise ValueError(
+            f"{dataset.shown()} is complete with other settings ({others}): set them back, choose another name, "
+            "add to it with prepare.append=true, or replace it with prepare.overwrite=true"
+        )
 
 
 def _section(config: RunConfig) -> PrepareConfig:

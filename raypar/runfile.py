@@ -40,7 +40,10 @@ KINDS = {
     "int": "an integer", "float": "a number", "bool": "true or false",
 }  # fmt: skip
 PATTERNS = {
-    "name": "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
+    **dict.fromkeys(
+        ("name", "inspect.name", "evaluate.name", "predict.name", "export.name"),
+        "should consist of the letters a-z and A-Z, digits, '-', '_' and '.' (no '.' in front)",
+    ),
     "serve.route_prefix": "should begin with '/' and hold no '{' and no '}'",
 }
 
@@ -375,8 +378,9 @@ def _of_the_top(word: str) -> str:
 
 
 def _near(word: str, known: Iterable[str]) -> str:
-    """For a misspelt word, the nearest one that is known; a word of Ultralytics is not misspelt."""
-    near = [] if word in KEYS else difflib.get_close_matches(word, list(known), n=1)
+    """For a misspelt word, the nearest one that is known; a word of Ultralytics or of another section is not misspelt."""
+    is_word = word in KEYS or any(word in section.model_fields for section in _sections().values())
+    near = [] if is_word else difflib.get_close_matches(word, list(known), n=1)
     return "".join(map(_meant, near))
 
 

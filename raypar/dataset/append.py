@@ -99,8 +99,10 @@ def _joined(one: Split | None, other: Split | None) -> Split:
         assert found is not None
         return found
     shards: tuple[Shard, ...] = (*one.shards, *other.shards)
+    appended = (*one.appended, len(one.shards)) if one.shards and other.shards else one.appended
     return Split(
         shards=shards,
+        appended=appended,
         num_images=one.num_images + other.num_images,
         num_boxes=one.num_boxes + other.num_boxes,
         num_polygons=one.num_polygons + other.num_polygons,

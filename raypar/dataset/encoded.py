@@ -203,9 +203,7 @@ def _sources(spec: StreamSpec, first: int, last: int) -> Iterator[tuple[int, lis
     for item in plan.items(first * plan.global_batch):
         window = plan.window(item.epoch, item.window)
         begin = item.epoch * plan.steps_per_epoch + window.first_step
-        labelled = [source for group in window.row_groups for source in _labelled(spec, int(group))][
-            window.first_row :
-        ]
+        labelled = [source for group, rows in window.rows() for source in _labelled(spec, group)[rows]]
         order = window.order.reshape(-1, plan.global_batch)
         for step in range(begin + item.skip_steps, begin + len(order)):
             if step >= last:
@@ -241,14 +239,12 @@ def _row(spec: StreamSpec, table: pa.Table, i: int, hw: tuple[int, int]) -> Labe
 def _images(spec: StreamSpec, window: Window) -> tuple[NDArray[np.int64], list[pa.Buffer]]:
     """For a window's rows their numbers within the split, and their encoded images."""
     numbers, images = [], []
-    for group in window.row_groups:
+    for group, rows in window.rows():
         path, index = spec.groups[group]
         column = row_group(spec.dataset, path, index, ["image"])["image"]
-        num_rows = spec.plan.row_groups[group]
-        images += cells(column)[:num_rows]
-        numbers.append(spec.first_rows[group] + np.arange(num_rows))
-    rows = slice(window.first_row, window.first_row + window.num_rows)
-    return np.concatenate(numbers)[rows], images[rows]
+        images += cells(column)[rows]
+        numbers.append(spec.first_rows[group] + np.arange(rows.start, rows.stop))
+    return np.concatenate(numbers), images
 
 
 def _changed(spec: StreamSpec, epoch: int, number: int, image: pa.Buffer, hw: tuple[int, int]) -> Any:

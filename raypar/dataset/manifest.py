@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import overload
 
 import numpy as np
@@ -36,9 +37,14 @@ class Shard(Record):
 
 
 class Split(Record):
-    """A split's shards in order, and totals over them."""
+    """A split's shards in order, and totals over them.
+
+    Attributes:
+        appended: how many shards there were before each append.
+    """
 
     shards: tuple[Shard, ...] = ()
+    appended: tuple[int, ...] = ()
     num_images: int = 0
     num_boxes: int = 0
     num_polygons: int = (
@@ -62,6 +68,12 @@ class Split(Record):
             if mine:
                 shards.append(shard.model_copy(update={"row_groups": mine}))
         return self.model_copy(update={"shards": tuple(shards), "num_images": sum(row_groups)})
+
+    @property
+    def strata(self) -> tuple[int, ...]:
+        """Numbers of row groups that were shuffled together: those first prepared, then those of each append."""
+        edges = (0, *self.appended, len(self.shards))
+        return tuple(sum(len(shard.row_groups) for shard in self.shards[a:b]) for a, b in pairwise(edges))
 
 
 class RowGroups(Sequence[tuple[str, int]]):

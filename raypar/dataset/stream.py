@@ -30,7 +30,7 @@ from raypar.dataset.batch import Batch, pack, unpack
 from raypar.dataset.cache import CacheSpec, node_cache
 from raypar.dataset.manifest import Manifest, RowGroups, Split
 from raypar.dataset.placement import away_from_gpus
-from raypar.dataset.plan import Item, Plan
+from raypar.dataset.plan import Item, Plan, Window
 from raypar.dataset.rows import cells, only_classes, row_group, row_labels, row_polygons
 from raypar.dataset.schema import row_schema
 from raypar.images import Image, decode, decode_shrunk
@@ -139,9 +139,7 @@ def render(spec: StreamSpec, item: Item) -> Iterator[Batch]:
 def blocks(spec: StreamSpec, item: Item) -> Iterator[list[Batch]]:
     """All batches of a window as they travel: of a few steps those of rank 0, then those of rank 1, and so on; then the next steps."""
     window = spec.plan.window(item.epoch, item.window)
-    rows, sources, num_replaced = _read(
-        spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
-    )
+    rows, sources, num_replaced = _read(spec, item, window)
     renderer = _renderer(spec, item.epoch)
     size, per_batch, global_batch = spec.recipe.imgsz, spec.images_per_batch, spec.plan.global_batch
 
@@ -189,24 +187,18 @@ def _renderer(spec: StreamSpec, epoch: int) -> Callable[..., Labels]:
     return render_boxed
 
 
-def _read(
-    spec: StreamSpec, item: Item, groups: NDArray[np.int64], rows: slice
-) -> tuple[NDArray[np.int64], list[Source], int]:
+def _read(spec: StreamSpec, item: Item, window: Window) -> tuple[NDArray[np.int64], list[Source], int]:
     """The window's rows: their numbers within the split, the images with their boxes, and how many had to be replaced."""
     tables, images, numbers = [], list[pa.Buffer | Image | None](), []
-    for group in groups:
-        table, in_group = _read_group(spec, int(group))
-        num_rows = spec.plan.row_groups[group]
-        tables.append(table.slice(0, num_rows))
-        images += in_group[:num_rows]
-        numbers.append(spec.first_rows[group] + np.arange(num_rows))
-    table, number = (
-        pa.concat_tables(tables).slice(rows.start, rows.stop - rows.start),
-        np.concatenate(numbers)[rows],
-    )
+    for group, rows in window.rows():
+        table, in_group = _read_group(spec, group)
+        tables.append(table.slice(rows.start, rows.stop - rows.start))
+        images += in_group[rows]
+        numbers.append(spec.first_rows[group] + np.arange(rows.start, rows.stop))
+    table, number = pa.concat_tables(tables), np.concatenate(numbers)
     found = [
         _source(spec, item, int(n), table, i, image)
-        for i, (n, image) in enumerate(zip(number, images[rows], strict=True))
+        for i, (n, image) in enumerate(zip(number, images, strict=True))
     ]
     good = [i for i, source in enumerate(found) if source is not None]
     if not good:

@@ -1,10 +1,11 @@
 """``raypar inspect``: what is in a dataset, what training makes of it, and how fast.
 
-    {storage}/{name}/inspect/
+    {storage}/{name}/{inspect.name}/
         histograms.png          classes, box sizes and places, image sizes, time by stage
         samples_raw.png         the first images of the first epoch, with their boxes
         samples_augmented.png   the same, exactly as the model gets them
         report.html             all of it on one page
+        settings.json  run.yaml
         report.json             written last: where it is, the inspection is complete
 
 Runs in: the driver. Ray Data counts the shards' label columns (no image is read); speed is timed by actors on one node.
@@ -26,6 +27,7 @@ from raypar.dataset.manifest import MANIFEST, Manifest, Split
 from raypar.dataset.stream import StreamSpec, recipe_of
 from raypar.inspect import report as reports
 from raypar.inspect.statistics import Statistics, columns
+from raypar.outputs import Output
 from raypar.storage import Folder
 from raypar.yolo_keys import chosen_classes
 
@@ -56,24 +58,18 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: see :func:`check`.
     """
-    section, out, dataset = config.inspect, config.folder / "inspect", config.dataset_folder
+    section, dataset, output = config.inspect, config.dataset_folder, Output("inspect", config, RESULT)
     manifest = Manifest.load(dataset)
     settings = {
         "split": section.split, "num_samples": section.num_samples, "seed": config.seed,
         "train": {key: value for key, value in config.train.model_dump(mode="json").items() if key in AFFECTING},
         "dataset_sha256": hashlib.sha256(dataset.read(MANIFEST)).hexdigest(),
     }  # fmt: skip
-    if not section.overwrite and out.exists(RESULT):
-        before: dict[str, Any] = out.read_json(RESULT)
-        if all(before.get(key) == value for key, value in settings.items()) and (
-            before["speed"] or not section.seconds
-        ):
-            print(
-                f"inspect: {out.uri} is complete for this dataset and these settings; inspect.overwrite=true inspects anew",
-                flush=True,
-            )
-            return before
-    out.delete(RESULT)
+    # a report with figures of speed is complete for whoever asks for none
+    timed = {"is_timed": True} if section.seconds else {}
+    if (before := output.finished({**settings, **timed})) is not None:
+        return before
+    output.begin({**settings, "is_timed": bool(section.seconds)})
     split, (spec, args) = manifest.split(section.split), _spec(config, manifest)
     found = count(dataset, split, manifest.task, num_classes=len(manifest.class_names), imgsz=args.imgsz)
     if found.num_images != split.num_images:
@@ -87,7 +83,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     }  # fmt: skip
     _say(reports.data_lines(report))
     report["speed"] = _speed(config, spec, args) if section.seconds else None
-    return _write(report, found, spec, manifest, out)
+    return _write(report, found, spec, manifest, output.folder)
 
 
 def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleNamespace]:
@@ -104,7 +100,9 @@ def _spec(config: RunConfig, manifest: Manifest) -> tuple[StreamSpec, SimpleName
     if not isinstance(args.imgsz, int) or args.imgsz < 32:
         raise ValueError(f"train.yolo.imgsz={args.imgsz!r}: write one number of px, at least 32")
     groups = tuple(n for shard in split.shards for n in shard.row_groups)
-    plan = Plan(groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs)
+    plan = Plan(
+        groups, seed=config.seed, global_batch=config.train.batch, epochs=args.epochs, strata=split.strata
+    )
     spec = StreamSpec.of(config.dataset_folder, split, plan, recipe_of(vars(args), manifest), mosaic_epochs=args.epochs - args.close_mosaic,
                          albumentations=config.train.albumentations, world_size=1, classes=chosen_classes(args.classes))  # fmt: skip
     return spec, args

@@ -116,12 +116,11 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
 
     transform = transform_of(spec)
     window, num_images = spec.plan.window(item.epoch, item.window), 0
-    first, last = window.first_row, window.first_row + window.num_rows
-    for group in window.row_groups:
+    for group, rows in window.rows():
         path, index = spec.groups[group]
         with clock("read"), spec.dataset.open(path) as file:
             encoded = pq.ParquetFile(file).read_row_group(index)["image"]
-        for data in cells(encoded.slice(first, max(0, last - first))):
+        for data in cells(encoded)[rows]:
             with clock("decode"):
                 image = _decode(spec, data)
             if image is None:
@@ -130,7 +129,6 @@ def parts(spec: StreamSpec, item: Any, clock: Callable[[str], Any]) -> int:
             with clock("albumentations"):
                 transform(image, np.zeros(0, np.int32), np.zeros((0, 4), np.float32), rng)
             num_images += 1
-        first, last = max(0, first - len(encoded)), last - len(encoded)
     return num_images
 
 

@@ -14,15 +14,17 @@ import os
 import uuid
 from typing import TYPE_CHECKING, Any, Literal
 
+from raypar import outputs
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.cache import CacheSpec, drop_everywhere
 from raypar.dataset.manifest import Manifest
-from raypar.dataset.plan import first_images
+from raypar.dataset.plan import first_images, first_strata
 from raypar.differences import differences
+from raypar.lease import Lease, refuse_if_held
 from raypar.scores import SCORES, scores_of
 from raypar.storage import Folder
-from raypar.train import initial
+from raypar.train import identity, initial
 
 if TYPE_CHECKING:
     from raypar.train import launch
@@ -35,10 +37,20 @@ IGNORED_BY_AUTO = ("lr0", "momentum", "warmup_bias_lr")  # Ultralytics' optimize
 
 
 def check(config: RunConfig) -> None:
-    """All checks that need no cluster: settings, model, dataset.
+    """All checks that need no cluster: that no other driver trains the run, settings, model, dataset.
 
     Raises:
-        ValueError: with what is wrong and how to mend it.
+        ValueError: with what is wrong and how to fix it.
+    """
+    refuse_if_held(config.folder / "train")
+    check_settings(config)
+
+
+def check_settings(config: RunConfig) -> None:
+    """Settings, model and dataset, whether or not the run is being trained.
+
+    Raises:
+        ValueError: with what is wrong and how to fix it.
     """
     # first: what follows imports torch and Ultralytics, which takes seconds
     manifest = Manifest.load(config.dataset_folder)
@@ -80,44 +92,106 @@ def uses_gpu(config: RunConfig, num_gpus: float) -> bool:
     return num_gpus >= train.min_workers if train.use_gpu == "auto" else train.use_gpu
 
 
-def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:  # noqa: PLR0915
+def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -> dict[str, Any]:
     """Trains to the end and returns the summary: the best epoch's metrics, epochs, images, seconds.
 
     Args:
         config: of the run.
-        run_id: of this start, for whoever wants to ask it to stop (:func:`raypar.train.launch.ask_to_stop`); nothing: a new one.
+        run_id: of this start, for whoever wants to ask it to stop (:func:`raypar.train.launch.ask_to_stop`); unset: a new one.
         label: what its lines begin with.
 
     Raises:
         KeyboardInterrupt: it was asked to stop, and all is saved.
-        ValueError: the run's settings differ from those it was begun with.
-        RuntimeError: training failed more often than ``train.max_failures``.
+        ValueError: the run's settings differ from those it was begun with, or another driver trains it.
+        RuntimeError: training failed more often than ``train.max_failures``, or another driver took the run over.
     """
+    from raypar.train import launch
+
+    out = config.folder / "train"
+    manifest = Manifest.load(config.dataset_folder)
+    if not config.train.overwrite and out.exists(SETTINGS):
+        grown = _check_begun(config, fingerprint(_placed(config, manifest)))
+        if grown is None and out.exists(SUMMARY):
+            print(f"{label}: {out.uri} is complete; train.overwrite=true trains it again", flush=True)
+            summary: dict[str, Any] = out.read_json(SUMMARY)
+            return summary
+    run_id = run_id or uuid.uuid4().hex[:12]
+    with Lease(out, label, on_lost=functools.partial(launch.ask_to_stop, run_id)) as lease:
+        if config.train.overwrite:
+            lease.clear()
+        return _run(config, manifest, lease, run_id, label)
+
+
+def _run(config: RunConfig, manifest: Manifest, lease: Lease, run_id: str, label: str) -> dict[str, Any]:
+    """Trains to the end, by a driver that holds the run's lease."""
+    from raypar.train import chronicle
+
+    out = lease.out
+    trainer, cache = _prepared(config, manifest, out, run_id, label)
+    try:
+        stopped = _fit(trainer, config.name, lease)
+    finally:
+        if cache is not None:
+            drop_everywhere(cache)
+    if stopped is not None:
+        what = f"stopped on demand after {stopped:,} images, all of it saved"
+        chronicle.close(out, run_id, config.name, "stopped", what)
+        print(
+            f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there",
+            flush=True,
+        )
+        raise KeyboardInterrupt
+    summary = _finish(out, label, has_plots=config.train.yolo.get("plots", True))
+    what = f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}"
+    chronicle.close(out, run_id, config.name, "finished", what)
+    print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
+    return summary
+
+
+def _prepared(
+    config: RunConfig, manifest: Manifest, out: Folder, run_id: str, label: str
+) -> tuple[launch.Trainer, CacheSpec | None]:
+    """Puts what the workers need into the run's folder, and returns Ray Train's trainer."""
+    from raypar.train import chronicle
+
+    placed = _placed(config, manifest)
+    train, is_begun = placed.train, out.exists(SETTINGS)
+    grown, settings = _recorded(placed, out, is_begun=is_begun)
+    verify.check_sums(config.dataset_folder, manifest, SPLITS)
+    _check_optimizer(
+        placed, manifest, settings[identity.BEGUN]["epochs"]
+    )  # here too: not everybody has called check
+    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
+    if train.init_from is not None:
+        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+    if grown is not None:
+        print(f"{label}: {grown}", flush=True)
+        chronicle.happened(out, run_id, str(grown))
+        out.delete(SUMMARY)  # first: a run with the new length in its settings is not complete
+    out.write_json(SETTINGS, settings)
+    outputs.write_run_file(config.folder, config)
+    cache = _cache(placed, manifest)
+    return _trainer(placed, model, manifest, cache, run_id, label, identity.of(settings)), cache
+
+
+def _recorded(
+    config: RunConfig, out: Folder, *, is_begun: bool
+) -> tuple[identity.Growth | None, dict[str, Any]]:
+    """The length that was raised, if one was, and what ``settings.json`` is to hold."""
+    settings = fingerprint(config)
+    if not is_begun:
+        return None, identity.recorded(None, settings)
+    return _check_begun(config, settings), identity.recorded(out.read_json(SETTINGS), settings)
+
+
+def _fit(trainer: launch.Trainer, name: str, lease: Lease) -> int | None:
+    """Runs the workers to their end. Returns the images seen when they were asked to stop before it."""
     import ray.train
 
     from raypar.train import chronicle, launch
     from raypar.train.watch import Bar
 
-    out = config.folder / "train"
-    if config.train.overwrite:
-        out.delete()
-    manifest = Manifest.load(config.dataset_folder)
-    config = _placed(config, manifest)
-    train, settings, is_begun = config.train, fingerprint(config), out.exists(SETTINGS)
-    if is_begun:
-        _check_begun(config, settings)
-    if out.exists(SUMMARY):
-        print(f"{label}: {out.uri} is complete; train.overwrite=true trains anew", flush=True)
-        summary: dict[str, Any] = out.read_json(SUMMARY)
-        return summary
-    verify.check_sums(config.dataset_folder, manifest, SPLITS)
-    _check_optimizer(config, manifest)  # here too: not everybody has called check
-    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
-    if train.init_from is not None:
-        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
-    out.write_json(SETTINGS, settings)
-    cache = _cache(config, manifest)
-    trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
+    out = lease.out
     try:
         with Bar(trainer.run_id):
             result = trainer.fit()
@@ -126,51 +200,53 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         ray.exceptions.RayActorError,
         ray.exceptions.OutOfMemoryError,
     ) as error:  # two are the controller's
+        lease.check()
         # what the controller has told, before its words are taken away
         chronicle.happened(out, trainer.run_id)
         cause = launch.cause(trainer.run_id, error)
-        chronicle.close(out, trainer.run_id, config.name, "failed", f"failed: {cause}")
+        chronicle.close(out, trainer.run_id, name, "failed", f"failed: {cause}")
         raise RuntimeError(
             f"training failed: {cause}; what was saved is in {out.uri}, and the same command goes on from there"
         ) from error
-    finally:
-        if cache is not None:
-            drop_everywhere(cache)
-    if (stopped := (result.return_value or {}).get("stopped")) is not None:
-        chronicle.close(
-            out,
-            trainer.run_id,
-            config.name,
-            "stopped",
-            f"stopped on demand after {stopped:,} images, all of it saved",
-        )
-        print(
-            f"{label}: stopped after {stopped} images, all of it saved; the same command goes on from there",
-            flush=True,
-        )
-        raise KeyboardInterrupt
-    summary = _finish(out, label, has_plots=train.yolo.get("plots", True))
-    chronicle.close(
-        out,
-        trainer.run_id,
-        config.name,
-        "finished",
-        f"finished: best epoch {summary['best_epoch']} of {summary['num_epochs']}",
-    )
-    print(f"{label}: everything on one page: {out.uri}/report.html", flush=True)
-    return summary
+    lease.check()
+    stopped: int | None = (result.return_value or {}).get("stopped")
+    return stopped
 
 
-def _check_begun(config: RunConfig, settings: dict[str, Any]) -> None:
-    """Whether a run goes on as it was begun, with settings of :func:`fingerprint`.
+def _check_begun(config: RunConfig, settings: dict[str, Any]) -> identity.Growth | None:
+    """Whether a run goes on as it was begun, with settings of :func:`fingerprint`. Returns the length that was raised, if one was.
 
     Raises:
         ValueError: with what is otherwise.
     """
     out = config.folder / "train"
-    if others := differing(out.read_json(SETTINGS), settings):
+    before = out.read_json(SETTINGS)
+    if others := changes(before, settings):
+        grown = identity.growth(before, settings)
+        same = (
+            grown and changes(*(identity.without(side, grown.setting) for side in (before, settings))) == ""
+        )
+        if grown and same:
+            _check_can_grow(out, grown)
+            return grown
         raise ValueError(f"{out.uri} was begun with other settings ({others}): set them back, add train.overwrite=true, "
                          f"or choose another name, with dataset={config.dataset_folder.uri}")  # fmt: skip
+    return None
+
+
+def _check_can_grow(out: Folder, grown: identity.Growth) -> None:
+    """Whether a finished run has what it needs to go on.
+
+    Raises:
+        ValueError: its checkpoints are gone.
+    """
+    from raypar.train import checkpoint
+
+    if out.exists(SUMMARY) and not checkpoint.names(out):
+        raise ValueError(
+            f"train.yolo.{grown.setting} was raised from {grown.before:g} to {grown.now:g}, and {out.shown()} has no checkpoint to go on from: "
+            f"set it back, or add train.overwrite=true"
+        )
 
 
 def _note_what_is_otherwise(yolo: dict[str, Any], args: Any) -> None:
@@ -243,6 +319,7 @@ def _trainer(
     cache: CacheSpec | None,
     run_id: str,
     label: str,
+    of_run: dict[str, Any],
 ) -> launch.Trainer:
     """Ray Train's trainer for the run; the workers get plain values only."""
     import ray.train
@@ -250,6 +327,7 @@ def _trainer(
     from raypar.train import entry, launch, network
 
     train = config.train
+    row_groups = _row_groups(config, manifest)
     use_gpu = uses_gpu(config, ray.cluster_resources().get("GPU", 0))
     os.environ["RAY_TRAIN_COLLECTIVE_TIMEOUT_S"] = str(train.collective_timeout_s)
     return launch.Trainer(
@@ -260,6 +338,7 @@ def _trainer(
         train_loop_config={
             "run_id": run_id,
             "label": label,
+            "identity": of_run,
             "folder": config.folder.uri,
             "dataset": config.dataset_folder.uri,
             "seed": config.seed,
@@ -267,7 +346,8 @@ def _trainer(
             "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),
             "plan": {
-                "row_groups": _row_groups(config, manifest),
+                "row_groups": row_groups,
+                "strata": first_strata(manifest.split("train").strata, len(row_groups)),
                 "seed": config.seed,
                 "global_batch": train.batch,
             },
@@ -319,8 +399,12 @@ def _check_classes(args: Any, manifest: Manifest) -> None:
         raise ValueError(f"train.yolo.classes: no training image has a label of class {named}")
 
 
-def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
+def _check_optimizer(config: RunConfig, manifest: Manifest, begun_epochs: int | None = None) -> None:
     """Whether there is such an optimizer, and the way that workers share the model leaves it what it needs.
+
+    Args:
+        config, manifest: of the run.
+        begun_epochs: that the run was begun with, if it was: they chose its optimizer.
 
     Raises:
         ValueError: there is none, or it needs whole matrices.
@@ -329,6 +413,7 @@ def _check_optimizer(config: RunConfig, manifest: Manifest) -> None:
 
     train = config.train
     args = settings(train.yolo, batch=train.batch, seed=config.seed, task=manifest.task)
+    args.epochs = begun_epochs or args.epochs
     is_sharded = train.parallel == "fsdp" and train.max_workers > 1
     (refuse_for_fsdp if is_sharded else optimizer_of)(args, sum(_row_groups(config, manifest)))
 
@@ -369,7 +454,17 @@ def fingerprint(config: RunConfig) -> dict[str, Any]:
     return {"model": train.model, "batch": train.batch, "seed": config.seed, "precision": train.precision, "yolo": train.yolo,
             "albumentations": train.albumentations, "dataset": hashlib.sha256(manifest).hexdigest(),
             "parallel": "fsdp" if train.parallel == "fsdp" else None, "sync_bn": train.sync_bn or None,
-            "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None}  # fmt: skip
+            "init_from": train.init_from, "augment": "gpu" if train.augment == "gpu" else None,
+            identity.MODEL_CONTENT: initial.content_sha256(train.model)}  # fmt: skip
+
+
+def changes(before: dict[str, Any], now: dict[str, Any]) -> str:
+    """What :func:`differing` says, and whether the content of a model yaml is another; older runs have not recorded that."""
+    content = now.get(identity.MODEL_CONTENT)
+    others = differing(before, {k: v for k, v in now.items() if k != identity.MODEL_CONTENT})
+    is_edited = before["model"] == now["model"] and before.get(identity.MODEL_CONTENT, content) != content
+    edited = f"the content of train.model, {now['model']}, was changed" if is_edited else ""
+    return ", ".join(filter(None, (others, edited)))
 
 
 def differing(before: dict[str, Any], now: dict[str, Any]) -> str:

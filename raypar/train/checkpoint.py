@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from raypar.storage import Folder, patiently
-from raypar.train import parallel
+from raypar.train import identity, parallel
 from raypar.train.loop import Loop
 
 STATE = "state.pt"
@@ -141,16 +141,24 @@ def load(out: Folder, name: str, patience_s: float) -> dict[str, Any]:
     return state
 
 
-def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
-    """The newest checkpoint that can be read, and its content; nothing when there is none.
+def newest(
+    out: Folder, patience_s: float, of_run: dict[str, Any] | None = None
+) -> tuple[str, dict[str, Any]] | None:
+    """The newest checkpoint that can be read and is of the run, and its content; nothing when there is none.
+
+    Args:
+        out: the run's folder.
+        patience_s: how long a storage that fails is asked again.
+        of_run: which run's, see :func:`raypar.train.identity.of`; unset: any.
 
     Raises:
         ValueError: there are some and none can be read.
     """
-    found = patiently(lambda: names(out), f"list the checkpoints in {out.shown()}", patience_s)
-    for name in found:
+    unreadable: list[str] = []
+    for name in patiently(lambda: names(out), f"list the checkpoints in {out.shown()}", patience_s):
         try:
-            return name, load(out, name, patience_s)
+            state = load(out, name, patience_s)
+            other = None if of_run is None else _other(name, state, of_run)
         except OSError:
             raise
         except Exception as error:  # torch's or pickle's, of a damaged file
@@ -158,11 +166,23 @@ def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:
                 f"train: {name} cannot be read and is passed over: {' '.join(str(error).split())[:200]}",
                 flush=True,
             )
-    if found:
+            unreadable.append(name)
+            continue
+        if other is None:
+            return name, state
+        print(f"train: {name} {other} and is passed over", flush=True)
+    if unreadable:
         raise ValueError(
-            f"none of the checkpoints {', '.join(found)} in {out.uri} can be read: restore one, or train.overwrite=true"
+            f"none of the checkpoints {', '.join(unreadable)} in {out.uri} can be read: restore one, or train.overwrite=true"
         )
     return None
+
+
+def _other(name: str, state: dict[str, Any], of_run: dict[str, Any]) -> str | None:
+    """Why a checkpoint is not what its name says in this run; nothing when it is."""
+    if name != name_of(state["cursor"]):
+        return f"holds the state after {state['cursor']} images"
+    return identity.of_another(state, of_run)
 
 
 def _on_cpu(value: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 import uuid
@@ -82,6 +83,18 @@ def _other_task(name: str, task: str, wanted: str, key: str) -> str:
     else:
         dataset = f"prepare it again for '{task}', if its labels allow that: prepare.task={task} prepare.overwrite=true"
     return f"{key}: {name} is a model for '{task}', the dataset is for '{wanted}': take another model, e.g. {key}={model}, or {dataset}"
+
+
+def content_sha256(name: str) -> str | None:
+    """Of a model yaml's content, wherever it lies; nothing for weights, which a run keeps a copy of.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    if not name.endswith((".yaml", ".yml")):
+        return None
+    content = {key: value for key, value in _read_yaml(name, "train.model")[0].items() if key != "yaml_file"}
+    return hashlib.sha256(json.dumps(content, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:

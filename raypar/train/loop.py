@@ -78,10 +78,12 @@ class Loop:
         precision: dtype of forward and backward; master weights are fp32.
         spread: how the ranks share the model, ``ddp`` or ``fsdp``.
         sync_bn: whether batch norm takes the statistics of all ranks' images.
+        begun_epochs: that the run was begun with; unset: ``args.epochs``.
     """
 
     def __init__(self, lender: Lender, *, num_images: int, steps_per_epoch: int, world_size: int = 1,
-                 precision: torch.dtype = torch.float32, spread: str = "ddp", sync_bn: bool = False):  # fmt: skip
+                 precision: torch.dtype = torch.float32, spread: str = "ddp", sync_bn: bool = False,
+                 begun_epochs: int | None = None):  # fmt: skip
         self.lender, self.args, self.device = lender, lender.args, lender.device
         self.steps_per_epoch, self.world_size, self.precision = steps_per_epoch, world_size, precision
         self.loss_scale = 1 if lender.manifest.task == "classify" else world_size
@@ -112,7 +114,7 @@ class Loop:
         self.optimizer = lender.build_optimizer(
             model=lender.model, name=self.args.optimizer, lr=self.args.lr0, momentum=self.args.momentum,
             decay=self.args.weight_decay * batch * max(round(nominal / batch), 1) / nominal,
-            iterations=iterations(self.args, num_images))  # fmt: skip
+            iterations=iterations(self.args, num_images, begun_epochs))  # fmt: skip
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=precision == torch.float16)
         if self.is_sharded:
             assert not isinstance(self.optimizer, MuSGD), "raypar.train refuses it before workers start"
@@ -238,7 +240,7 @@ class Loop:
         now = torch.cat(buffers)
         finite = now.where(now.isfinite(), before)
         # A kernel for all of them; torch 2.15 has no public function that copies lists of tensors.
-        torch._foreach_copy_(buffers, finite.split([len(buffer) for buffer in buffers]))
+        torch._foreach_copy_(buffers, torch.split(finite, [len(buffer) for buffer in buffers]))
         self._statistics = buffers, finite
 
     def _update(self, global_step: int) -> None:

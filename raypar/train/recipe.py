@@ -91,9 +91,15 @@ def _check_values(args: SimpleNamespace) -> None:
         )
 
 
-def iterations(args: SimpleNamespace, num_images: int) -> int:
-    """Optimizer steps of a run, as Ultralytics' ``_setup_train`` counts them (8.4.190); ``optimizer=auto`` depends on them."""
-    return int(math.ceil(num_images / max(args.batch, args.nbs)) * args.epochs)
+def iterations(args: SimpleNamespace, num_images: int, epochs: int | None = None) -> int:
+    """Optimizer steps of a run, as Ultralytics' ``_setup_train`` counts them (8.4.190); ``optimizer=auto`` depends on them.
+
+    Args:
+        args: of :func:`settings`.
+        num_images: trained on in an epoch.
+        epochs: that the run was begun with, when they are fewer: an optimizer's state is of no use to another one.
+    """
+    return int(math.ceil(num_images / max(args.batch, args.nbs)) * (epochs or args.epochs))
 
 
 def optimizer_of(args: SimpleNamespace, num_images: int) -> type[torch.optim.Optimizer]:

@@ -33,7 +33,18 @@ from raypar.precision import pick_precision
 from raypar.prefetch import sent
 from raypar.quiet import quiet_ray
 from raypar.storage import Folder, patiently
-from raypar.train import budget, checkpoint, failure, memory, parallel, pictures, report, rollback, say
+from raypar.train import (
+    budget,
+    checkpoint,
+    failure,
+    identity,
+    memory,
+    parallel,
+    pictures,
+    report,
+    rollback,
+    say,
+)
 from raypar.train.agree import Agreement, FiniteWatch
 from raypar.train.epoch import Epoch, summary
 from raypar.train.loop import Loop, to_tensors
@@ -100,7 +111,7 @@ class Worker:
             f"Ultralytics was imported too early: it took rank {cached}"
         )
         ultralytics.utils.LOGGER.setLevel("WARNING")
-        self.train, self.label = config["train"], config["label"]
+        self.train, self.label, self.identity = config["train"], config["label"], config["identity"]
         self.device = ray.train.torch.get_device()
         self.precision = pick_precision(
             self.train["precision"], self.device, is_sharded=self.train["parallel"] == "fsdp"
@@ -166,7 +177,8 @@ class Worker:
     def _build_loop(self, lender: Lender) -> None:
         epochs, self.args = self.args.epochs, lender.args
         self.loop = Loop(lender, num_images=self.plan.num_images, steps_per_epoch=self.plan.steps_per_epoch,
-                         world_size=self.world_size, precision=self.precision, spread=self.train["parallel"], sync_bn=self.train["sync_bn"])  # fmt: skip
+                         world_size=self.world_size, precision=self.precision, spread=self.train["parallel"], sync_bn=self.train["sync_bn"],
+                         begun_epochs=self.identity["begun_epochs"])  # fmt: skip
         # of `time`: now, for the optimizer and the warm-up follow from those that were asked for
         self.args.epochs = epochs
         self.finite = FiniteWatch(patience=MAX_SKIPPED if self.is_fp16 else 1)
@@ -188,20 +200,19 @@ class Worker:
     def _find_state(self) -> dict[str, Any] | None:
         """The newest checkpoint's content, which rank 0 chooses, and where the run goes on from there."""
         self.pulse.stage = "resume"
-        found = checkpoint.newest(self.out, self.out.patience_s) if self.rank == 0 else None
+        found = checkpoint.newest(self.out, self.out.patience_s, self.identity) if self.rank == 0 else None
         state: dict[str, Any] | None = None
         name = self.agreement.from_rank_zero(found[0] if found else None)
         if name is not None:
             state = found[1] if found else checkpoint.load(self.out, name, self.out.patience_s)
         self.broken = self.agreement.from_rank_zero(self._read_broken() if self.rank == 0 else None)
-        self.cursor, self.history, self.is_finished = (
-            (state[k] for k in ("cursor", "history", "is_finished")) if state else (0, [], False)
-        )
+        self.cursor, self.history = (state[k] for k in ("cursor", "history")) if state else (0, [])
         self.pulse.cursor, self.pulse.num_epochs = self.cursor, len(self.history)
         self.best_classes: dict[str, Any] | None = state.get("best_classes") if state else None
         kept = state["epoch"] if state else None
         self.epoch = Epoch(self.plan.num_images, kept, skips_overflow=self.is_fp16)
         self._keep_time(self.history)
+        self.is_finished = state is not None and identity.is_finished(state, self.identity, self.args.epochs)
         return state
 
     def _keep_time(self, history: list[dict[str, Any]]) -> None:
@@ -452,6 +463,7 @@ class Worker:
                 "is_finished": is_finished,
                 "epoch": epoch,
                 "best_classes": self.best_classes,
+                "identity": {name: self.identity[name] for name in ("run", "fingerprint", "length")},
             }
             self.saver.submit(f"write {self.out.shown(checkpoint.name_of(self.cursor))}",
                               partial(checkpoint.write, self.out, state, keep=self.train["keep_checkpoints"]))  # fmt: skip

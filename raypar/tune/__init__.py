@@ -6,6 +6,7 @@ killed goes on: trials that are over are kept, and those that were running resum
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import tempfile
@@ -15,10 +16,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from raypar import train
+from raypar import outputs, train
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
+from raypar.lease import Lease, refuse_if_held
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"  # the summary is written last
 NO_WORKERS_S = 20.0  # after an interrupt: how long trials may have no workers that hear of it
@@ -41,7 +43,8 @@ def check(config: RunConfig) -> str:
         ValueError: with what is wrong and how to mend it.
     """
     section = config.tune
-    train.check(config)
+    refuse_if_held(config.folder / "tune")
+    train.check_settings(config)
     if not isinstance(config.train.num_workers, int):
         raise ValueError("train.num_workers: trials that grow would take each other's place: write a number")
     if not config.train.yolo.get("val", True):
@@ -71,21 +74,34 @@ def run(config: RunConfig) -> dict[str, Any]:
 
     Raises:
         KeyboardInterrupt: interrupted; what is over is kept.
-        ValueError: the study was begun with other settings.
+        ValueError: the study was begun with other settings, or another driver works on it.
         RuntimeError: no trial finished.
     """
+    # once: a second interrupt would end everything at once
+    interrupt = functools.cache(_interrupt_this_process)
+    with Lease(config.folder / "tune", "tune", on_lost=interrupt) as lease:
+        if config.tune.overwrite:
+            lease.clear()
+        try:
+            return _run(config)
+        except KeyboardInterrupt:
+            lease.check()
+            raise
+
+
+def _run(config: RunConfig) -> dict[str, Any]:
+    """Trains all trials, by a driver that holds the study's lease."""
     from raypar.tune import report, study
 
     section, out = config.tune, config.folder / "tune"
-    if section.overwrite:
-        out.delete()
     settings = {**train.fingerprint(config), "metric": section.metric,
                 "space": {key: {d.kind: d.arguments} for key, d in section.space.items()}}  # fmt: skip
-    if out.exists(SETTINGS) and (others := train.differing(out.read_json(SETTINGS), settings)):
+    if out.exists(SETTINGS) and (others := train.changes(out.read_json(SETTINGS), settings)):
         raise ValueError(
             f"{out.uri} was begun with other settings ({others}): set them back, choose another name, or add tune.overwrite=true"
         )
     out.write_json(SETTINGS, settings)
+    outputs.write_run_file(out, config)
     records = study.read(config)
     over = sum(map(study.is_over, records))
     if over >= section.num_trials and over == len(records):
@@ -110,6 +126,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     summary = report.write(config, records, best)
     out.write_json(SUMMARY, summary)
     return summary
+
+
+def _interrupt_this_process() -> None:
+    """As Ctrl-C does."""
+    os.kill(os.getpid(), signal.SIGINT)
 
 
 def _search(config: RunConfig, records: list[dict[str, Any]]) -> None:

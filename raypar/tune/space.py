@@ -91,7 +91,7 @@ def _try(config: RunConfig, key: str, domain: Domain) -> str:
     """What is wrong with a value of a domain: the first that is."""
     for value in _probes(domain):
         try:
-            train.check(with_params(config, {key: value}))
+            train.check_settings(with_params(config, {key: value}))
         except ValueError as error:
             reason = (
                 next((str(e["msg"]) for e in error.errors()), "") if hasattr(error, "errors") else str(error)

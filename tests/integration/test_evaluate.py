@@ -126,8 +126,15 @@ def test_the_number_of_workers_changes_nothing(
 
 
 def test_other_settings_are_another_result(trained_run: RunConfig, result: dict[str, Any]) -> None:
-    train = raypar.evaluate.run(with_evaluate(trained_run, split="train"))
+    with pytest.raises(ValueError, match=r"split: 'val' then, 'train' now.*evaluate\.name=") as caught:
+        raypar.evaluate.run(with_evaluate(trained_run, split="train"))
+    assert "evaluate.overwrite=true" in str(caught.value)
+    train = raypar.evaluate.run(with_evaluate(trained_run, split="train", name="on-train"))
     assert train["num_images"] == 48
+    kept = Path(trained_run.folder.uri)
+    assert json.loads((kept / "evaluate" / "metrics.json").read_text())["split"] == "val"
+    assert json.loads((kept / "on-train" / "metrics.json").read_text()) == train
+    assert "split: train" in (kept / "on-train" / "run.yaml").read_text()
 
 
 def test_an_image_that_cannot_be_read_is_left_out_and_listed(

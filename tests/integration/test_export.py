@@ -15,6 +15,7 @@ import pytest
 import raypar.export
 from raypar.config import RunConfig
 from raypar.detector import Detections, Detector
+from raypar.outputs import Output
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
 
@@ -40,7 +41,12 @@ def test_onnx_detects_what_the_weights_detect(
     config = config_for(tmp_path, tiny_weights, dynamic=is_dynamic)
     result = raypar.export.run(config)
     folder = Path(config.folder.uri) / "export"
-    assert {path.name for path in folder.iterdir()} == {"best.onnx", "export.json"}
+    assert {path.name for path in folder.iterdir()} == {
+        "best.onnx",
+        "export.json",
+        "settings.json",
+        "run.yaml",
+    }
     assert json.loads((folder / "export.json").read_text()) == result
     assert result["num_agreeing"] >= 0.99 * result["num_compared"] > 0
     ours, exported = Detector.load(tiny_weights), Detector.load(folder / "best.onnx")
@@ -76,7 +82,7 @@ def test_an_export_that_differs_is_refused_and_nothing_is_left(
     config = config_for(tmp_path, tiny_weights)
     weights = raypar.export.find(str(tiny_weights), config.folder, "export")
     with pytest.raises(ValueError, match="boxes agree with the weights"):
-        raypar.export._export(weights, config.export, None, config.folder / "export")
+        raypar.export._export(weights, Output("export", config, "export.json"), {}, None)
     assert not config.folder.exists("export")
 
 

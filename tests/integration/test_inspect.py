@@ -28,7 +28,15 @@ from raypar.inspect.speed import STAGES
 from raypar.runfile import load
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
-FILES = {"histograms.png", "samples_raw.png", "samples_augmented.png", "report.html", "report.json"}
+FILES = {
+    "histograms.png",
+    "samples_raw.png",
+    "samples_augmented.png",
+    "report.html",
+    "report.json",
+    "settings.json",
+    "run.yaml",
+}
 
 
 def make_config(storage: Path, **sections: Any) -> RunConfig:
@@ -155,23 +163,27 @@ def test_complete_output_is_kept(
 ) -> None:
     before = {path.name: path.stat().st_mtime_ns for path in folder_of(config).iterdir()}
     assert raypar.inspect.run(config) == result
-    assert "inspect.overwrite=true inspects anew" in capsys.readouterr().out
+    assert "inspect.overwrite=true replaces it" in capsys.readouterr().out
     assert {path.name: path.stat().st_mtime_ns for path in folder_of(config).iterdir()} == before
 
 
-def test_other_settings_are_inspected_anew(config: RunConfig, result: dict[str, Any], tmp_path: Path) -> None:
+def test_other_settings_are_inspected_in_another_folder(config: RunConfig, result: dict[str, Any]) -> None:
     value = config.model_dump(mode="json")
     value["inspect"] |= {"split": "val", "seconds": 0, "num_samples": 30}
+    with pytest.raises(ValueError, match="split: 'train' then, 'val' now, num_samples: 6 then, 30 now"):
+        raypar.inspect.run(RunConfig.model_validate(value))
+    value["inspect"]["name"] = "of-val"
     changed = raypar.inspect.run(RunConfig.model_validate(value))
     assert changed["statistics"]["num_images"] == 9
     assert changed["speed"] is None
-    sheet = decode((folder_of(config) / "samples_raw.png").read_bytes())
+    sheet = decode((folder_of(config).parent / "of-val" / "samples_raw.png").read_bytes())
     assert sheet.shape[0] > 4 * 120, "more samples than images: the second epoch's are shown too"
 
 
 def test_a_model_that_cannot_be_loaded_leaves_the_rest(config: RunConfig) -> None:
     value = config.model_dump(mode="json")
     value["train"]["model"] = "yolov999.yaml"
+    value["inspect"]["name"] = "without-model"
     found = raypar.inspect.run(RunConfig.model_validate(value))
     assert "yolov999" in found["speed"]["model"]["error"]
     assert found["speed"]["images_per_s"] > 0

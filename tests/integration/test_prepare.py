@@ -476,6 +476,7 @@ def test_append_adds_what_is_new(
     assert [shard.path for shard in manifest.splits["train"].shards][: len(old)] == old
     assert manifest.splits["train"].num_images == 29 + 15 + 3
     assert manifest.splits["train"].boxes_per_class == (29 + 15 + 3,)
+    assert manifest.splits["train"].strata == (*before.splits["train"].strata, 5)  # 18 images in groups of 4
     assert manifest.splits["val"] == before.splits["val"]
     assert rows_of(config, "train")[:29] == rows
     repeated = ["020.jpg#2", "040.jpg#2", "040.jpg#3"]

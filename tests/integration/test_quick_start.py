@@ -108,11 +108,11 @@ def test_again_keeps_what_is_complete(
     run: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(REPOSITORY)
-    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "run.yaml"}
+    before = {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()}
     for _, *arguments in quick_start():
         assert cli.main([*arguments, f"storage={run.parent}", *SMALLER]) == 0
         assert "complete" in capfd.readouterr().out, arguments
-    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file() and p.name != "run.yaml"} == before
+    assert {p: p.stat().st_mtime_ns for p in run.rglob("*") if p.is_file()} == before
 
 
 def test_dry_runs_of_a_finished_run(

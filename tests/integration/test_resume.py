@@ -80,6 +80,15 @@ class Job:
                 process.kill()
 
 
+def refuse_a_rival(job: Job, folder: Path) -> None:
+    """While a driver starts its workers, a second one of the same run ends at once."""
+    job.wait_until((train_folder(job.config) / "lease.json").exists)
+    rival = Job(job.config, folder)
+    assert rival.process.wait(60) == 2, rival.text()
+    assert f"error: another driver works on {train_folder(job.config)}: host " in rival.text()
+    assert f"process {job.process.pid}, " in rival.text()
+
+
 @pytest.fixture(scope="module")
 def settings() -> dict[str, Any]:
     """Gradients of two steps are added up, so that some epochs end with one that waits."""
@@ -95,6 +104,7 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
 
     first = Job(disturbed, tmp_path)
     try:
+        refuse_a_rival(first, tmp_path)
         at_kill = first.wait_for_middle(2)
         first.workers()[-1].send_signal(signal.SIGKILL)  # one rank
         first.wait_until(lambda: "resuming after" in first.text())
@@ -113,6 +123,7 @@ def test_a_run_disturbed_in_every_way_ends_with_the_bits_of_one_left_alone(
     try:
         before = cursors(disturbed)[-1]
         second.wait_until(lambda: cursors(disturbed)[-1] > before)
+        assert re.search(f"process {first.process.pid}, .* has ended: taken over", second.text())
         os.killpg(second.process.pid, signal.SIGINT)  # as Ctrl-C does
         assert second.process.wait(60) == 130, second.text()[-3000:]
     finally:

@@ -8,6 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,7 @@ import raypar.evaluate
 import raypar.predict
 import raypar.prepare
 import raypar.train
-from raypar import cli
+from raypar import cli, lease
 from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.formats import coco, voc, yolo
@@ -168,6 +169,26 @@ def test_a_folder_is_a_folder_in_a_bucket_too(endpoint: str, tmp_path: Path) -> 
         folder.delete()
         folder.delete()
         assert not folder.exists()
+
+
+def test_one_driver_at_a_time_works_on_a_run_in_a_bucket(
+    endpoint: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lease, "SETTLE_REMOTE_S", 0.0)
+    out = Folder.at(f"s3://runs/leased?endpoint_override={endpoint}&scheme=http") / "train"
+    with lease.Lease(out, "train", print) as mine:
+        with pytest.raises(
+            lease.HeldError, match=r"another driver works on s3://runs/leased/train: host .*, process "
+        ):
+            lease.refuse_if_held(out)
+        out.write("best.pt", b"weights")
+        mine.clear()
+        mine.check()
+        assert out.list() == [lease.LEASE]
+        out.write_json(lease.LEASE, {**asdict(mine.mine), "nonce": "another", "host": "elsewhere"})
+        with pytest.raises(RuntimeError, match=r"taken over by another driver \(host elsewhere"):
+            mine.check()
+    assert out.exists(lease.LEASE), "the other's"
 
 
 @pytest.mark.usefixtures("ray_with_s3")

@@ -105,6 +105,30 @@ def test_a_finished_run_is_kept_and_other_settings_are_refused(
         raypar.train.run(RunConfig.model_validate(value))
 
 
+def test_a_finished_run_goes_on_for_more_epochs(
+    ray_4_cpus: None, trained_run: RunConfig, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = with_train(trained_run, "longer", yolo=trained_run.train.yolo | {"epochs": 3})
+    shutil.copytree(train_folder(trained_run), train_folder(config))
+    assert raypar.train.run(config)["num_epochs"] == 3
+    said = capsys.readouterr().out
+    assert "train.yolo.epochs was 2 and is 3 now: the run goes on from its newest checkpoint" in said
+    before, found, state = lines(trained_run), lines(config), final_state(config)
+    assert found[:2] == before
+    assert (found[2]["epoch"], found[2]["images_seen"], found[2]["images_missed"]) == (3, 144, 0)
+    assert (state["is_finished"], state["cursor"]) == (True, 144)
+    lrf = 0.01  # Ultralytics' default
+    initial_lr = state["optimizer"]["param_groups"][0]["initial_lr"]
+    assert found[2]["lr/pg0"] == pytest.approx(initial_lr * ((1 - 2 / 3) * (1 - lrf) + lrf)), "of 3 epochs"
+    assert "was 2 and is 3 now" in (train_folder(config) / "events.jsonl").read_text()
+    raypar.train.run(config)
+    assert "is complete" in capsys.readouterr().out
+    shorter = with_train(trained_run, "shorter", yolo=trained_run.train.yolo | {"epochs": 1})
+    shutil.copytree(train_folder(config), train_folder(shorter))
+    with pytest.raises(ValueError, match=r"other settings \(yolo.epochs: 3 then, 1 now\)"):
+        raypar.train.run(shorter)
+
+
 def test_two_workers_hold_equal_weights_after_a_step(
     ray_4_cpus: None, trained_run: RunConfig, tmp_path: Path
 ) -> None:

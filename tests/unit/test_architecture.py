@@ -33,10 +33,10 @@ RANKS = [
         "strict_yaml",
     },
     {"yolo_keys"},
-    {"config", "weights", "detector", "versions"},
+    {"config", "weights", "detector", "versions", "lease"},
     {"runfile", "draw", "metrics", "augment", "pool"},
     {"dataset"},
-    {"sources", "judge"},
+    {"sources", "judge", "outputs"},
     set(VERBS) - {"tune"},
     {"tune"},  # the one verb that runs another: train
     {"cluster"},

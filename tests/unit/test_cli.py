@@ -118,6 +118,16 @@ def test_order_of_a_run(run_file: str, verb: types.SimpleNamespace, tmp_path: Pa
         assert package in written.splitlines()[-1]
 
 
+def test_a_trainings_run_file_is_not_rewritten_by_other_verbs(
+    run_file: str, verb: types.SimpleNamespace, tmp_path: Path
+) -> None:
+    main(["prepare", run_file, "seed=7"])
+    (tmp_path / "runs/test/train").mkdir()
+    (tmp_path / "runs/test/train/settings.json").write_text("{}")
+    assert main(["prepare", run_file, "seed=8"]) == 0
+    assert "seed: 7" in (tmp_path / "runs/test/run.yaml").read_text()
+
+
 def test_written_run_file_can_be_run_again(
     run_file: str, verb: types.SimpleNamespace, tmp_path: Path
 ) -> None:

@@ -185,9 +185,7 @@ def sources_of(spec: StreamSpec) -> list[Source]:
     found: dict[int, Source] = {}
     for item in spec.plan.items():
         window = spec.plan.window(item.epoch, item.window)
-        rows, sources, _ = _read(
-            spec, item, window.row_groups, slice(window.first_row, window.first_row + window.num_rows)
-        )
+        rows, sources, _ = _read(spec, item, window)
         found |= dict(zip(rows.tolist(), sources, strict=True))
     return [found[row] for row in range(len(found))]
 

@@ -5,31 +5,41 @@ from __future__ import annotations
 import pickle
 import time
 import tracemalloc
+import zlib
 from itertools import islice
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from raypar.dataset.manifest import RowGroups, Shard, Split
-from raypar.dataset.plan import Item, Plan, contiguous_share
+from raypar.dataset.plan import Item, Plan, contiguous_share, first_images, first_strata
 
-plans = st.builds(
-    Plan,
-    row_groups=st.lists(st.integers(1, 70), min_size=1, max_size=30).map(tuple),
-    seed=st.integers(0, 2**32),
-    global_batch=st.sampled_from([1, 2, 4, 8, 12, 16]),
-    epochs=st.integers(1, 4),
-    window_images=st.integers(1, 300),
-)
+
+@st.composite
+def drawn_plans(draw: st.DrawFn) -> Plan:
+    """Of datasets that were never appended to, once, or several times."""
+    strata = draw(st.lists(st.lists(st.integers(1, 70), min_size=1, max_size=12), min_size=1, max_size=3))
+    return Plan(
+        row_groups=tuple(n for groups in strata for n in groups),
+        seed=draw(st.integers(0, 2**32)),
+        global_batch=draw(st.sampled_from([1, 2, 4, 8, 12, 16])),
+        epochs=draw(st.integers(1, 4)),
+        window_images=draw(st.integers(1, 300)),
+        strata=tuple(map(len, strata)) if len(strata) > 1 else (),
+    )
+
+
+plans = drawn_plans()
 
 
 def rows_seen(plan: Plan, epoch: int, window: int) -> np.ndarray:
     """Global row numbers that a window shows, one for each position."""
     starts = np.concatenate([[0], np.cumsum(plan.row_groups)])
     w = plan.window(epoch, window)
-    laid = np.concatenate([np.arange(starts[g], starts[g + 1]) for g in w.row_groups])
-    return laid[w.first_row : w.first_row + w.num_rows][w.order]
+    laid = np.concatenate([np.arange(starts[g] + rows.start, starts[g] + rows.stop) for g, rows in w.rows()])
+    return laid[w.order]
 
 
 def epoch_order(plan: Plan, epoch: int) -> np.ndarray:
@@ -85,6 +95,73 @@ def test_epochs_and_seeds_differ() -> None:
 def test_validation_shares_cover_the_split_in_order(num_images: int, world_size: int) -> None:
     shares = [i for r in range(world_size) for i in contiguous_share(num_images, r, world_size)]
     assert shares == list(range(num_images))
+
+
+def test_the_order_of_a_dataset_that_was_never_appended_to_stays_for_ever() -> None:
+    """A run that was begun with an older raypar resumes to the same bits; the numbers are those of raypar 0.1."""
+    plan = Plan((64, 30, 7, 64, 64, 11, 64), seed=5, global_batch=16, epochs=2, window_images=64)
+    assert [zlib.crc32(epoch_order(plan, e).astype(np.int64).tobytes()) for e in range(2)] == [
+        1081828995,
+        509453082,
+    ]
+
+
+@pytest.mark.parametrize("window_images", [64, 256, 1024])
+@pytest.mark.parametrize("global_batch", [16, 64, 256])
+def test_appended_images_are_in_each_batch_as_after_one_shuffle(
+    window_images: int, global_batch: int
+) -> None:
+    """A batch's number of new images has the mean, the deviation and the share of zeros of the hypergeometric distribution."""
+    old, new = 300, 30  # row groups of 64 images
+    groups, epochs = (64,) * (old + new), 12
+    plan = Plan(groups, 1, global_batch, epochs, window_images, strata=(old, new))
+    whole = plan.num_images // global_batch * global_batch
+    found = np.concatenate(
+        [(epoch_order(plan, e)[:whole] >= 64 * old).reshape(-1, global_batch).sum(1) for e in range(epochs)]
+    )
+    share = new / (old + new)
+    deviation = (
+        global_batch * share * (1 - share) * (plan.num_images - global_batch) / (plan.num_images - 1)
+    ) ** 0.5
+    num_batches = len(found)
+    assert abs(found.mean() - global_batch * share) < 4 * deviation / num_batches**0.5
+    assert abs(found.std() / deviation - 1) < 4 / (2 * num_batches) ** 0.5 + 0.02, found.std() / deviation
+    has_none = (1 - share) ** global_batch  # about: the draws are without replacement
+    expected = num_batches * has_none
+    assert abs((found == 0).sum() - expected) < 5 * (expected + 1) ** 0.5
+
+
+@given(plans)
+def test_a_window_reads_one_row_group_more_for_each_append_at_most(plan: Plan) -> None:
+    groups_of = np.repeat(np.arange(max(1, len(plan.strata))), plan.strata or (len(plan.row_groups),))
+    for window in range(plan.windows_per_epoch):
+        w = plan.window(0, window)
+        assert (w.stops > w.starts).all(), "none is read in vain"
+        for i in range(len(plan.strata) or 1):
+            mine = groups_of[w.row_groups] == i
+            is_cut = (w.stops - w.starts)[mine] < np.array(plan.row_groups)[w.row_groups[mine]]
+            assert is_cut.sum() <= 2, "the first and the last of a line"
+
+
+@given(
+    st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=4), st.floats(0.01, 1)
+)
+def test_a_fraction_cuts_the_strata_where_it_cuts_the_row_groups(
+    strata: list[list[int]], fraction: float
+) -> None:
+    groups = first_images([n for each in strata for n in each], fraction)
+    cut = first_strata([len(each) for each in strata], len(groups))
+    assert sum(cut) == len(groups)
+    assert all(0 < n <= len(each) for n, each in zip(cut, strata, strict=False))
+    Plan(groups, 0, 1, 1, strata=cut)
+
+
+def test_strata_follow_from_the_shards() -> None:
+    shards = tuple(
+        Shard(path=str(i), row_groups=(4,) * n, num_bytes=1, sha256="") for i, n in enumerate((3, 1, 2, 5))
+    )
+    assert Split(shards=shards).strata == (11,)
+    assert Split(shards=shards, appended=(2, 3)).strata == (4, 2, 5)
 
 
 def test_a_plan_for_ten_million_images_is_small() -> None:

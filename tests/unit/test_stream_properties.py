@@ -43,10 +43,19 @@ def split_of(folder: Path, num_images: int, rows_per_group: int) -> tuple[Folder
 
 
 def spec_of(
-    folder: Path, num_images: int, rows_per_group: int, world_size: int, percent: int = 100, **plan: int
+    folder: Path,
+    num_images: int,
+    rows_per_group: int,
+    world_size: int,
+    percent: int = 100,
+    appended: int = 0,
+    **plan: int,
 ) -> StreamSpec:
     dataset, split = split_of(folder, num_images, rows_per_group)
-    made = Plan(first_images(split.shards[0].row_groups, percent / 100), **plan)  # type: ignore[arg-type]
+    groups = first_images(split.shards[0].row_groups, percent / 100)
+    # the last row groups count as appended ones
+    strata = (len(groups) - appended, appended) if 0 < appended < len(groups) else ()
+    made = Plan(groups, strata=strata, **plan)  # type: ignore[arg-type]
     return StreamSpec.of(
         dataset, split, made, RECIPE, mosaic_epochs=1, albumentations=[], world_size=world_size
     )
@@ -74,6 +83,7 @@ cases = st.fixed_dictionaries(
         "num_images": st.sampled_from([1, 5, 16, 23]),
         "rows_per_group": st.sampled_from([1, 4, 7]),
         "percent": st.sampled_from([100, 60]),
+        "appended": st.sampled_from([0, 1, 3]),
         "seed": st.integers(0, 2**32),
         "global_batch": st.sampled_from([4, 8, 12]),
         "epochs": st.integers(1, 3),

@@ -120,7 +120,7 @@ def checked(monkeypatch: pytest.MonkeyPatch) -> list[RunConfig]:
         settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task="detect")
         seen.append(config)
 
-    monkeypatch.setattr(train, "check", check)
+    monkeypatch.setattr(train, "check_settings", check)
     monkeypatch.setattr(Manifest, "load", lambda folder: SimpleNamespace(task="detect"))
     return seen
 

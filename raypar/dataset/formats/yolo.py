@@ -18,7 +18,7 @@ import numpy as np
 import yaml
 from numpy.typing import NDArray
 
-from raypar import runfile
+from raypar import strict_yaml
 from raypar.dataset.formats import (
     IMAGE_SUFFIXES,
     MAX_LABEL_BYTES,
@@ -51,11 +51,11 @@ NUM_PROBES = 20  # images of a list that are looked for
 TOLERANCE = 0.01  # how far outside [0, 1] a coordinate may lie: ultralytics.data.utils.verify_image_label
 
 
-class Loader(runfile.Loader):
+class Loader(strict_yaml.Loader):
     """Every scalar is the text that is written: ``off``, ``null``, ``1.0`` and ``2024-01-01`` may be names of classes or folders."""
 
 
-Loader.yaml_implicit_resolvers = {"<": runfile.Loader.yaml_implicit_resolvers["<"]}
+Loader.yaml_implicit_resolvers = {"<": strict_yaml.Loader.yaml_implicit_resolvers["<"]}
 
 
 def scan(source: str | Place, task: str = "auto", wish: str | None = None) -> Listing:
