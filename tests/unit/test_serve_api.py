@@ -8,7 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -370,29 +370,82 @@ def test_a_port_that_is_taken_is_said_before_ray_starts(
 # --- batches -----------------------------------------------------------------------------------------------------------------------------
 
 
-def test_what_comes_while_the_model_is_busy_is_one_batch() -> None:
-    sizes: list[int] = []
-    is_released = threading.Event()
+class StepExecutor(Executor):
+    """Runs what it is given only when the test says so."""
 
-    def run(items: Sequence[int]) -> list[int]:
-        sizes.append(len(items))
-        if len(sizes) == 1:
-            assert is_released.wait(60)
-        return [item * 10 for item in items]
+    def __init__(self) -> None:
+        self.sizes: list[int] = []
+        self._running: list[tuple[Any, Any, Future[Any]]] = []
 
-    async def scene() -> list[int]:
-        batcher = Batcher(run, ThreadPoolExecutor(1), max_size=8, wait_s=0.001)
-        tasks = [asyncio.create_task(batcher(0))]
-        while not sizes:
-            await asyncio.sleep(0.001)
-        tasks += [asyncio.create_task(batcher(i)) for i in range(1, 12)]  # while the first is computed
+    def submit(self, run: Any, /, items: Any) -> Future[Any]:  # type: ignore[override]
+        self.sizes.append(len(items))
+        future: Future[Any] = Future()
+        self._running.append((run, items, future))
+        return future
+
+    def finish(self) -> None:
+        run, items, future = self._running.pop()
+        future.set_result(run(items))
+
+
+class Batches:
+    """A batcher over a model that works step by step, and the loop's clock held still."""
+
+    def __init__(self, max_size: int, wait_s: float) -> None:
+        self.model, self.now, self.tasks = StepExecutor(), 0.0, list[asyncio.Task[int]]()
+        asyncio.get_running_loop().time = lambda: self.now  # type: ignore[method-assign]
+        self.batcher = Batcher(lambda items: [10 * item for item in items], self.model, max_size, wait_s)
+
+    async def send(self, *items: int) -> None:
+        self.tasks += [asyncio.create_task(self.batcher(item)) for item in items]
+        await self.settle()
+
+    async def finish(self) -> None:
+        self.model.finish()
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Lets everything run that can; no clock is involved."""
         for _ in range(20):
-            await asyncio.sleep(0.001)
-        is_released.set()
-        return await asyncio.gather(*tasks)
+            await asyncio.sleep(0)
 
-    assert asyncio.run(scene()) == [i * 10 for i in range(12)]
-    assert sizes == [1, 8, 3]
+
+def test_an_idle_model_starts_at_once_and_takes_what_came_while_it_was_busy() -> None:
+    async def scene() -> list[int]:
+        batches = Batches(max_size=8, wait_s=0)
+        await batches.send(0)
+        assert batches.model.sizes == [1]
+        await batches.send(*range(1, 12))
+        assert batches.model.sizes == [1]  # busy
+        await batches.finish()
+        assert batches.model.sizes == [1, 8]
+        await batches.finish()
+        assert batches.model.sizes == [1, 8, 3]
+        await batches.finish()
+        return [task.result() for task in batches.tasks]
+
+    assert asyncio.run(scene()) == [10 * i for i in range(12)]
+
+
+def test_an_item_that_waited_behind_a_busy_model_does_not_wait_again() -> None:
+    async def scene() -> None:
+        batches = Batches(max_size=2, wait_s=5)
+        await batches.send(0)
+        assert batches.model.sizes == []  # an idle model waits for the batch to fill
+        await batches.send(1)
+        assert batches.model.sizes == [2]
+        await batches.send(2)
+        batches.now = 4.9
+        await batches.finish()
+        assert batches.model.sizes == [2]  # 4.9 s of 5
+        await batches.send(3)
+        assert batches.model.sizes == [2, 2]
+        await batches.send(4)
+        batches.now = 10.0
+        await batches.finish()
+        assert batches.model.sizes == [2, 2, 1]
+
+    asyncio.run(scene())
 
 
 def test_a_full_batch_does_not_wait_and_a_cancelled_item_is_not_computed() -> None:
