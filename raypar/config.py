@@ -333,6 +333,9 @@ class ServeConfig(InferenceConfig):
     request_timeout_s: PositiveFloat = Field(30, description="seconds until a request is given up")
     max_image_mb: PositiveFloat = Field(16, description="larger bodies are answered 413")
     max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
+    max_held_mb: PositiveFloat = Field(
+        1024, description="encoded images that may be held at a time, by each ingress; more are answered 503"
+    )
     api_key_env: str | None = Field(
         None, description="environment variable with the accepted API keys, comma separated; nothing: open"
     )

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 REPLICAS_PER_INGRESS = 8
+READY_PERIOD_S = 2  # how old what /readyz answers may be
 INGRESS_MARGIN = 1000  # requests that an ingress takes beyond what the detector has room for, to refuse them
 
 
@@ -121,8 +122,8 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     from ray import serve
 
-    from raypar.serve.api import Limits
-    from raypar.serve.replica import Ingress, Replica
+    from raypar.serve.body import Limits
+    from raypar.serve.replica import DETECTOR, Ingress, Replica
 
     name = args.get("name")
     config = ServeConfig.model_validate({key: value for key, value in args.items() if key != "name"})
@@ -133,17 +134,19 @@ def build_app(args: dict[str, Any]) -> Application:
     deploy: Any = serve.deployment
     detector = deploy(
         Replica,
-        name="Detector",
+        name=DETECTOR,
         **_scaling(config),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus if use_gpu else 0},
         max_ongoing_requests=in_batches,
         max_queued_requests=config.max_queued_requests,
+        health_check_period_s=_health_check_period_s(config),
         user_config={"weights": config.weights, "name": name} if config.weights else {},
     ).bind(settings, "cuda:0" if use_gpu else "cpu")
     most = replicas.max if isinstance(replicas, Autoscaling) else replicas
     limits = Limits(
         int(config.max_image_mb * 1e6),
         config.max_pixels,
+        int(config.max_held_mb * 1e6),
         config.request_timeout_s,
         config.conf,
         config.iou,
@@ -158,6 +161,7 @@ def build_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=most * in_batches + config.max_queued_requests + INGRESS_MARGIN,
         max_queued_requests=config.max_queued_requests + INGRESS_MARGIN,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
+        health_check_period_s=READY_PERIOD_S,
     )
     return cast("Application", ingress.bind(detector, limits, _key_digests(config)))
 
@@ -172,6 +176,11 @@ def _scaling(config: ServeConfig) -> dict[str, Any]:
         "target_ongoing_requests": config.max_batch_size,
     }
     return {"num_replicas": "auto", "autoscaling_config": bounds}
+
+
+def _health_check_period_s(config: ServeConfig) -> float:
+    """Serve replaces a replica after three failed checks: one that hangs is gone half a request's time after it was found."""
+    return min(max(config.request_timeout_s / 6, 1), 10)
 
 
 def _use_gpu(config: ServeConfig) -> bool:

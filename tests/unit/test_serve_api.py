@@ -4,28 +4,39 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import yaml
+from fastapi import FastAPI
 from fastapi.testclient import TestClient
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatus,
+    DeploymentStatusOverview,
+    ServeStatus,
+)
 
 import raypar.serve
 from raypar.config import RunConfig
 from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
-from raypar.serve import replica
-from raypar.serve.api import Answer, Limits, build_api, digest
+from raypar.serve import loading, replica
+from raypar.serve.api import Answer, build_api, digest
 from raypar.serve.batch import Batcher
+from raypar.serve.body import Limits
 from raypar.serve.problem import BadImageError, BusyError
-from raypar.serve.replica import Replica
+from raypar.serve.replica import Ingress, Replica
 
 JPEG = {"Content-Type": "image/jpeg"}
 MODEL = {"name": "fake", "sha256": "0" * 64}
@@ -35,10 +46,17 @@ IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 class FakeDetector:
     """Answers each image with one box whose confidence is the image's conf; fails a batch that holds a wholly red image."""
 
-    def __init__(self, class_names: Sequence[str] = ("cat", "dog"), seconds: float = 0.0) -> None:
+    def __init__(self, class_names: Sequence[str] = ("cat", "dog")) -> None:
         self.class_names, self.imgsz, self.task = list(class_names), 32, "detect"
-        self.seconds, self.batches = seconds, list[int]()
-        self.is_broken, self.square = False, False
+        self.batches = list[int]()
+        self.is_broken, self.square = False, True
+        self.has_begun, self.may_end = threading.Event(), threading.Event()
+        self.may_end.set()
+
+    def hold(self) -> None:
+        """The next forward pass goes on until ``may_end`` is set."""
+        self.has_begun.clear()
+        self.may_end.clear()
 
     def warm_up(self, batch_size: int = 1) -> None:
         if self.is_broken:
@@ -48,10 +66,11 @@ class FakeDetector:
         self, images: Sequence[Any], *, conf: Any = None, iou: Any = None, max_det: Any = None
     ) -> list[Detections]:
         self.batches.append(len(images))
-        time.sleep(self.seconds)
+        self.has_begun.set()
+        assert self.may_end.wait(60)
         if self.is_broken or any((image == (255, 0, 0)).all() for image in images):
             raise RuntimeError("the model failed")
-        confs = conf or [0.5] * len(images)
+        confs = conf if isinstance(conf, list) else [0.5] * len(images)
         return [
             Detections(
                 np.array([[1, 2, 3.3, 4]], np.float32),
@@ -69,7 +88,7 @@ class FakeService:
     def __init__(self) -> None:
         self.calls: list[tuple[bytes, float, float, int]] = []
         self.error: Exception | None = None
-        self.wait_s = 0.0
+        self.wait_s, self.works = 0.0, True
 
     async def detect(self, data: bytes, conf: float, iou: float, max_det: int) -> Answer:
         self.calls.append((data, conf, iou, max_det))
@@ -91,12 +110,19 @@ class FakeService:
             raise self.error
         return {**MODEL, "task": "detect", "class_names": ["cat", "dog"], "imgsz": 32}
 
+    async def is_ready(self) -> bool:
+        return self.works
+
+
+def api_of(service: FakeService, keys: Sequence[str] = (), **limits: Any) -> FastAPI:
+    digests = [digest(key) for key in keys]
+    return build_api(
+        service.detect, service.annotate, service.info, Limits(**limits), digests, is_ready=service.is_ready
+    )
+
 
 def client_of(service: FakeService, keys: Sequence[str] = (), **limits: Any) -> TestClient:
-    api = build_api(
-        service.detect, service.annotate, service.info, Limits(**limits), [digest(key) for key in keys]
-    )
-    return TestClient(api, raise_server_exceptions=False)
+    return TestClient(api_of(service, keys, **limits), raise_server_exceptions=False)
 
 
 @pytest.fixture
@@ -270,7 +296,6 @@ def test_full_slow_and_failing_services(service: FakeService) -> None:
         client.post("/v1/detect", **send),
         client.post("/v1/annotate", **send),
         client.get("/v1/model"),
-        client.get("/readyz"),
     ):
         assert is_problem(response, 503)
         assert response.headers["retry-after"] == "1"
@@ -286,7 +311,7 @@ def test_full_slow_and_failing_services(service: FakeService) -> None:
 
 
 def test_an_upload_that_stalls_is_given_up(service: FakeService) -> None:
-    api = build_api(service.detect, service.annotate, service.info, Limits(request_timeout_s=0.1))
+    api = api_of(service, request_timeout_s=0.1)
     sent: list[Any] = []
 
     async def receive() -> Any:
@@ -490,6 +515,7 @@ def test_a_broken_image_and_a_failing_one_fail_alone(
     async def scene() -> list[Any]:
         one = Replica({"max_batch_size": 8, "batch_wait_s": 0.2}, "cpu")
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
+        detectors["a"].batches.clear()
         return await asyncio.gather(
             *(one.detect(data, i / 10, 0.7, 10) for i, data in enumerate(images)), return_exceptions=True
         )
@@ -505,20 +531,26 @@ def test_a_broken_image_and_a_failing_one_fail_alone(
         assert answers[i].body["image"] == {"height": 48, "width": 64}
 
 
-def test_weights_are_swapped_beside_running_requests(
-    detectors: dict[str, FakeDetector], tmp_path: Path
-) -> None:
-    detectors["a"].seconds = 0.2
+@pytest.fixture
+def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights are not loaded in a child process first: it would know no fake ones."""
+    monkeypatch.setattr(loading, "try_in_child", lambda *_: None)
 
+
+def test_weights_are_swapped_beside_running_requests(
+    detectors: dict[str, FakeDetector], no_trial: None, tmp_path: Path
+) -> None:
     async def scene() -> None:
         one = Replica({}, "cpu")
         with pytest.raises(ValueError, match="it takes 'weights'"):
             await one.reconfigure({})
         await one.reconfigure({"weights": str(tmp_path / "a.pt"), "name": "first"})
+        detectors["a"].hold()
         running = asyncio.create_task(one.detect(encode_png(IMAGE), 0.5, 0.7, 10))
-        await asyncio.sleep(0.1)
+        await asyncio.to_thread(detectors["a"].has_begun.wait, 60)
         await one.reconfigure({"weights": str(tmp_path / "b.pt")})
         assert not running.done()
+        detectors["a"].may_end.set()
         answer = await running
         assert answer.body["model"] == {"name": "first", "sha256": hashlib.sha256(b"a").hexdigest()}
         assert answer.body["detections"][0]["class_name"] == "dog"
@@ -567,23 +599,140 @@ def test_health_is_lost_only_when_the_model_fails_by_itself(
     asyncio.run(scene())
 
 
+@pytest.mark.parametrize("request_timeout_s", [1e-9, 3600])
+def test_a_forward_pass_that_hangs_is_unhealthy(
+    detectors: dict[str, FakeDetector], tmp_path: Path, request_timeout_s: float
+) -> None:
+    async def scene() -> None:
+        one = Replica({"request_timeout_s": request_timeout_s}, "cpu")
+        await one.reconfigure({"weights": str(tmp_path / "a.pt")})
+        await one.check_health()
+        detectors["a"].hold()
+        running = asyncio.create_task(one.detect(encode_png(IMAGE), 0.5, 0.7, 10))
+        await asyncio.to_thread(detectors["a"].has_begun.wait, 60)
+        if request_timeout_s < 1:
+            with pytest.raises(RuntimeError, match="a forward pass has run for more than"):
+                await one.check_health()
+        else:
+            await one.check_health()  # busy, not hanging
+        detectors["a"].may_end.set()
+        await running
+        await one.check_health()
+
+    asyncio.run(scene())
+
+
+def test_weights_that_kill_who_loads_them_cost_no_replica(
+    detectors: dict[str, FakeDetector],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Killer:
+        def __reduce__(self) -> Any:
+            return signal.raise_signal, (signal.SIGSEGV,)
+
+    torch.save({"model": Killer()}, tmp_path / "killer.pt")
+    monkeypatch.setenv("ULTRALYTICS_SAFE_LOAD", "0")
+
+    async def scene() -> dict[str, Any]:
+        one = Replica({}, "cpu")
+        await one.reconfigure({"weights": str(tmp_path / "a.pt")})
+        await one.reconfigure({"weights": str(tmp_path / "killer.pt")})
+        return await one.info()
+
+    with caplog.at_level("ERROR", "ray.serve"):
+        info = asyncio.run(scene())
+
+    assert info["name"] == "a.pt"
+    assert "a process that loads these weights is killed by SIGSEGV" in caplog.text
+
+
+def test_the_shapes_of_most_pictures_are_warmed_up() -> None:
+    shapes: list[tuple[int, ...]] = []
+
+    class Model(torch.nn.Module):
+        def forward(self, images: torch.Tensor) -> torch.Tensor:
+            shapes.append(tuple(images.shape[2:]))
+            return torch.rand(len(images), 6, 20)
+
+    detector = Detector(Model(), ["cat", "dog"], imgsz=640)
+
+    loading.warm_up(detector)
+
+    warm = set(shapes)
+    assert len(warm) == len(shapes) == 7
+    pictures = [(480, 640), (3000, 4000), (2000, 3000), (1080, 1920), (1000, 1000)]
+    for height, width in pictures + [(width, height) for height, width in pictures]:
+        detector([np.zeros((height, width, 3), np.uint8)])
+    assert set(shapes) == warm
+    shapes.clear()
+    detector.square = True
+    loading.warm_up(detector)
+    assert shapes == [(640, 640)]
+
+
+# --- readiness ---------------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_busy_service_is_ready(client: TestClient, service: FakeService) -> None:
+    service.error = BusyError("too many requests wait already")
+    assert is_problem(client.get("/v1/model"), 503)
+    assert client.get("/readyz").status_code == 200
+    service.works = False
+    response = client.get("/readyz")
+    assert is_problem(response, 503)
+    assert response.headers["retry-after"] == "1"
+    assert client.get("/livez").status_code == 200
+
+
+def test_readiness_is_what_serve_last_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    states: dict[str, int] | None = {"STARTING": 2}
+
+    def status() -> ServeStatus:
+        if states is None:
+            raise RuntimeError("the controller is gone")
+        detector = DeploymentStatusOverview(DeploymentStatus.UPDATING, "CONFIG_UPDATE_STARTED", states, "")
+        application = ApplicationStatusOverview(
+            ApplicationStatus.DEPLOYING, "", 0.0, {"Detector": detector, "Ingress": detector}
+        )
+        return ServeStatus({}, {"raypar": application})
+
+    monkeypatch.setattr(replica.serve, "status", status)
+    monkeypatch.setattr(replica.serve, "get_replica_context", lambda: SimpleNamespace(app_name="raypar"))
+    ingress: Any = Ingress(None, Limits(), ())  # type: ignore[arg-type]
+    client = TestClient(ingress.__serve_build_asgi_app__())
+
+    assert client.get("/readyz").status_code == 503
+    for states, is_ready in (
+        ({"RUNNING": 1, "STARTING": 1}, True),
+        (None, True),  # nothing new is known
+        ({"UPDATING": 1}, True),  # serves, while it loads other weights
+        ({"STOPPING": 2, "STARTING": 2}, False),
+        (None, False),
+    ):
+        asyncio.run(ingress.check_health())
+        assert (client.get("/readyz").status_code == 200) == is_ready, states
+
+
 def test_the_model_does_not_block_the_event_loop(detectors: dict[str, FakeDetector], tmp_path: Path) -> None:
-    detectors["a"].seconds = 0.5
     num_threads = threading.active_count()  # earlier tests may have left some
 
     async def scene() -> None:
         one = Replica({}, "cpu")
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
+        detectors["a"].hold()
         running = asyncio.create_task(one.annotate(encode_png(IMAGE), 0.5, 0.7, 10))
-        await asyncio.sleep(0.05)
+        await asyncio.to_thread(detectors["a"].has_begun.wait, 60)
         await one.info()
         assert not running.done()  # the loop answered while the model was busy
+        detectors["a"].may_end.set()
         answer = await running
         assert decode(answer.jpeg).shape == IMAGE.shape
 
     asyncio.run(scene())
-    # one that loads, one for the model, some for images
-    assert threading.active_count() <= num_threads + 2 + replica.IMAGE_THREADS
+    # one that loads, one for the model, some for images, and that of this test
+    assert threading.active_count() <= num_threads + 3 + replica.IMAGE_THREADS
 
 
 # --- the deploy file ---------------------------------------------------------------------------------------------------------------------
