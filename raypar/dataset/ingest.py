@@ -1,7 +1,7 @@
 """One shard: records in, a Parquet file and its account out. ``write_shard`` runs in a Ray task, once a shard.
 
 An image's bytes are stored as they are, except where they would mislead a reader: an EXIF rotation is baked in, a JPEG with bytes after its
-end is saved anew (as Ultralytics does), and a file that OpenCV cannot read but Pillow can is re-encoded.
+end is saved again (as Ultralytics does), and a file that OpenCV cannot read but Pillow can is re-encoded.
 """
 
 from __future__ import annotations
@@ -15,10 +15,9 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
+import PIL.Image
 import pyarrow as pa
 import pyarrow.parquet as pq
-from PIL import Image, ImageOps
 
 from raypar.dataset import remote
 from raypar.dataset.formats import (
@@ -36,7 +35,8 @@ from raypar.dataset.formats import (
 from raypar.dataset.manifest import Shard
 from raypar.dataset.schema import row_schema
 from raypar.dataset.tidy import columns, tidy
-from raypar.images import decode
+from raypar.image_header import read_header
+from raypar.images import Image, decode, is_turned
 from raypar.storage import Folder
 
 MIN_SIDE_PX = 10  # ultralytics.data.utils.check_image
@@ -250,23 +250,23 @@ def read_picture(path: str, max_pixels: int, fetched: Fetched | None = None) -> 
     data = _read_file(path) if fetched is None else _of(fetched[path])
     if not data:
         raise ValueError("file is empty")
-    kind, (width, height) = _header(data)
+    header = read_header(data)
+    height, width = header.height, header.width
     if width * height > max_pixels:
         raise ValueError(f"image has {width * height} pixels, prepare.max_pixels is {max_pixels}")
     if min(width, height) < MIN_SIDE_PX:
         raise ValueError(f"image has {width}x{height} px: less than {MIN_SIDE_PX} on a side")
-    has_tail = kind == "JPEG" and not data.endswith(b"\xff\xd9")
-    if kind != "JPEG" or has_tail:
-        _check_whole(data)
-    orientation = _orientation(data)
-    image_hw = (height, width)
-    if orientation != 1:
-        return _encode(data, kind, JPEG_QUALITY, "EXIF rotations baked in")
+    has_tail = header.kind == "JPEG" and not data.endswith(b"\xff\xd9")
+    if header.kind != "JPEG" or has_tail:
+        _check_whole(data, header.kind)
+    image = decode(data)
+    if is_turned(data):
+        return _encode(image, header.kind, JPEG_QUALITY, "EXIF rotations baked in")
     if has_tail:
-        return _encode(data, "JPEG", 100, "JPEGs with bytes after their end saved anew")
-    if not _is_decodable(data, image_hw):
-        return _encode(data, kind, JPEG_QUALITY, "files that OpenCV cannot read re-encoded")
-    return Picture(data, image_hw)
+        return _encode(image, "JPEG", 100, "JPEGs with bytes after their end saved anew")
+    if header.needs_pillow and header.kind in LOSSLESS:
+        return _encode(image, header.kind, JPEG_QUALITY, "files that OpenCV cannot read re-encoded")
+    return Picture(data, (image.shape[0], image.shape[1]))
 
 
 def _read_file(path: str) -> bytes:
@@ -295,57 +295,20 @@ def _of(found: bytes | ValueError | None) -> bytes:
     return found
 
 
-def _header(data: bytes) -> tuple[str, tuple[int, int]]:
-    """Format as Pillow names it and (width, height) px as stored; the pixels stay undecoded."""
-    Image.MAX_IMAGE_PIXELS = None  # prepare.max_pixels decides, with a reason in rejected.jsonl
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            kind, size = str(image.format), image.size
-    except Exception as error:  # Pillow's readers raise all kinds on damaged files
-        raise ValueError(f"not an image that can be read ({_one_line(error)})") from error
-    if kind == "EPS":  # a program, which Pillow would hand to Ghostscript
-        raise ValueError("not an image that can be read (PostScript)")
-    return kind, size
-
-
-def _orientation(data: bytes) -> int:
-    """EXIF orientation, 1 to 8; 1 where there is none. Pillow decodes a PNG to find it: check the size first."""
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            orientation = image.getexif().get(0x0112, 1)
-    except Exception:  # a damaged EXIF block says nothing about the pixels
-        return 1
-    return orientation if orientation in range(1, 9) else 1
-
-
-def _check_whole(data: bytes) -> None:
+def _check_whole(data: bytes, kind: str) -> None:
     """Pillow refuses a truncated file; OpenCV returns what there is of it."""
+    PIL.Image.MAX_IMAGE_PIXELS = None  # prepare.max_pixels decides, with a reason in rejected.jsonl
     try:
-        with Image.open(io.BytesIO(data)) as image:
+        with PIL.Image.open(io.BytesIO(data), formats=[kind]) as image:
             image.load()
-    except Exception as error:
+    except Exception as error:  # Pillow's readers raise all kinds on damaged files
         raise ValueError(f"image is truncated or damaged ({_one_line(error)})") from error
 
 
-def _is_decodable(data: bytes, image_hw: tuple[int, int]) -> bool:
-    """Whether those who read the dataset will get the pixels that the header promises."""
-    try:
-        return decode(data).shape[:2] == image_hw
-    except ValueError:
-        return False
-
-
-def _encode(data: bytes, kind: str, quality: int, repair: str) -> Picture:
-    """Upright pixels as PNG where the file was lossless, else as JPEG with full chroma."""
+def _encode(image: Image, kind: str, quality: int, repair: str) -> Picture:
+    """Pixels as PNG where the file was lossless, else as JPEG with full chroma."""
     out = io.BytesIO()
-    try:
-        with Image.open(io.BytesIO(data)) as image:
-            upright = ImageOps.exif_transpose(image)
-            if upright.mode.startswith("I;16"):  # Pillow would saturate; OpenCV keeps the upper 8 bits
-                upright = Image.fromarray((np.asarray(upright) >> 8).astype(np.uint8))
-            upright = upright.convert("RGB")
-    except Exception as error:
-        raise ValueError(f"image is truncated or damaged ({_one_line(error)})") from error
+    upright = PIL.Image.fromarray(image)
     if kind in LOSSLESS:
         upright.save(out, "PNG")
     else:

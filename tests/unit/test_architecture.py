@@ -17,8 +17,8 @@ FORBIDDEN_NAMES = {"utils", "helpers", "common", "core", "base", "misc", "manage
 
 # Imports go from a module to one of a lower rank, or of its own rank when both have the same first word (dataset.formats.coco -> dataset.ingest).
 RANKS = [
+    {"__init__", "image_header"},
     {
-        "__init__",
         "boxes",
         "storage",
         "precision",
