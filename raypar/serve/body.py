@@ -13,13 +13,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
-import PIL.Image
 from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.exceptions import HTTPException
 
-from raypar.images import header_hw
+from raypar.image_header import TooManyPixelsError, check_header
 from raypar.serve.problem import RETRY_AFTER, bad_image
 
 T = TypeVar("T")
@@ -228,10 +227,8 @@ def _form_image(body: bytes, boundary: bytes) -> bytes:
 def _check_header(image: bytes, max_pixels: int) -> None:
     """Refuses what is no image, or has too many pixels, before a pixel is decoded."""
     try:
-        height, width = header_hw(image)
+        check_header(image, max_pixels)
+    except TooManyPixelsError as error:
+        raise HTTPException(413, str(error)) from None
     except ValueError as error:
-        if isinstance(error.__cause__, PIL.Image.DecompressionBombError):
-            raise HTTPException(413, f"the image has more than {max_pixels} pixels") from None
         raise bad_image(error) from None
-    if height * width > max_pixels:
-        raise HTTPException(413, f"an image of {width} x {height} has more than {max_pixels} pixels")
