@@ -22,6 +22,7 @@ FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 MAX_SCANS = 100
 MAX_SEGMENTS = 4096  # of a JPEG, up to its pixels: 64 KB each, which are 256 MB of metadata
 MAX_PNG_CHUNKS = 1 << 16  # of which all but MAX_SEGMENTS are pixels: 8 KB or more each
+MAX_GAP = 1 << 16  # bytes between two segments of a JPEG: a search holds the interpreter for its whole length
 MAX_TIFF_TAGS = 4096
 MAX_TILE_PIXELS = 1 << 24  # of a TIFF, where that is more than the whole image
 
@@ -128,7 +129,7 @@ def _reader(begin: bytes) -> Callable[[memoryview], Header] | None:
 def _read_jpeg(view: memoryview) -> Header:
     at = 2
     for _ in range(MAX_SEGMENTS):
-        found = JPEG_MARKER.search(view, at)
+        found = JPEG_MARKER.search(view, at, at + MAX_GAP)
         if found is None:
             break
         marker, at = view[found.end() - 1], found.end()
