@@ -120,9 +120,10 @@ def start(config: RunConfig) -> Service:
     try:
         serve.run(app, name=config.name, route_prefix=config.serve.route_prefix)
     except BaseException as error:
+        reason = _reason(config.name)
         stop(Service(config.name, "", _deployed_at(config.name), owns_serve=running is None))
-        if isinstance(error, RuntimeError):  # Serve's, with the replicas' tracebacks
-            raise ValueError(f"the service could not be started: {_reason(error)}") from error
+        if isinstance(error, RuntimeError):  # Serve's, which does not say more
+            raise ValueError(f"the service could not be started: {reason or error}") from error
         raise
     return Service(config.name, _url(config.serve), _deployed_at(config.name), owns_serve=running is None)
 
@@ -232,10 +233,14 @@ def _deployed_at(name: str) -> float | None:
     return None if application is None else application.last_deployed_time_s
 
 
-def _reason(error: RuntimeError) -> str:
-    """The last error that the replicas' tracebacks name, for people; the whole is its cause."""
-    found = re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", str(error), re.MULTILINE)
-    return str(found[-1]).removeprefix("ValueError: ") if found else str(error).splitlines()[0]
+def _reason(name: str) -> str:
+    """Why an application could not be started: the last error that its replicas' tracebacks name, for people."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    messages = [each.message for each in application.deployments.values()] if application else []
+    found = re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", "\n".join(messages), re.MULTILINE)
+    return str(found[-1]).removeprefix("ValueError: ") if found else ""
 
 
 def build_app(args: dict[str, Any]) -> Application:

@@ -166,7 +166,7 @@ def test_errors_are_problems(url: str, status: int, arguments: dict[str, Any]) -
 
 
 def test_a_service_touches_only_what_is_its_own(
-    url: str, tiny_weights: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    url: str, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(ValueError, match="name=tiny: a service of this name runs on this Ray already"):
         raypar.serve.start(run_config("tiny", tiny_weights, route_prefix="/other"))
@@ -174,10 +174,6 @@ def test_a_service_touches_only_what_is_its_own(
         raypar.serve.start(run_config("other", tiny_weights, route_prefix="/tiny"))
     with pytest.raises(ValueError, match="name=tiny: a service of this name"):
         raypar.serve.run(run_config("tiny", tiny_weights))  # whose end, too, leaves the first one alone
-    broken = tmp_path / "broken.pt"
-    broken.write_bytes(b"no weights")
-    with pytest.raises(ValueError, match=r"the service could not be started: weights .* cannot be read"):
-        raypar.serve.start(run_config("broken", broken, num_cpus=0.5))
     assert list(serve.status().applications) == ["tiny"]
 
     other = raypar.serve.start(run_config("other", tiny_weights, port=free_port(), num_cpus=0.5))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import re
 import signal
 import socket
 import threading
@@ -13,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 import torch
@@ -31,7 +33,7 @@ import raypar.serve
 from raypar.config import RunConfig
 from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
-from raypar.serve import loading, replica
+from raypar.serve import body, loading, replica
 from raypar.serve.api import Answer, build_api, digest
 from raypar.serve.batch import Batcher
 from raypar.serve.body import Limits
@@ -39,6 +41,10 @@ from raypar.serve.problem import BadImageError, BusyError
 from raypar.serve.replica import Ingress, Replica
 
 JPEG = {"Content-Type": "image/jpeg"}
+# an address, a library, a file of ours
+INTERNAL = re.compile(
+    r"0x[0-9a-f]{4}|object at|no module|opencv|pillow|cv2|\.py\b|/tmp/|/raypar/", re.IGNORECASE
+)
 MODEL = {"name": "fake", "sha256": "0" * 64}
 IMAGE = np.random.default_rng(0).integers(0, 255, (48, 64, 3), np.uint8)
 
@@ -89,10 +95,13 @@ class FakeService:
         self.calls: list[tuple[bytes, float, float, int]] = []
         self.error: Exception | None = None
         self.wait_s, self.works = 0.0, True
+        self.may_answer: asyncio.Event | None = None
 
     async def detect(self, data: bytes, conf: float, iou: float, max_det: int) -> Answer:
         self.calls.append((data, conf, iou, max_det))
         await asyncio.sleep(self.wait_s)
+        if self.may_answer is not None:
+            await self.may_answer.wait()
         if self.error:
             raise self.error
         try:
@@ -228,6 +237,10 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(client: TestClient) 
         (400, {"content": encode_png(IMAGE)[:60], "headers": JPEG}),  # a header without pixels
         (400, {"content": b"no form", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}),
         (400, {"content": b"no form", "headers": {"Content-Type": "multipart/form-data"}}),
+        (400, {"content": b"no image", "headers": JPEG | {"Content-Length": b"\xb2"}}),
+        (400, {"content": b"", "headers": {"Content-Type": "multipart/form-data; boundary=x"}}),
+        (415, {"content": encode_jpeg(IMAGE), "headers": {"Content-Type": "image" + "/" * 2000}}),
+        (422, {"files": [("image", ("x.jpg", encode_jpeg(IMAGE), "image/jpeg"))] * 2}),
         (415, {"content": encode_jpeg(IMAGE)}),
         (
             415,
@@ -246,6 +259,7 @@ def test_a_bad_request_is_a_problem(client: TestClient, status: int, arguments: 
     for route in ("/v1/detect", "/v1/annotate"):
         response = client.post(route, **arguments)
         assert is_problem(response, status), response.text
+        assert not INTERNAL.search(response.json()["detail"]), response.text
 
 
 def test_other_errors_are_problems_too(client: TestClient) -> None:
@@ -272,6 +286,54 @@ def test_too_many_bytes_are_refused_while_they_arrive(service: FakeService) -> N
         client.post("/v1/detect", files={"image": ("x.jpg", bytes(900_001), "image/jpeg")}), 413
     )
     assert service.calls == []
+
+
+def test_bytes_that_all_requests_hold_are_bounded(service: FakeService) -> None:
+    image = encode_png(np.random.default_rng(1).integers(0, 255, (100, 100, 3), np.uint8))
+    api = api_of(service, max_held_bytes=int(1.5 * len(image)))
+
+    async def scene() -> list[int]:
+        service.may_answer = asyncio.Event()
+        transport = httpx.ASGITransport(api)
+        async with httpx.AsyncClient(transport=transport, base_url="http://service") as client:
+
+            def post() -> Any:
+                return client.post("/v1/detect", content=image, headers=JPEG)
+
+            first = asyncio.create_task(post())
+            while not service.calls:
+                await asyncio.sleep(0)
+            second = await post()
+            service.may_answer.set()
+            return [(await first).status_code, second.status_code, (await post()).status_code]
+
+    assert asyncio.run(scene()) == [200, 503, 200]
+
+
+def test_nothing_a_client_sends_is_looked_at_on_the_event_loop(
+    service: FakeService, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    threads: dict[str, str] = {}
+
+    def noting(name: str) -> Any:
+        original = getattr(body, name)
+
+        def noted(*args: Any) -> Any:
+            threads[name] = threading.current_thread().name
+            return original(*args)
+
+        return noted
+
+    for name in ("_form_image", "_check_header"):
+        monkeypatch.setattr(body, name, noting(name))
+
+    response = client_of(service).post(
+        "/v1/detect", files={"image": ("x.jpg", encode_jpeg(IMAGE), "image/jpeg")}
+    )
+
+    assert response.status_code == 200
+    assert all(thread.startswith("received") for thread in threads.values())
+    assert set(threads) == {"_form_image", "_check_header"}
 
 
 def test_too_many_pixels_are_refused_by_the_header(service: FakeService) -> None:
@@ -733,6 +795,126 @@ def test_the_model_does_not_block_the_event_loop(detectors: dict[str, FakeDetect
     asyncio.run(scene())
     # one that loads, one for the model, some for images, and that of this test
     assert threading.active_count() <= num_threads + 3 + replica.IMAGE_THREADS
+
+
+# --- starting and stopping ---------------------------------------------------------------------------------------------------------------
+
+
+class FakeServe:
+    """Ray Serve: the applications that it runs, and what was done to it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, is_running: bool) -> None:
+        self.is_running, self.host, self.port = is_running, "127.0.0.1", 8000
+        self.applications: dict[str, Any] = {}
+        self.route_prefixes: dict[str, str | None] = {}
+        self.done: list[str] = []
+        self.failure = ""
+        for name in ("start", "run", "delete", "shutdown", "status"):
+            monkeypatch.setattr(f"ray.serve.{name}", getattr(self, name))
+        monkeypatch.setattr(raypar.serve, "_running_serve", self.running)
+        monkeypatch.setattr(raypar.serve, "build_app", lambda _: None)
+
+    def running(self) -> raypar.serve.RunningServe | None:
+        if not self.is_running:
+            return None
+        return raypar.serve.RunningServe(self.host, self.port, True, False, dict(self.route_prefixes))
+
+    def add(self, name: str, route_prefix: str) -> None:
+        deployment = SimpleNamespace(message=self.failure)
+        self.applications[name] = SimpleNamespace(
+            last_deployed_time_s=float(len(self.done)), deployments={"Detector": deployment}
+        )
+        self.route_prefixes[name] = route_prefix
+
+    def start(self, **options: Any) -> None:
+        self.is_running = True
+        self.done.append("start")
+
+    def run(self, app: None, *, name: str, route_prefix: str) -> None:
+        self.done.append(f"run {name}")
+        self.add(name, route_prefix)
+        if self.failure:
+            raise RuntimeError(f"Deploying application {name} failed")
+
+    def delete(self, name: str) -> None:
+        self.done.append(f"delete {name}")
+        del self.applications[name], self.route_prefixes[name]
+
+    def shutdown(self) -> None:
+        self.done.append("shutdown")
+
+    def status(self) -> Any:
+        return SimpleNamespace(applications=self.applications)
+
+
+def service_config(tmp_path: Path, name: str, **settings: Any) -> RunConfig:
+    return RunConfig.model_validate({"name": name, "storage": str(tmp_path), "serve": settings})
+
+
+def test_serve_is_shut_down_by_who_started_it(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    fake = FakeServe(monkeypatch, is_running=False)
+    first = raypar.serve.start(service_config(tmp_path, "first"))
+    second = raypar.serve.start(service_config(tmp_path, "second", route_prefix="/second", port=9000))
+    assert (first.url, second.url) == ("http://127.0.0.1:8000", "http://127.0.0.1:8000/second")
+    raypar.serve.stop(first)
+    raypar.serve.stop(second)
+    assert fake.done == ["start", "run first", "run second", "delete first", "delete second"]
+    raypar.serve.stop(raypar.serve.start(service_config(tmp_path, "third")))
+    assert "shutdown" not in fake.done  # it ran before
+    fake.is_running, fake.done = False, []
+    raypar.serve.stop(raypar.serve.start(service_config(tmp_path, "fourth")))
+    assert fake.done == ["start", "run fourth", "delete fourth", "shutdown"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({}, "name=running: a service of this name runs on this Ray already"),
+        (
+            {"route_prefix": "/used/"},
+            r"serve.route_prefix=/used/: the service 'running' answers there already",
+        ),
+    ],
+)
+def test_another_service_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, settings: dict[str, Any], message: str
+) -> None:
+    fake = FakeServe(monkeypatch, is_running=True)
+    fake.add("running", "/used")
+    name = "running" if not settings else "new"
+
+    with pytest.raises(ValueError, match=message):
+        raypar.serve.run(service_config(tmp_path, name, **settings))
+
+    assert fake.done == []
+
+
+def test_a_service_that_another_one_replaced_is_left_alone(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = FakeServe(monkeypatch, is_running=True)
+    service = raypar.serve.start(service_config(tmp_path, "run"))
+    fake.done.append("another deployment")
+    fake.add("run", "/")
+
+    raypar.serve.stop(service)
+
+    assert "run" in fake.applications
+
+
+def test_a_start_that_fails_takes_down_only_what_it_began(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    fake = FakeServe(monkeypatch, is_running=True)
+    fake.add("other", "/other")
+    fake.failure = (
+        "Retrying.\nTraceback (most recent call last):\n  File x\nValueError: weights w.pt cannot be read"
+    )
+
+    with pytest.raises(ValueError, match=r"^the service could not be started: weights w.pt cannot be read$"):
+        raypar.serve.run(service_config(tmp_path, "run"))
+
+    assert fake.done == ["run run", "delete run"]
 
 
 # --- the deploy file ---------------------------------------------------------------------------------------------------------------------
