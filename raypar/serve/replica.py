@@ -12,11 +12,11 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs as pafs
 import ray.exceptions
@@ -26,11 +26,13 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raypar import draw, images
 from raypar.config import Autoscaling, ServeConfig
+from raypar.image_header import check_header
 from raypar.serve import loading
 from raypar.serve.api import Answer, build_api
 from raypar.serve.batch import Batcher
 from raypar.serve.body import Limits
 from raypar.serve.problem import BadImageError, BusyError, bad_image
+from raypar.serve.room import Room
 from raypar.storage import Folder
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from ray.serve.schema import ApplicationStatusOverview
 
     from raypar.detector import Detections, Detector
+
+T = TypeVar("T")
 
 log = logging.getLogger("ray.serve")
 
@@ -49,6 +53,7 @@ WORKING = (
     "PENDING_MIGRATION",
 )  # states of a replica; UPDATING: it loads other weights
 IMAGE_THREADS = 4  # decoding and drawing let go of the GIL
+HELD_IMAGES = 8  # of max_pixels, decoded at a time: 1.2 GB at the default; smaller ones are more
 ATTEMPTS = 3  # replicas that a request is sent to, one after the other, when they die
 BOX_DIGITS, CONFIDENCE_DIGITS = 2, 5
 BATCH_SIZES = [1.0, 2, 4, 8, 16, 32, 64, 128]
@@ -167,6 +172,7 @@ class Replica:
         self._loader = ThreadPoolExecutor(1, "load", _set_num_threads, (threads,))
         self._model_thread = ThreadPoolExecutor(1, "model", _set_num_threads, (threads,))
         self._image_threads = ThreadPoolExecutor(IMAGE_THREADS, "images")
+        self._pixels = Room(HELD_IMAGES * self._config.max_pixels)
         self._batch_size = metrics.Histogram(
             "raypar_batch_size", "Images in a forward pass.", boundaries=BATCH_SIZES
         )
@@ -225,33 +231,38 @@ class Replica:
 
     async def detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image. A bad image is an answer, not an error of the replica."""
-        pending = await self._decode(image, conf, iou, max_det)
-        return pending if isinstance(pending, BadImageError) else await self._batched(pending)
+        return await self._answer(image, conf, iou, max_det, is_drawn=False)
 
     async def annotate(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image, and the image with it drawn."""
-        pending = await self._decode(image, conf, iou, max_det)
-        if isinstance(pending, BadImageError):
-            return pending
-        answer = await self._batched(pending)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._image_threads, _drawn, pending.image, answer
-        )
+        return await self._answer(image, conf, iou, max_det, is_drawn=True)
 
     @property
     def _current(self) -> Loaded:
         assert self._loaded is not None, "Serve calls reconfigure before it sends requests"
         return self._loaded
 
-    async def _decode(self, image: bytes, conf: float, iou: float, max_det: int) -> Pending | BadImageError:
-        decode = asyncio.get_running_loop().run_in_executor(
-            self._image_threads, images.decode, image, self._config.max_pixels
-        )
+    async def _answer(
+        self, image: bytes, conf: float, iou: float, max_det: int, *, is_drawn: bool
+    ) -> Answer | BadImageError:
         try:
-            return Pending(await decode, conf, iou, max_det)
+            header = await self._on_image_thread(check_header, image, self._config.max_pixels)
         except ValueError as error:
-            self._bad_images.inc()
-            return bad_image(error)
+            return self._rejected(error)
+        async with self._pixels.hold(header.height * header.width):
+            try:
+                pixels = await self._on_image_thread(images.decode, image)
+            except ValueError as error:
+                return self._rejected(error)
+            answer = await self._batched(Pending(pixels, conf, iou, max_det))
+            return await self._on_image_thread(_drawn, pixels, answer) if is_drawn else answer
+
+    async def _on_image_thread(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._image_threads, work, *args)
+
+    def _rejected(self, error: ValueError) -> BadImageError:
+        self._bad_images.inc()
+        return bad_image(error)
 
     def _forward(self, batch: Sequence[Pending]) -> list[Answer | Exception]:
         """One forward pass; if it fails, one for each image, so that only the culprit's request fails."""

@@ -39,6 +39,7 @@ from raypar.serve.batch import Batcher
 from raypar.serve.body import Limits
 from raypar.serve.problem import BadImageError, BusyError
 from raypar.serve.replica import Ingress, Replica
+from raypar.serve.room import Room
 
 JPEG = {"Content-Type": "image/jpeg"}
 # an address, a library, a file of ours
@@ -657,6 +658,75 @@ def test_health_is_lost_only_when_the_model_fails_by_itself(
             await one.detect(encode_png(IMAGE), 0.5, 0.7, 10)
         with pytest.raises(RuntimeError):
             await one.check_health()
+
+    asyncio.run(scene())
+
+
+def test_decoded_images_that_wait_are_bounded(
+    detectors: dict[str, FakeDetector], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 8  # images of max_pixels
+    num_decoded = 0
+
+    def counted(*args: Any) -> Any:
+        nonlocal num_decoded
+        num_decoded += 1
+        return decode(*args)
+
+    monkeypatch.setattr(replica.images, "decode", counted)
+
+    async def scene() -> list[Any]:
+        one = Replica({"max_batch_size": 4 * most, "max_pixels": IMAGE.shape[0] * IMAGE.shape[1]}, "cpu")
+        await one.reconfigure({"weights": str(tmp_path / "a.pt")})
+        detectors["a"].hold()
+        requests = [asyncio.create_task(one.detect(encode_png(IMAGE), 0.5, 0.7, 10)) for _ in range(4 * most)]
+        await asyncio.to_thread(detectors["a"].has_begun.wait, 60)
+        for _ in range(3):  # the threads take work in turn: all that was there before has begun
+            await asyncio.get_running_loop().run_in_executor(one._image_threads, int)
+        assert num_decoded <= most
+        detectors["a"].may_end.set()
+        return await asyncio.gather(*requests)
+
+    answers = asyncio.run(scene())
+
+    assert all(isinstance(answer, Answer) for answer in answers)
+    assert num_decoded == 4 * most
+
+
+def test_a_room_lets_in_what_fits_in_the_order_of_arrival() -> None:
+    inside: list[str] = []
+
+    async def visit(room: Room, name: str, size: int, leave: asyncio.Event) -> None:
+        async with room.hold(size):
+            inside.append(name)
+            await leave.wait()
+        inside.remove(name)
+
+    async def settle() -> None:
+        for _ in range(20):
+            await asyncio.sleep(0)
+
+    async def scene() -> None:
+        room, events = Room(10), {name: asyncio.Event() for name in "abcdef"}
+        sizes = {"a": 6, "b": 6, "c": 4, "d": 99, "e": 1, "f": 1}
+        tasks = {name: asyncio.create_task(visit(room, name, sizes[name], events[name])) for name in "abcdef"}
+        await settle()
+        assert inside == ["a"]  # b does not fit, and nobody goes before it
+        tasks["b"].cancel()
+        await settle()
+        assert inside == ["a", "c"]
+        events["a"].set()
+        events["c"].set()
+        await settle()
+        assert inside == ["d"]  # larger than the room: alone
+        tasks["d"].cancel()
+        await settle()
+        assert inside == ["d", "e", "f"]
+        events["e"].set()
+        events["f"].set()
+        await settle()
+        async with asyncio.timeout(60), room.hold(10):
+            pass
 
     asyncio.run(scene())
 
