@@ -26,7 +26,7 @@ demo: $(READY)  ## shapes: prepare, train on 2 workers, evaluate, predict, expor
 	$(BIN)/python jobs/demo.py
 
 test: $(READY)  ## unit, integration and, where the machine can, multi-node tests; the unit tests beside the others, which wait a lot
-	@log=$$(mktemp); nice -n 5 $(BIN)/python -m pytest -q tests/unit > $$log 2>&1 & unit=$$!; \
+	@log=$$(mktemp); nice -n 5 $(BIN)/python -m pytest -q tests/unit tests/attack > $$log 2>&1 & unit=$$!; \
 	$(BIN)/python -m pytest -q -m "not gpu" --durations=20 tests/integration tests/multinode; status=$$?; \
 	wait $$unit || status=1; cat $$log; rm -f $$log; exit $$status
 

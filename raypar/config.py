@@ -377,11 +377,16 @@ class ServeConfig(InferenceConfig):
     num_gpus: float = Field(1.0, gt=0, description="share of a GPU a replica takes, when use_gpu holds")
     num_cpus: float = Field(1.0, gt=0, description="CPUs Ray reserves for a replica")
     max_batch_size: PositiveInt = Field(16, description="images joined in one forward pass")
-    batch_wait_s: float = Field(0.005, ge=0, description="seconds to wait for a batch to fill")
+    batch_wait_s: float = Field(
+        0.0, ge=0, description="seconds an image waits, from its arrival, for others to fill its batch; 0: an idle model starts at once"
+    )  # fmt: skip
     max_queued_requests: PositiveInt = Field(256, description="requests that may wait; more are answered 503")
     request_timeout_s: PositiveFloat = Field(30, description="seconds until a request is given up")
     max_image_mb: PositiveFloat = Field(16, description="larger bodies are answered 413")
     max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
+    max_held_mb: PositiveFloat = Field(
+        1024, description="encoded images that may be held at a time, by each ingress; more are answered 503"
+    )
     api_key_env: str | None = Field(
         None, description="environment variable with the accepted API keys, comma separated; nothing: open"
     )

@@ -21,6 +21,8 @@ FORMATS = ("AVIF", "BMP", "JPEG", "JPEG2000", "PNG", "TIFF", "WEBP")
 # 150 kB can have thousands: seconds of work. At 100 even 50 Mpx take about a second more than their pixels do.
 MAX_SCANS = 100
 MAX_SEGMENTS = 4096  # of a JPEG, up to its pixels: 64 KB each, which are 256 MB of metadata
+MAX_PNG_CHUNKS = 1 << 16  # of which all but MAX_SEGMENTS are pixels: 8 KB or more each
+MAX_GAP = 1 << 16  # bytes between two segments of a JPEG: a search holds the interpreter for its whole length
 MAX_TIFF_TAGS = 4096
 MAX_TILE_PIXELS = 1 << 24  # of a TIFF, where that is more than the whole image
 
@@ -127,7 +129,7 @@ def _reader(begin: bytes) -> Callable[[memoryview], Header] | None:
 def _read_jpeg(view: memoryview) -> Header:
     at = 2
     for _ in range(MAX_SEGMENTS):
-        found = JPEG_MARKER.search(view, at)
+        found = JPEG_MARKER.search(view, at, at + MAX_GAP)
         if found is None:
             break
         marker, at = view[found.end() - 1], found.end()
@@ -175,7 +177,23 @@ def _read_png(view: memoryview) -> Header:
     if view[12:16] != b"IHDR":
         raise ValueError("not an image that can be read: a PNG that does not say its size")
     width, height, bits = struct.unpack_from(">IIB", view, 16)
+    _check_chunks(view)
     return Header("PNG", height, width, bits)
+
+
+def _check_chunks(view: memoryview) -> None:
+    """Refuses a PNG of more chunks than any encoder writes: libpng prints a line for each that it does not like."""
+    at, num_others = len(b"\x89PNG\r\n\x1a\n"), 0
+    for _ in range(MAX_PNG_CHUNKS):
+        if at + 8 > len(view):
+            return
+        num_bytes, name = struct.unpack_from(">I4s", view, at)
+        num_others += name != b"IDAT"
+        if num_others > MAX_SEGMENTS or name == b"IEND":
+            break
+        at += 12 + num_bytes
+    if name != b"IEND":
+        raise ValueError("not an image that can be read: a PNG of too many chunks")
 
 
 def _read_bmp(view: memoryview) -> Header:

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 settings.register_profile("raypar", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("raypar")
 
-FOLDERS = ("unit", "integration", "multinode", "gpu", "browser")
+FOLDERS = ("unit", "integration", "attack", "multinode", "gpu", "browser")
 REPOSITORY = Path(__file__).resolve().parent.parent
 BCCD = REPOSITORY.parent / "shared" / "data" / "bccd"
 

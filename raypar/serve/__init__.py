@@ -7,9 +7,11 @@ HTTP and checks requests, ``Detector`` runs the model in batches.
 from __future__ import annotations
 
 import os
+import re
 import signal
 import socket
 import threading
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -20,6 +22,7 @@ if TYPE_CHECKING:
     from ray.serve import Application
 
 REPLICAS_PER_INGRESS = 8
+READY_PERIOD_S = 2  # how old what /readyz answers may be
 INGRESS_MARGIN = 1000  # requests that an ingress takes beyond what the detector has room for, to refuse them
 
 
@@ -52,6 +55,23 @@ def check(config: RunConfig) -> None:
         _check_port(config.serve.host, config.serve.port)
 
 
+@dataclass(frozen=True)
+class Service:
+    """What :func:`start` has deployed.
+
+    Attributes:
+        name: of the Serve application.
+        url: where it answers, without a slash at its end.
+        deployed_at: when, by Serve's clock: another deployment under this name has another time; ``None``: it never was.
+        owns_serve: whether Ray Serve was started for it.
+    """
+
+    name: str
+    url: str
+    deployed_at: float | None
+    owns_serve: bool
+
+
 def run(config: RunConfig) -> None:
     """Serves until SIGINT or SIGTERM; then answers what it has begun, and takes the service down."""
     done = threading.Event()
@@ -59,31 +79,103 @@ def run(config: RunConfig) -> None:
         number: signal.signal(number, lambda *_: done.set()) for number in (signal.SIGINT, signal.SIGTERM)
     }
     try:
-        url = start(config)
-        key = (
-            f" -H 'Authorization: Bearer KEY'  # one of ${config.serve.api_key_env}"
-            if config.serve.api_key_env
-            else ""
-        )
-        print(f"serve: {config.name} at {url}/ (API: {url}/docs)", flush=True)
-        print(
-            f"serve: try  curl {url}/v1/detect -H 'Content-Type: image/jpeg' --data-binary @image.jpg{key}",
-            flush=True,
-        )
-        while not done.wait(1):
-            pass
-        print("serve: shutting down", flush=True)
+        service = start(config)
+        try:
+            _print_urls(config, service)
+            while not done.wait(1):
+                pass
+            print("serve: shutting down", flush=True)
+        finally:
+            stop(service)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-        stop(config)
 
 
-def start(config: RunConfig) -> str:
-    """Deploys the service on the running Ray, waits until it answers, and returns its URL (without a slash at its end)."""
+def _print_urls(config: RunConfig, service: Service) -> None:
+    url, name = service.url, config.serve.api_key_env
+    key = f" -H 'Authorization: Bearer KEY'  # one of ${name}" if name else ""
+    print(f"serve: {service.name} at {url}/ (API: {url}/docs)", flush=True)
+    print(
+        f"serve: try  curl {url}/v1/detect -H 'Content-Type: image/jpeg' --data-binary @image.jpg{key}",
+        flush=True,
+    )
+
+
+def start(config: RunConfig) -> Service:
+    """Deploys the service on the running Ray, and waits until it answers. What it has begun is taken down again if that fails.
+
+    Raises:
+        ValueError: its name or route prefix is another service's, the Serve that runs takes no HTTP, or no detector could be started.
+    """
     from ray import serve
 
-    settings = config.serve
+    args = {**config.serve.model_dump(mode="json"), "weights": _staged(config), "name": config.name}
+    app = build_app(args)
+    running = _running_serve()
+    if running is None:
+        _start_serve(config.serve)
+    else:
+        _check_running(running, config)
+    try:
+        serve.run(app, name=config.name, route_prefix=config.serve.route_prefix)
+    except BaseException as error:
+        reason = _reason(config.name)
+        stop(Service(config.name, "", _deployed_at(config.name), owns_serve=running is None))
+        if isinstance(error, RuntimeError):  # Serve's, which does not say more
+            raise ValueError(f"the service could not be started: {reason or error}") from error
+        raise
+    return Service(config.name, _url(config.serve), _deployed_at(config.name), owns_serve=running is None)
+
+
+def stop(service: Service) -> None:
+    """Takes the service down, unless another one was deployed under its name; and Ray Serve, if it was started for it and runs nothing else."""
+    from ray import serve
+
+    if service.deployed_at is not None and service.deployed_at == _deployed_at(service.name):
+        serve.delete(service.name)
+    if service.owns_serve and not serve.status().applications:
+        serve.shutdown()  # type: ignore[no-untyped-call]
+
+
+@dataclass(frozen=True)
+class RunningServe:
+    """The Ray Serve of this Ray, as far as it matters to another service.
+
+    Attributes:
+        host, port: where its proxies listen.
+        has_proxy: whether there are any.
+        is_https: whether they speak TLS.
+        route_prefixes: of each application, by its name.
+    """
+
+    host: str
+    port: int
+    has_proxy: bool
+    is_https: bool
+    route_prefixes: dict[str, str | None]
+
+
+def _running_serve() -> RunningServe | None:
+    """``serve.status()`` is made of the same details and leaves out route prefixes; it does not know the host and port (Ray 2.60)."""
+    from ray.serve.context import _get_global_client
+
+    client = _get_global_client(raise_if_no_controller_running=False)
+    if client is None:
+        return None
+    options, details = client.http_config, client.get_serve_details()
+    return RunningServe(
+        options.host or "",
+        options.port,
+        has_proxy=bool(options.host) and details.get("proxy_location") != "Disabled",
+        is_https=bool(options.ssl_certfile),
+        route_prefixes={name: app.get("route_prefix") for name, app in details["applications"].items()},
+    )
+
+
+def _start_serve(settings: ServeConfig) -> None:
+    from ray import serve
+
     is_local = settings.host in ("127.0.0.1", "localhost", "::1")
     serve.start(
         proxy_location="HeadOnly" if is_local else "EveryNode",
@@ -94,19 +186,61 @@ def start(config: RunConfig) -> str:
             "request_timeout_s": 2 * settings.request_timeout_s + 5,
         },
     )
-    serve.run(build_app({**settings.model_dump(mode="json"), "weights": _staged(config), "name": config.name}),
-              name=config.name, route_prefix=settings.route_prefix)  # fmt: skip
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(settings.host, settings.host)
-    return f"http://{host}:{settings.port}{settings.route_prefix.rstrip('/')}"
 
 
-def stop(config: RunConfig) -> None:
-    """Takes the service down, and Ray Serve with it if it runs nothing else."""
+def _check_running(running: RunningServe, config: RunConfig) -> None:
+    """Whether a service can be added to a Serve that runs already.
+
+    Raises:
+        ValueError: it takes no HTTP, or runs something else of this name or under this route prefix.
+    """
+    settings = config.serve
+    if not running.has_proxy:
+        raise ValueError(
+            "the Ray Serve of this cluster runs without an HTTP proxy: shut it down (serve shutdown), so that raypar starts it with one"
+        )
+    if config.name in running.route_prefixes:
+        raise ValueError(
+            f"name={config.name}: a service of this name runs on this Ray already: end it first, or give this run another name"
+        )
+    prefix = settings.route_prefix
+    for name, other in running.route_prefixes.items():
+        if other is not None and (other.rstrip("/") or "/") == (prefix.rstrip("/") or "/"):
+            raise ValueError(
+                f"serve.route_prefix={prefix}: the service '{name}' answers there already: name another, as serve.route_prefix=/{config.name}"
+            )
+    if (running.host, running.port) != (settings.host, settings.port):
+        print(
+            f"serve: Ray Serve runs already and listens on {running.host}:{running.port}; "
+            "serve.host and serve.port count only where raypar starts it",
+            flush=True,
+        )
+
+
+def _url(settings: ServeConfig) -> str:
+    running = _running_serve()
+    assert running is not None, "the service has just been deployed on it"
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]", "::1": "[::1]"}.get(running.host, running.host)
+    scheme = "https" if running.is_https else "http"
+    return f"{scheme}://{host}:{running.port}{settings.route_prefix.rstrip('/')}"
+
+
+def _deployed_at(name: str) -> float | None:
+    """When the application was deployed last, by Serve's clock; ``None``: there is none."""
     from ray import serve
 
-    serve.delete(config.name)
-    if not serve.status().applications:
-        serve.shutdown()  # type: ignore[no-untyped-call]
+    application = serve.status().applications.get(name)
+    return None if application is None else application.last_deployed_time_s
+
+
+def _reason(name: str) -> str:
+    """Why an application could not be started: the last error that its replicas' tracebacks name, for people."""
+    from ray import serve
+
+    application = serve.status().applications.get(name)
+    messages = [each.message for each in application.deployments.values()] if application else []
+    found = re.findall(r"^(?:[\w.]+\.)?(\w*(?:Error|Exception): .+)$", "\n".join(messages), re.MULTILINE)
+    return str(found[-1]).removeprefix("ValueError: ") if found else ""
 
 
 def build_app(args: dict[str, Any]) -> Application:
@@ -121,8 +255,8 @@ def build_app(args: dict[str, Any]) -> Application:
     """
     from ray import serve
 
-    from raypar.serve.api import Limits
-    from raypar.serve.replica import Ingress, Replica
+    from raypar.serve.body import Limits
+    from raypar.serve.replica import DETECTOR, Ingress, Replica
 
     name = args.get("name")
     config = ServeConfig.model_validate({key: value for key, value in args.items() if key != "name"})
@@ -133,17 +267,19 @@ def build_app(args: dict[str, Any]) -> Application:
     deploy: Any = serve.deployment
     detector = deploy(
         Replica,
-        name="Detector",
+        name=DETECTOR,
         **_scaling(config),
         ray_actor_options={"num_cpus": config.num_cpus, "num_gpus": config.num_gpus if use_gpu else 0},
         max_ongoing_requests=in_batches,
         max_queued_requests=config.max_queued_requests,
+        health_check_period_s=_health_check_period_s(config),
         user_config={"weights": config.weights, "name": name} if config.weights else {},
     ).bind(settings, "cuda:0" if use_gpu else "cpu")
     most = replicas.max if isinstance(replicas, Autoscaling) else replicas
     limits = Limits(
         int(config.max_image_mb * 1e6),
         config.max_pixels,
+        int(config.max_held_mb * 1e6),
         config.request_timeout_s,
         config.conf,
         config.iou,
@@ -158,6 +294,7 @@ def build_app(args: dict[str, Any]) -> Application:
         max_ongoing_requests=most * in_batches + config.max_queued_requests + INGRESS_MARGIN,
         max_queued_requests=config.max_queued_requests + INGRESS_MARGIN,
         backpressure_config={"status_code": 503, "retry_after_s": 1},
+        health_check_period_s=READY_PERIOD_S,
     )
     return cast("Application", ingress.bind(detector, limits, _key_digests(config)))
 
@@ -172,6 +309,11 @@ def _scaling(config: ServeConfig) -> dict[str, Any]:
         "target_ongoing_requests": config.max_batch_size,
     }
     return {"num_replicas": "auto", "autoscaling_config": bounds}
+
+
+def _health_check_period_s(config: ServeConfig) -> float:
+    """Serve replaces a replica after three failed checks: one that hangs is gone half a request's time after it was found."""
+    return min(max(config.request_timeout_s / 6, 1), 10)
 
 
 def _use_gpu(config: ServeConfig) -> bool:

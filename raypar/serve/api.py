@@ -4,6 +4,7 @@ Runs in: the ingress replicas of Ray Serve, or any ASGI server. Imports no Ray a
 """
 
 import asyncio
+import contextlib
 import hashlib
 import hmac
 from collections.abc import Awaitable, Callable, Iterable
@@ -11,19 +12,15 @@ from dataclasses import dataclass
 from importlib.resources import files
 from typing import Annotated, Any
 
-import PIL.Image
 from fastapi import Depends, FastAPI, Query, Request, Response
 from fastapi.responses import JSONResponse
 from pydantic import BaseModel, Field
-from starlette.datastructures import UploadFile
 from starlette.exceptions import HTTPException
-from starlette.types import Message
 
 import raypar
-from raypar.images import header_hw
-from raypar.serve.problem import PROBLEMS, RETRY_AFTER, BadImageError, explain_errors, problems
+from raypar.serve.body import Limits, Receiver
+from raypar.serve.problem import PROBLEMS, RETRY_AFTER, explain_errors, problems
 
-FORM_OVERHEAD_BYTES = 64 << 10  # boundaries and headers around an image that is sent as a form
 MAX_DET = 3000  # the most boxes a request can ask for
 READY_TIMEOUT_S = 2.0
 PAGE_TYPES = {"index.html": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -111,18 +108,6 @@ class Answer:
     jpeg: bytes | None = None
 
 
-@dataclass(frozen=True)
-class Limits:
-    """What the service accepts, and the defaults of the query parameters."""
-
-    max_image_bytes: int = 16 << 20
-    max_pixels: int = 50_000_000
-    request_timeout_s: float = 30.0
-    conf: float = 0.25
-    iou: float = 0.7
-    max_det: int = 300
-
-
 # (image, conf, iou, max_det); raises BadImageError, BusyError
 Find = Callable[[bytes, float, float, int], Awaitable[Answer]]
 Info = Callable[[], Awaitable[dict[str, Any]]]  # name, sha256, task, class_names, imgsz; raises BusyError
@@ -155,9 +140,15 @@ class Thresholds:
 
 
 def build_api(
-    detect: Find, annotate: Find, info: Info, limits: Limits | None = None, key_digests: Iterable[bytes] = ()
+    detect: Find,
+    annotate: Find,
+    info: Info,
+    limits: Limits | None = None,
+    key_digests: Iterable[bytes] = (),
+    *,
+    is_ready: Callable[[], Awaitable[bool]],
 ) -> FastAPI:
-    """The service around three functions.
+    """The service around four functions.
 
     Args:
         detect: finds the objects in an image whose header was checked.
@@ -165,6 +156,7 @@ def build_api(
         info: tells which model is loaded now.
         limits: sizes, times and defaults.
         key_digests: :func:`digest` of each accepted API key; none leaves the service open.
+        is_ready: whether a detector works; answers from what is known already, not from asking one.
     """
     limits, digests = limits or Limits(), tuple(key_digests)
     api = FastAPI(
@@ -175,7 +167,8 @@ def build_api(
     )
     explain_errors(api)
     _add_page(api)
-    _add_probes(api, info)
+    _add_probes(api, is_ready)
+    receiver = Receiver(limits)
 
     async def check_key(request: Request) -> None:
         if digests and not _has_key(request, digests):
@@ -184,9 +177,8 @@ def build_api(
 
     async def find(how: Find, request: Request, query: Thresholds) -> Answer:
         deadline = asyncio.get_running_loop().time() + limits.request_timeout_s
-        image = await _receive(request, limits, deadline)
-        _check_header(image, limits.max_pixels)
-        return await _in_time(how(image, *query.resolved(limits)), deadline)
+        async with receiver.image(request, deadline) as image:
+            return await _in_time(how(image, *query.resolved(limits)), deadline)
 
     takes_image: Any = {"dependencies": [Depends(check_key)], "openapi_extra": IMAGE_BODY}
 
@@ -241,95 +233,24 @@ async def _in_time(work: Awaitable[Any], deadline: float) -> Any:
         ) from None
 
 
-async def _receive(request: Request, limits: Limits, deadline: float) -> bytes:
-    """The encoded image: the body, or the form's field ``image``. Reading ends as soon as there are too many bytes."""
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    is_form = kind == "multipart/form-data"
-    if not is_form and not kind.startswith("image/"):
-        detail = f"Content-Type is '{kind}': send the image as the body (image/jpeg ...), or as the field 'image' of a multipart form"
-        raise HTTPException(415, detail)
-    try:
-        async with asyncio.timeout_at(deadline):
-            body = await _read(
-                request, limits.max_image_bytes + (FORM_OVERHEAD_BYTES if is_form else 0), limits
-            )
-            image = await _form_image(request, body) if is_form else body
-    except TimeoutError:
-        raise HTTPException(408, f"the image did not come within {limits.request_timeout_s:g} s") from None
-    if len(image) > limits.max_image_bytes:
-        raise _too_large(limits)
-    if not image:
-        raise HTTPException(400, "the image is empty")
-    return image
-
-
-async def _read(request: Request, max_bytes: int, limits: Limits) -> bytes:
-    announced = request.headers.get("content-length", "")
-    if announced.isdigit() and int(announced) > max_bytes:
-        raise _too_large(limits)
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > max_bytes:
-            raise _too_large(limits)
-    return bytes(body)
-
-
-def _too_large(limits: Limits) -> HTTPException:
-    return HTTPException(
-        413, f"the image has more than {limits.max_image_bytes} bytes", {"Connection": "close"}
-    )
-
-
-async def _form_image(request: Request, body: bytes) -> bytes:
-    async def replay() -> Message:
-        return {"type": "http.request", "body": body, "more_body": False}
-
-    async with Request(request.scope, replay).form(max_files=1, max_fields=8) as form:
-        field = form.get("image")
-        if not isinstance(field, UploadFile):
-            raise HTTPException(422, "the form has no file in its field 'image'")
-        return await field.read()
-
-
-def _check_header(image: bytes, max_pixels: int) -> None:
-    """Refuses what is no image, or has too many pixels, before a pixel is decoded."""
-    try:
-        height, width = header_hw(image)
-    except ValueError as error:
-        is_bomb = isinstance(error.__cause__, PIL.Image.DecompressionBombError)
-        raise (
-            HTTPException(413, f"the image has more than {max_pixels} pixels")
-            if is_bomb
-            else BadImageError(_first_line(error))
-        ) from None
-    if height * width > max_pixels:
-        raise HTTPException(413, f"an image of {width} x {height} has more than {max_pixels} pixels")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).split(": <_io")[0].splitlines()[0]  # Pillow names the buffer's address
-
-
 def _timing(answer: Answer) -> dict[str, str]:
     return {"Server-Timing": f"forward;dur={1000 * answer.forward_s:.1f}, batch;desc={answer.batch_size}"}
 
 
-def _add_probes(api: FastAPI, info: Info) -> None:
+def _add_probes(api: FastAPI, is_ready: Callable[[], Awaitable[bool]]) -> None:
     @api.get("/livez")
     async def live() -> dict[str, str]:
-        """Whether the service's front answers."""
+        """Whether this process answers."""
         return {"status": "alive"}
 
     @api.get("/readyz", responses=problems(503))
     async def ready() -> dict[str, str]:
-        """Whether a replica of the detector answers."""
-        try:
+        """Whether a detector has loaded its weights and works; a busy one does."""
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(READY_TIMEOUT_S):
-                await info()
-        except Exception as error:
-            raise HTTPException(503, "no replica of the detector answers", RETRY_AFTER) from error
-        return {"status": "ready"}
+                if await is_ready():
+                    return {"status": "ready"}
+        raise HTTPException(503, "no detector has loaded its weights and works", RETRY_AFTER)
 
 
 def _add_page(api: FastAPI) -> None:

@@ -36,6 +36,13 @@ class BadImageError(Exception):
     """The image cannot be decoded; the message tells why."""
 
 
+def bad_image(error: ValueError) -> BadImageError:
+    """What a client is told of an image that raypar refuses; the text of a library, which may name files and addresses, stays here."""
+    if error.__cause__ is None:
+        return BadImageError(str(error))
+    return BadImageError("the image is damaged, or of a format that cannot be read")
+
+
 class BusyError(Exception):
     """Nobody can take the request now; the message tells why."""
 

@@ -12,33 +12,48 @@ import logging
 import os
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import pyarrow.fs as pafs
 import ray.exceptions
+from ray import serve
 from ray.serve import metrics
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
 from raypar import draw, images
 from raypar.config import Autoscaling, ServeConfig
-from raypar.serve.api import Answer, Limits, build_api
+from raypar.image_header import check_header
+from raypar.serve import loading
+from raypar.serve.api import Answer, build_api
 from raypar.serve.batch import Batcher
-from raypar.serve.problem import BadImageError, BusyError
+from raypar.serve.body import Limits
+from raypar.serve.problem import BadImageError, BusyError, bad_image
+from raypar.serve.room import Room
 from raypar.storage import Folder
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
     from ray.serve.handle import DeploymentHandle
+    from ray.serve.schema import ApplicationStatusOverview
 
     from raypar.detector import Detections, Detector
 
+T = TypeVar("T")
+
 log = logging.getLogger("ray.serve")
 
+DETECTOR = "Detector"  # the deployment
+WORKING = (
+    "RUNNING",
+    "UPDATING",
+    "PENDING_MIGRATION",
+)  # states of a replica; UPDATING: it loads other weights
 IMAGE_THREADS = 4  # decoding and drawing let go of the GIL
+HELD_IMAGES = 8  # of max_pixels, decoded at a time: 1.2 GB at the default; smaller ones are more
 ATTEMPTS = 3  # replicas that a request is sent to, one after the other, when they die
 BOX_DIGITS, CONFIDENCE_DIGITS = 2, 5
 BATCH_SIZES = [1.0, 2, 4, 8, 16, 32, 64, 128]
@@ -47,6 +62,8 @@ FORWARD_SECONDS = [0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10]
 
 class Ingress:
     """HTTP: checks what comes in and hands it to a replica.
+
+    Whether a detector works is known from Serve's controller, not from asking one, which would wait behind the other requests.
 
     Args:
         detector: of the deployment ``Detector``.
@@ -58,9 +75,37 @@ class Ingress:
         self, detector: DeploymentHandle[Any], limits: Limits, key_digests: tuple[bytes, ...]
     ) -> None:
         self._detector, self._limits, self._key_digests = detector, limits, key_digests
+        self._is_ready, self._refreshing = False, asyncio.Lock()
 
     def __serve_build_asgi_app__(self) -> FastAPI:  # Serve's name for it
-        return build_api(self._detect, self._annotate, self._info, self._limits, self._key_digests)
+        return build_api(
+            self._detect,
+            self._annotate,
+            self._info,
+            self._limits,
+            self._key_digests,
+            is_ready=self._ready,
+        )
+
+    async def check_health(self) -> None:
+        """Never fails; Serve calls it at the start and every few seconds, which keeps the answer of ``/readyz`` up to date."""
+        await self._refresh()
+
+    async def _ready(self) -> bool:
+        if not self._is_ready:  # that may have changed just now
+            await self._refresh()
+        return self._is_ready
+
+    async def _refresh(self) -> None:
+        async with self._refreshing:
+            try:
+                status = await asyncio.to_thread(serve.status)
+            except Exception:  # the controller is being restarted: the detectors go on
+                log.warning("Serve's status is not available", exc_info=True)
+                return
+        application = status.applications.get(serve.get_replica_context().app_name)
+        if application is not None:
+            self._is_ready = has_detector(application)
 
     async def _detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer:
         return await self._ask("detect", image, conf, iou, max_det)
@@ -86,6 +131,12 @@ class Ingress:
                 raise answer
             return answer
         raise BusyError("the replicas that worked on this request died")
+
+
+def has_detector(application: ApplicationStatusOverview) -> bool:
+    """Whether a replica has loaded its weights, and has not failed its health checks since."""
+    detector = application.deployments.get(DETECTOR)
+    return detector is not None and any(detector.replica_states.get(state, 0) for state in WORKING)
 
 
 @dataclass(frozen=True)
@@ -121,6 +172,7 @@ class Replica:
         self._loader = ThreadPoolExecutor(1, "load", _set_num_threads, (threads,))
         self._model_thread = ThreadPoolExecutor(1, "model", _set_num_threads, (threads,))
         self._image_threads = ThreadPoolExecutor(IMAGE_THREADS, "images")
+        self._pixels = Room(HELD_IMAGES * self._config.max_pixels)
         self._batch_size = metrics.Histogram(
             "raypar_batch_size", "Images in a forward pass.", boundaries=BATCH_SIZES
         )
@@ -132,6 +184,7 @@ class Replica:
             self._forward, self._model_thread, self._config.max_batch_size, self._config.batch_wait_s
         )
         self._is_suspect = False  # the last forward pass failed: the next health check tries the model
+        self._forward_began: float | None = None  # time.monotonic() of the forward pass that runs
 
     async def reconfigure(self, user_config: dict[str, Any]) -> None:
         """Loads weights beside those in use, warms them up and swaps. Serve calls it at the start and when ``user_config`` changes.
@@ -151,9 +204,15 @@ class Replica:
             log.info("serving %s from %s", self._loaded.model, user_config["weights"])
 
     async def check_health(self) -> None:
-        """Raises when the model itself cannot run any more (a lost GPU, say): Serve then replaces the replica."""
+        """Raises when the model itself cannot run any more (a lost GPU, say) or hangs: Serve then replaces the replica.
+
+        A forward pass hangs when it has run for ``request_timeout_s``: nobody waits for its answers any more.
+        """
         if not self._batched.is_alive:
             raise RuntimeError("the loop that makes batches has ended")
+        began = self._forward_began
+        if began is not None and time.monotonic() - began > self._config.request_timeout_s:
+            raise RuntimeError(f"a forward pass has run for more than {self._config.request_timeout_s:g} s")
         if self._is_suspect and self._loaded is not None:
             await asyncio.get_running_loop().run_in_executor(
                 self._model_thread, self._loaded.detector.warm_up
@@ -172,33 +231,38 @@ class Replica:
 
     async def detect(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image. A bad image is an answer, not an error of the replica."""
-        pending = await self._decode(image, conf, iou, max_det)
-        return pending if isinstance(pending, BadImageError) else await self._batched(pending)
+        return await self._answer(image, conf, iou, max_det, is_drawn=False)
 
     async def annotate(self, image: bytes, conf: float, iou: float, max_det: int) -> Answer | BadImageError:
         """What is in an encoded image, and the image with it drawn."""
-        pending = await self._decode(image, conf, iou, max_det)
-        if isinstance(pending, BadImageError):
-            return pending
-        answer = await self._batched(pending)
-        return await asyncio.get_running_loop().run_in_executor(
-            self._image_threads, _drawn, pending.image, answer
-        )
+        return await self._answer(image, conf, iou, max_det, is_drawn=True)
 
     @property
     def _current(self) -> Loaded:
         assert self._loaded is not None, "Serve calls reconfigure before it sends requests"
         return self._loaded
 
-    async def _decode(self, image: bytes, conf: float, iou: float, max_det: int) -> Pending | BadImageError:
-        decode = asyncio.get_running_loop().run_in_executor(
-            self._image_threads, images.decode, image, self._config.max_pixels
-        )
+    async def _answer(
+        self, image: bytes, conf: float, iou: float, max_det: int, *, is_drawn: bool
+    ) -> Answer | BadImageError:
         try:
-            return Pending(await decode, conf, iou, max_det)
+            header = await self._on_image_thread(check_header, image, self._config.max_pixels)
         except ValueError as error:
-            self._bad_images.inc()
-            return BadImageError(str(error))
+            return self._rejected(error)
+        async with self._pixels.hold(header.height * header.width):
+            try:
+                pixels = await self._on_image_thread(images.decode, image)
+            except ValueError as error:
+                return self._rejected(error)
+            answer = await self._batched(Pending(pixels, conf, iou, max_det))
+            return await self._on_image_thread(_drawn, pixels, answer) if is_drawn else answer
+
+    async def _on_image_thread(self, work: Callable[..., T], *args: object) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._image_threads, work, *args)
+
+    def _rejected(self, error: ValueError) -> BadImageError:
+        self._bad_images.inc()
+        return bad_image(error)
 
     def _forward(self, batch: Sequence[Pending]) -> list[Answer | Exception]:
         """One forward pass; if it fails, one for each image, so that only the culprit's request fails."""
@@ -208,6 +272,7 @@ class Replica:
             "iou": [p.iou for p in batch],
             "max_det": [p.max_det for p in batch],
         }
+        self._forward_began = time.monotonic()
         try:
             found = loaded.detector([p.image for p in batch], **thresholds)  # type: ignore[arg-type]
         except Exception as error:
@@ -218,14 +283,14 @@ class Replica:
                 if len(batch) == 1
                 else [answer for pending in batch for answer in self._forward([pending])]
             )
+        finally:
+            self._forward_began = None
         seconds = time.perf_counter() - start
         self._batch_size.observe(len(batch))
         self._forward_s.observe(seconds)
         return [Answer(_body(loaded, each), len(batch), seconds) for each in found]
 
     def _load(self, user_config: dict[str, Any]) -> Loaded:
-        from raypar.detector import Detector
-
         if not user_config.get("weights") or set(user_config) - {"weights", "name"}:
             raise ValueError(
                 f"user_config of Detector is {user_config}: it takes 'weights' (a path or URI) and 'name'"
@@ -233,12 +298,9 @@ class Replica:
         weights, config = str(user_config["weights"]), self._config
         with tempfile.TemporaryDirectory(prefix="raypar-serve-") as folder:
             local, sha256 = download(weights, Path(folder))
-            detector = Detector.load(local, device=self._device, precision=config.precision, imgsz=config.imgsz,
-                                     conf=config.conf, iou=config.iou, max_det=config.max_det)  # fmt: skip
-            detector.warm_up()
-            if self._device != "cpu" and not detector.square:
-                # the largest batch finds out now whether it fits the memory
-                detector.warm_up(config.max_batch_size)
+            if self._loaded is not None:  # else there is nothing to lose
+                loading.try_in_child(local, config, self._device)
+            detector = loading.load(local, config, self._device)
         return Loaded(
             detector, {"name": str(user_config.get("name") or Path(weights).name), "sha256": sha256}
         )

@@ -15,7 +15,8 @@ import pytest
 import uvicorn
 
 from raypar.images import encode_jpeg, encode_png
-from raypar.serve.api import Answer, Limits, build_api, digest
+from raypar.serve.api import Answer, build_api, digest
+from raypar.serve.body import Limits
 from raypar.serve.problem import BadImageError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class Site:
             self.info,
             Limits(max_image_bytes=500_000),
             [digest(key) for key in keys],
+            is_ready=self.is_ready,
         )
         self.socket = socket.create_server(("127.0.0.1", 0))
         self.url = f"http://127.0.0.1:{self.socket.getsockname()[1]}/"
@@ -80,6 +82,9 @@ class Site:
         ]
         model, size = {"name": "tiny", "sha256": "0" * 64}, {"height": height, "width": width}
         return Answer({"model": model, "image": size, "detections": objects}, batch_size=1, forward_s=0.01)
+
+    async def is_ready(self) -> bool:
+        return True
 
     async def info(self) -> dict[str, Any]:
         names = self.detector.class_names

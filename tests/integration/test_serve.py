@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import shutil
 import socket
@@ -15,6 +16,7 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+from ray import serve
 
 import raypar.serve
 from raypar.config import RunConfig
@@ -50,8 +52,9 @@ def run_config(name: str, weights: Path, **settings: Any) -> RunConfig:
 def url(ray_4_cpus: None, tiny_weights: Path) -> Iterator[str]:
     config = run_config("tiny", tiny_weights, batch_wait_s=0.05, max_image_mb=0.5, max_pixels=500_000)
     raypar.serve.check(config)
-    yield raypar.serve.start(config)
-    raypar.serve.stop(config)
+    service = raypar.serve.start(config)
+    yield service.url
+    raypar.serve.stop(service)
 
 
 @pytest.fixture(scope="module")
@@ -162,6 +165,30 @@ def test_errors_are_problems(url: str, status: int, arguments: dict[str, Any]) -
     assert is_problem(response, status), response.text
 
 
+def test_a_service_touches_only_what_is_its_own(
+    url: str, tiny_weights: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(ValueError, match="name=tiny: a service of this name runs on this Ray already"):
+        raypar.serve.start(run_config("tiny", tiny_weights, route_prefix="/other"))
+    with pytest.raises(ValueError, match=r"serve.route_prefix=/tiny: the service 'tiny' answers there"):
+        raypar.serve.start(run_config("other", tiny_weights, route_prefix="/tiny"))
+    with pytest.raises(ValueError, match="name=tiny: a service of this name"):
+        raypar.serve.run(run_config("tiny", tiny_weights))  # whose end, too, leaves the first one alone
+    assert list(serve.status().applications) == ["tiny"]
+
+    other = raypar.serve.start(run_config("other", tiny_weights, port=free_port(), num_cpus=0.5))
+    try:
+        assert other.url == url.replace("/tiny", "/other")  # not the port that it asked for
+        assert f"Ray Serve runs already and listens on 127.0.0.1:{PORT}" in capsys.readouterr().out
+        assert httpx.get(f"{other.url}/v1/model").status_code == 200
+        raypar.serve.stop(dataclasses.replace(other, deployed_at=1.0))  # another one's, of the same name
+        assert httpx.get(f"{other.url}/v1/model").status_code == 200
+    finally:
+        raypar.serve.stop(other)
+    assert list(serve.status().applications) == ["tiny"]
+    assert httpx.get(f"{url}/readyz").status_code == 200
+
+
 def test_requests_share_batches_and_a_broken_image_fails_alone(url: str, detector: Detector) -> None:
     bodies = [photo(i) for i in range(24)]
     broken = encode_png(decode(photo(5)))[:2000]  # a good header, and pixels that end too early
@@ -181,8 +208,9 @@ def test_requests_share_batches_and_a_broken_image_fails_alone(url: str, detecto
 def test_keys(ray_4_cpus: None, url: str, tiny_weights: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(KEYS, "one,two")
     config = run_config("locked", tiny_weights, api_key_env=KEYS, num_cpus=0.5)
-    locked = raypar.serve.start(config)
+    service = raypar.serve.start(config)
     try:
+        locked = service.url
         assert is_problem(httpx.get(f"{locked}/v1/model"), 401)
         assert is_problem(
             httpx.post(f"{locked}/v1/detect", content=photo(0), headers=JPEG | {"X-API-Key": "three"}), 401
@@ -196,7 +224,7 @@ def test_keys(ray_4_cpus: None, url: str, tiny_weights: Path, monkeypatch: pytes
         assert httpx.get(f"{locked}/v1/model", headers={"Authorization": "Bearer one"}).status_code == 200
         assert httpx.get(f"{locked}/").status_code == 200
     finally:
-        raypar.serve.stop(config)
+        raypar.serve.stop(service)
     assert httpx.get(f"{url}/livez").status_code == 200  # the other service went on
 
 
@@ -212,11 +240,11 @@ def test_too_many_requests_are_refused_and_the_others_answered(
         threads_per_replica=1,
         num_cpus=0.5,
     )
-    small = raypar.serve.start(config)
+    service = raypar.serve.start(config)
     try:
-        responses = asyncio.run(burst(small, [photo(i) for i in range(40)]))
+        responses = asyncio.run(burst(service.url, [photo(i) for i in range(40)]))
     finally:
-        raypar.serve.stop(config)
+        raypar.serve.stop(service)
 
     refused = [r for r in responses if r.status_code != 200]
     assert 0 < len(refused) < len(responses)
@@ -290,7 +318,7 @@ def test_weights_are_swapped_under_load_without_losing_a_request(
         for thread in clients:
             thread.join(TIMEOUT_S)
     finally:
-        raypar.serve.stop(config)
+        serve.delete(config.name)
 
     assert {r.status_code for r in responses} == {200}
     answered = [r.json()["model"]["sha256"] for r in responses]
