@@ -98,9 +98,8 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
         (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape,
         listing.tree.store if listing.tree else None)  # fmt: skip
     taken, first = append.taken(dataset, before, splits) if before is not None else ({}, {})
-    if (
-        listing.is_val_drawn and taken
-    ):  # another draw than then, of more images: what was in train must not come to val
+    if listing.is_val_drawn and taken:
+        # another draw than the first, of more images: what is in train must not come to val
         everywhere = pa.concat_arrays(list(taken.values()))
         taken = dict.fromkeys(splits, everywhere)
     wanted = shards.portions(splits, template, section, taken=taken, first=first, tree=listing.tree)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -147,6 +148,40 @@ def test_a_dataset_without_val_says_how_to_get_one() -> None:
     manifest = Manifest(task="detect", class_names=("a",), splits={"train": Split(num_images=3)}, source="x")
     with pytest.raises(ValueError, match=r"no 'val' images \(it has train\): prepare\.val_fraction"):
         manifest.split("val")
+
+
+def written_here(
+    due: list[shards.Portion], splits: dict[str, Records], template: ShardJob
+) -> Iterator[tuple[shards.Portion, ShardReport]]:
+    """As ``shards.write``, in this process."""
+    return ((portion, shards.write_portion(portion, splits[portion.split], template)) for portion in due)
+
+
+def test_an_image_of_train_never_comes_to_val_when_more_are_added(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards, "write", written_here)
+
+    def prepared(num_images: int) -> dict[str, set[str]]:
+        source = yolo_source(tmp_path, num_images)
+        config = config_of(tmp_path, source, val_fraction=0.3, append=True)
+        manifest = prepare.run(config)
+        dataset = config.folder / "dataset"
+        return {
+            split: {
+                row["image_id"]
+                for shard in found.shards
+                for row in pq.read_table(f"{dataset.path}/{shard.path}").to_pylist()
+            }
+            for split, found in manifest.splits.items()
+        }
+
+    before, after = prepared(20), prepared(50)
+    assert {split: len(ids) for split, ids in before.items()} == {"train": 14, "val": 6}
+    for split, ids in before.items():
+        assert ids < after[split]
+    assert not after["train"] & after["val"]
+    assert len(after["train"] | after["val"]) == 50
 
 
 # Repeats

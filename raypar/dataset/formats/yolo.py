@@ -112,7 +112,8 @@ def read_labels(record: Record, num_classes: int, image_hw: tuple[int, int], tas
     _check_columns(lines, is_polygons, num_columns if task == "pose" else None)
     if lines and not is_polygons and task in ("segment", "obb"):
         raise ValueError(
-            f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}"
+            f"labels are boxes, prepare.task={task} needs {'polygons' if task == 'segment' else 'four corners'}: "
+            "set prepare.task=detect and train a detect model"
         )
     try:
         rows = [tuple(float(value) for value in line) for line in lines]
