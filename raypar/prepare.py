@@ -202,7 +202,7 @@ def _source(section: PrepareConfig) -> str:
     return (
         remote.shown(section.source)
         if "://" in section.source
-        else str(Path(section.source).expanduser().absolute())
+        else str(remote.local_path(section.source).absolute())
     )
 
 

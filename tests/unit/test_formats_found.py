@@ -358,7 +358,7 @@ def test_numbers_of_keypoints_may_be_text(tmp_path: Path) -> None:
         ("names: [cat]\nchannels: 10", "'channels: '10'', and raypar trains on three"), ("names: [cat]\nchannels: 1", "trains on three"), ("names: [cat]\nchannels: RGB", "'channels': 'RGB'"),
         ("names: [cat]\nkpt_shape: 17", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [17, 3, 1]", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [2, 3]\nflip_idx: [0, a]", "'flip_idx' must"),
         ("names: [cat]\npath: [a]", "'path' must be a folder"), ("names: [cat]\nnames: [dog]", "'names' is written twice"), ("x: " + "[" * 3000, "is not YAML"),
-        ("names: &n [*n]", "no name"),
+        ("names: &n [*n]", "no name"), ("names: [cat]\npath: ~nobody-of-that-name/x", "path '~nobody-of-that-name/x' is neither in"),
     ],
 )  # fmt: skip
 def test_a_yaml_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, said: str) -> None:

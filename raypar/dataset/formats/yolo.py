@@ -44,7 +44,7 @@ from raypar.dataset.formats import (
 )
 from raypar.dataset.formats.numbers import is_absent, shown, whole
 from raypar.dataset.records import Records
-from raypar.dataset.remote import Place, RemotePath, contents, fs_path, place_of
+from raypar.dataset.remote import Place, RemotePath, contents, fs_path, local_path, place_of
 
 MAX_CLASSES = 1 << 20
 NUM_PROBES = 20  # images of a list that are looked for
@@ -319,7 +319,7 @@ def _root(path: object, file: Place) -> Place:
             )
         return root
     assert isinstance(file, Path)
-    root = Path(path).expanduser()
+    root = local_path(path)
     for base in (file.parent, Path.cwd()):
         if (base / root).exists():
             return (base / root).resolve()
@@ -415,7 +415,7 @@ def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]
 def _joined(root: Place, entry: str, key: str, file: Place) -> Place:
     """A path of a ``data.yaml``. In a store, one from the root of a disk leads nowhere."""
     if isinstance(root, Path):
-        return Path(os.path.normpath(root / Path(entry).expanduser()))
+        return Path(os.path.normpath(root / local_path(entry)))
     if entry.startswith(f"{root.tree.scheme}://") and not root.path.startswith("/"):
         return _place(entry, root)
     if "://" in entry or entry.startswith(("/", "~")):
