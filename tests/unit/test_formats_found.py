@@ -355,7 +355,7 @@ def test_numbers_of_keypoints_may_be_text(tmp_path: Path) -> None:
         ("names: cat", "has no classes"), ("names: {}", "has no classes"), ("names: [[cat], dog]", "class 0 of 'names' is ['cat'], which is no name"),
         ("names: {0: cat, 1: }", "class 1 of 'names' is ''"), ("names: {a: cat}", "must be 0, 1, 2 ..., not 'a'"), ("names: {1: cat, 2: dog}", "without a gap, and 2 is beyond"),
         ("names: {0: cat, '0': dog}", "'0' is written twice"), ("names: {0: cat, 0.0: dog}", "class 0 is written twice"),
-        ("names: [cat]\nchannels: 10", "'channels: '10'', and raypar trains on three"), ("names: [cat]\nchannels: 1", "trains on three"), ("names: [cat]\nchannels: RGB", "'channels': 'RGB'"),
+        ("names: [cat]\nchannels: 10", "'channels: 10', and raypar trains on three"), ("names: [cat]\nchannels: 1", "trains on three"), ("names: [cat]\nchannels: RGB", "'channels': 'RGB'"),
         ("names: [cat]\nkpt_shape: 17", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [17, 3, 1]", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [2, 3]\nflip_idx: [0, a]", "'flip_idx' must"),
         ("names: [cat]\npath: [a]", "'path' must be a folder"), ("names: [cat]\nnames: [dog]", "'names' is written twice"), ("x: " + "[" * 3000, "is not YAML"),
         ("names: &n [*n]", "no name"), ("names: [cat]\npath: ~nobody-of-that-name/x", "path '~nobody-of-that-name/x' is neither in"),

@@ -226,9 +226,10 @@ def _load(file: Place) -> dict[str, Any]:
         if not isinstance(entries, list) or not all(isinstance(v, str) and not is_absent(v) for v in entries):
             raise ValueError(f"{file}: '{key}' must be a path or a list of paths, not {shown(entries)}")
         data[key] = entries
-    if (channels := data.get("channels")) is not None and _whole(channels, "channels", file) != 3:
+    channels = 3 if data.get("channels") is None else _whole(data["channels"], "channels", file)
+    if channels != 3:
         raise ValueError(
-            f"{file}: 'channels: {shown(channels)}', and raypar trains on three (RGB): write 'channels: 3' or leave it out"
+            f"{file}: 'channels: {channels}', and raypar trains on three (RGB): write 'channels: 3' or leave it out"
         )
     return data
 
