@@ -207,6 +207,7 @@ def _source(section: PrepareConfig) -> str:
 
 
 def _list(config: RunConfig) -> Listing:
+    """Lists the source, and says at once what was chosen for the user."""
     section = _section(config)
     listing = _with_val(_scanned(config, section), section, config.seed)
     for name in listing.class_names:
@@ -220,8 +221,14 @@ def _list(config: RunConfig) -> Listing:
         for split, (_, count) in packed.items()
         if count
     ]
-    splits = {split: records for split, (records, _) in packed.items()}
-    return replace(listing, splits=splits, notes=(*listing.notes, *again))
+    listing = replace(
+        listing,
+        splits={split: records for split, (records, _) in packed.items()},
+        notes=(*listing.notes, *again),
+    )
+    for note in listing.notes:
+        print(f"prepare: note: {note}", flush=True)
+    return listing
 
 
 def _packed(records: Sequence[Record]) -> Records:
@@ -355,7 +362,7 @@ def _summary(
     dataset: Folder,
     seconds: float,
 ) -> str:
-    """One screen: what is there, what was mended, what was set aside, what was chosen for the user."""
+    """One screen: what is there, what was repaired, what was rejected."""
     num_images = sum(split.num_images for split in manifest.splits.values())
     lines = [
         f"prepare: {num_images} images of {len(manifest.class_names)} classes in {dataset.uri}, {seconds:.1f} s"
@@ -380,7 +387,7 @@ def _summary(
         lines.append(
             f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})"
         )
-    lines += [f"  note: {note}" for note in (*listing.notes, *_shared_images(listing))]
+    lines += [f"  note: {note}" for note in _shared_images(listing)]
     return "\n".join(lines)
 
 

@@ -112,6 +112,17 @@ def test_a_source_of_train_alone(tmp_path: Path, format_: str) -> None:
     assert listed(again.model_copy(update={"seed": 1}))[0] != drawn
 
 
+def test_notes_are_said_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = yolo_source(tmp_path, test="images/none")
+    prepare.check(config_of(tmp_path, source))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": note: ")[0] for line in said] == ["prepare"] * 2
+    assert "there is no test split: " in said[0]
+    assert "training needs one" in said[1]
+
+
 def test_each_class_gives_its_share_to_val(tmp_path: Path) -> None:
     drawn, _ = listed(config_of(tmp_path, folders_source(tmp_path), "folders", val_fraction=0.4))
     assert Counter(name.split("/")[0] for name in drawn["val"]) == {"cat": 6, "dog": 2}

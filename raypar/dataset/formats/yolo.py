@@ -76,7 +76,8 @@ def scan(source: str | Place, task: str = "auto", wish: str | None = None) -> Li
     keypoint_shape, flip_idx = _keypoints(data, file)
     if task == "pose" and not keypoint_shape:
         raise ValueError(
-            f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'"
+            f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'; "
+            "for boxes alone set prepare.task=detect"
         )
     root = _root(data.get("path"), file)
     notes: list[str] = []
