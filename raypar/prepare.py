@@ -326,7 +326,7 @@ def _check_rejected(
         )
     if is_append:
         return
-    for split in dict.fromkeys(report.split for report in reports):
+    for split in dict.fromkeys(report.split for report in reports if report.split != "test"):
         if not any(report.num_images for report in reports if report.split == split):
             raise ValueError(
                 f"no image of split '{split}' can be used: {'; '.join(_top_reasons(rejected))}. {where}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raypar.dataset import remote
-from raypar.dataset.formats import Listing, coco, folders, names_below, voc, wanted, yolo
+from raypar.dataset.formats import Listing, coco, folders, matching, names_below, voc, wanted, yolo
 from raypar.dataset.ingest import ShardJob, read_labels
 from raypar.dataset.remote import RemotePath, Tree
 from raypar.storage import Folder
@@ -147,6 +148,24 @@ def test_a_folder_is_listed_under_its_own_name(tmp_path: Path) -> None:
     found = sorted(path[len(f"{tmp_path}/set/") :] for path in names_below(str(tmp_path / "set")))
     # the folder itself before a link to it, and of two links the first
     assert found == ["b/b.jpg", "z/a.jpg"]
+
+
+PARTS = st.sampled_from(["a", "ab", "b.jpg", "ab.jpg", "c d", ".h", ".h.jpg", "x[1]"])
+PATTERNS = st.sampled_from(["a", "a*", "*", "?b*", "[ab]*", "*.jpg", "**", ".*", "[!a]*", "c ?"])
+
+
+@given(
+    st.sets(st.lists(PARTS, min_size=1, max_size=3).map("/".join), max_size=8),
+    st.lists(PATTERNS, min_size=1, max_size=3).filter(lambda parts: parts[-1] != "**"),
+)
+def test_patterns_match_what_glob_matches(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str], pattern: list[str]
+) -> None:
+    root = tmp_path_factory.mktemp("glob")
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+    expected = glob.glob("/".join([str(root), *pattern]), recursive=True)  # noqa: PTH207
+    assert [str(place) for place in matching(root.joinpath(*pattern))] == sorted({*expected}, key=Path)
 
 
 # Names

@@ -195,6 +195,26 @@ def test_an_image_of_train_never_comes_to_val_when_more_are_added(
     assert len(after["train"] | after["val"]) == 50
 
 
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_test_split_may_be_all_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    monkeypatch.setattr(shards, "write", written_here)
+    write(tmp_path / "bad" / "a.jpg", "no image")
+    source = yolo_source(tmp_path, 4, **{"val": "images", split: "bad"})
+    config = config_of(tmp_path, source, max_rejected=0.5)
+    if split == "val":
+        with pytest.raises(ValueError, match="no image of split 'val' can be used"):
+            prepare.run(config)
+        return
+    manifest = prepare.run(config)
+    assert {name: found.num_images for name, found in manifest.splits.items()} == {
+        "train": 4,
+        "val": 4,
+        "test": 0,
+    }
+    with pytest.raises(ValueError, match="no 'test' images"):
+        Manifest.load(config.folder / "dataset").split("test")
+
+
 # Repeats
 
 
