@@ -103,9 +103,8 @@ def _prepare(config: RunConfig, section: PrepareConfig, dataset: Folder, before:
         (section.shapes.height, section.shapes.width), listing.task, listing.keypoint_shape,
         listing.tree.store if listing.tree else None)  # fmt: skip
     taken, first = append.taken(dataset, before, splits) if before is not None else ({}, {})
-    if (
-        listing.is_val_drawn and taken
-    ):  # another draw than then, of more images: what was in train must not come to val
+    if listing.is_val_drawn and taken:
+        # another draw than the first, of more images: what is in train must not come to val
         everywhere = pa.concat_arrays(list(taken.values()))
         taken = dict.fromkeys(splits, everywhere)
     wanted = shards.portions(splits, template, section, taken=taken, first=first, tree=listing.tree)
@@ -242,11 +241,12 @@ def _source(section: PrepareConfig) -> str:
     return (
         remote.shown(section.source)
         if "://" in section.source
-        else str(Path(section.source).expanduser().absolute())
+        else str(remote.local_path(section.source).absolute())
     )
 
 
 def _list(config: RunConfig) -> Listing:
+    """Lists the source, and says at once what was chosen for the user."""
     section = _section(config)
     listing = _with_val(_scanned(config, section), section, config.seed)
     for name in listing.class_names:
@@ -260,8 +260,14 @@ def _list(config: RunConfig) -> Listing:
         for split, (_, count) in packed.items()
         if count
     ]
-    splits = {split: records for split, (records, _) in packed.items()}
-    return replace(listing, splits=splits, notes=(*listing.notes, *again))
+    listing = replace(
+        listing,
+        splits={split: records for split, (records, _) in packed.items()},
+        notes=(*listing.notes, *again),
+    )
+    for note in listing.notes:
+        print(f"prepare: note: {note}", flush=True)
+    return listing
 
 
 def _packed(records: Sequence[Record]) -> Records:
@@ -359,7 +365,7 @@ def _check_rejected(
         )
     if is_append:
         return
-    for split in dict.fromkeys(report.split for report in reports):
+    for split in dict.fromkeys(report.split for report in reports if report.split != "test"):
         if not any(report.num_images for report in reports if report.split == split):
             raise ValueError(
                 f"no image of split '{split}' can be used: {'; '.join(_top_reasons(rejected))}. {where}"
@@ -396,7 +402,7 @@ def _summary(
     dataset: Folder,
     seconds: float,
 ) -> str:
-    """One screen: what is there, what was mended, what was set aside, what was chosen for the user."""
+    """One screen: what is there, what was repaired, what was rejected."""
     num_images = sum(split.num_images for split in manifest.splits.values())
     lines = [
         f"prepare: {num_images} images of {len(manifest.class_names)} classes in {dataset.uri}, {seconds:.1f} s"
@@ -421,7 +427,7 @@ def _summary(
         lines.append(
             f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})"
         )
-    lines += [f"  note: {note}" for note in (*listing.notes, *_shared_images(listing))]
+    lines += [f"  note: {note}" for note in _shared_images(listing)]
     return "\n".join(lines)
 
 

@@ -225,6 +225,14 @@ class RemotePath:
 Place = Path | RemotePath
 
 
+def local_path(text: str) -> Path:
+    """A path with ``~`` for the home folder; of a user that there is not it stays as it is written."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        return Path(text)
+
+
 def place_of(source: str | Place) -> Place:
     """A source's file or folder; a local one is absolute.
 
@@ -234,7 +242,7 @@ def place_of(source: str | Place) -> Place:
     if not isinstance(source, str):
         return source
     if "://" not in source:
-        return Path(source).expanduser().absolute()
+        return local_path(source).absolute()
     try:
         store = Folder.at(source)
         if store.is_local:  # file://

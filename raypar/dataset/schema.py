@@ -7,7 +7,8 @@ import pyarrow as pa
 TASKS = ("detect", "segment", "pose", "obb", "classify")
 
 _IMAGE = [
-    pa.field("image_id", pa.string(), nullable=False),  # unique in its split: the source's relative path
+    # unique in its split: the source's relative path, with #2, #3 ... where it is listed again
+    pa.field("image_id", pa.string(), nullable=False),
     pa.field("image", pa.binary(), nullable=False),  # encoded bytes (JPEG, PNG, WebP ...), upright
     pa.field("height", pa.int32(), nullable=False),  # px, of the upright image
     pa.field("width", pa.int32(), nullable=False),  # px

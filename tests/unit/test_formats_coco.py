@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import operator
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -309,15 +312,8 @@ def test_any_value_anywhere_is_read_or_refused_in_one_line(
     categories = [{"id": i, "name": str(i), "keypoints": ["left eye", "right eye"]} for i in (1, 2)]
     data = content(annotations=[annotation], categories=categories)
     for place, value in changes:
-        where: Any = data
-        for key in place[:-1]:
-            try:
-                where = where[key]
-            except (KeyError, IndexError, TypeError):  # another change took it away
-                break
-        else:
-            if isinstance(where, dict) or (isinstance(where, list) and len(where) > 0):
-                where[place[-1]] = value
+        with contextlib.suppress(KeyError, IndexError, TypeError):  # another change took the place away
+            reduce(operator.getitem, place[:-1], data)[place[-1]] = value
     message = ""
     try:
         (folder / "y.json").write_text(json.dumps(data))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 from collections import Counter
@@ -16,7 +17,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from raypar.dataset import remote
-from raypar.dataset.formats import Listing, coco, folders, names_below, voc, wanted, yolo
+from raypar.dataset.formats import Listing, coco, folders, matching, names_below, voc, wanted, yolo
 from raypar.dataset.ingest import ShardJob, read_labels
 from raypar.dataset.remote import RemotePath, Tree
 from raypar.storage import Folder
@@ -147,6 +148,24 @@ def test_a_folder_is_listed_under_its_own_name(tmp_path: Path) -> None:
     found = sorted(path[len(f"{tmp_path}/set/") :] for path in names_below(str(tmp_path / "set")))
     # the folder itself before a link to it, and of two links the first
     assert found == ["b/b.jpg", "z/a.jpg"]
+
+
+PARTS = st.sampled_from(["a", "ab", "b.jpg", "ab.jpg", "c d", ".h", ".h.jpg", "x[1]"])
+PATTERNS = st.sampled_from(["a", "a*", "*", "?b*", "[ab]*", "*.jpg", "**", ".*", "[!a]*", "c ?"])
+
+
+@given(
+    st.sets(st.lists(PARTS, min_size=1, max_size=3).map("/".join), max_size=8),
+    st.lists(PATTERNS, min_size=1, max_size=3).filter(lambda parts: parts[-1] != "**"),
+)
+def test_patterns_match_what_glob_matches(
+    tmp_path_factory: pytest.TempPathFactory, names: set[str], pattern: list[str]
+) -> None:
+    root = tmp_path_factory.mktemp("glob")
+    for name in names:
+        (root / name).mkdir(parents=True, exist_ok=True)
+    expected = glob.glob("/".join([str(root), *pattern]), recursive=True)  # noqa: PTH207
+    assert [str(place) for place in matching(root.joinpath(*pattern))] == sorted({*expected}, key=Path)
 
 
 # Names
@@ -355,10 +374,10 @@ def test_numbers_of_keypoints_may_be_text(tmp_path: Path) -> None:
         ("names: cat", "has no classes"), ("names: {}", "has no classes"), ("names: [[cat], dog]", "class 0 of 'names' is ['cat'], which is no name"),
         ("names: {0: cat, 1: }", "class 1 of 'names' is ''"), ("names: {a: cat}", "must be 0, 1, 2 ..., not 'a'"), ("names: {1: cat, 2: dog}", "without a gap, and 2 is beyond"),
         ("names: {0: cat, '0': dog}", "'0' is written twice"), ("names: {0: cat, 0.0: dog}", "class 0 is written twice"),
-        ("names: [cat]\nchannels: 10", "'channels: '10'', and raypar trains on three"), ("names: [cat]\nchannels: 1", "trains on three"), ("names: [cat]\nchannels: RGB", "'channels': 'RGB'"),
+        ("names: [cat]\nchannels: 10", "'channels: 10', and raypar trains on three"), ("names: [cat]\nchannels: 1", "trains on three"), ("names: [cat]\nchannels: RGB", "'channels': 'RGB'"),
         ("names: [cat]\nkpt_shape: 17", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [17, 3, 1]", "'kpt_shape' must be"), ("names: [cat]\nkpt_shape: [2, 3]\nflip_idx: [0, a]", "'flip_idx' must"),
         ("names: [cat]\npath: [a]", "'path' must be a folder"), ("names: [cat]\nnames: [dog]", "'names' is written twice"), ("x: " + "[" * 3000, "is not YAML"),
-        ("names: &n [*n]", "no name"),
+        ("names: &n [*n]", "no name"), ("names: [cat]\npath: ~nobody-of-that-name/x", "path '~nobody-of-that-name/x' is neither in"),
     ],
 )  # fmt: skip
 def test_a_yaml_that_cannot_be_used_is_one_line(tmp_path: Path, text: str, said: str) -> None:

@@ -112,6 +112,17 @@ def test_a_source_of_train_alone(tmp_path: Path, format_: str) -> None:
     assert listed(again.model_copy(update={"seed": 1}))[0] != drawn
 
 
+def test_notes_are_said_before_anything_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = yolo_source(tmp_path, test="images/none")
+    prepare.check(config_of(tmp_path, source))
+    said = capsys.readouterr().out.splitlines()
+    assert [line.partition(": note: ")[0] for line in said] == ["prepare"] * 2
+    assert "there is no test split: " in said[0]
+    assert "training needs one" in said[1]
+
+
 def test_each_class_gives_its_share_to_val(tmp_path: Path) -> None:
     drawn, _ = listed(config_of(tmp_path, folders_source(tmp_path), "folders", val_fraction=0.4))
     assert Counter(name.split("/")[0] for name in drawn["val"]) == {"cat": 6, "dog": 2}
@@ -182,6 +193,26 @@ def test_an_image_of_train_never_comes_to_val_when_more_are_added(
         assert ids < after[split]
     assert not after["train"] & after["val"]
     assert len(after["train"] | after["val"]) == 50
+
+
+@pytest.mark.parametrize("split", ["val", "test"])
+def test_a_test_split_may_be_all_bad(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, split: str) -> None:
+    monkeypatch.setattr(shards, "write", written_here)
+    write(tmp_path / "bad" / "a.jpg", "no image")
+    source = yolo_source(tmp_path, 4, **{"val": "images", split: "bad"})
+    config = config_of(tmp_path, source, max_rejected=0.5)
+    if split == "val":
+        with pytest.raises(ValueError, match="no image of split 'val' can be used"):
+            prepare.run(config)
+        return
+    manifest = prepare.run(config)
+    assert {name: found.num_images for name, found in manifest.splits.items()} == {
+        "train": 4,
+        "val": 4,
+        "test": 0,
+    }
+    with pytest.raises(ValueError, match="no 'test' images"):
+        Manifest.load(config.folder / "dataset").split("test")
 
 
 # Repeats

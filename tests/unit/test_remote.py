@@ -80,8 +80,10 @@ def touch(path: Path, data: str = "x") -> None:
         path.write_text(data)
 
 
-names = st.sampled_from(["a.jpg", "b.png", "c d.JPG", "e.txt", ".h.jpg", "a-b.webp", "a.jpg.bak", "x"])
-parts = st.sampled_from(["", "s/", "s/t/", "a/", "a-b/", ".hidden/", "images/", "s.jpg/"])
+names = st.sampled_from(
+    ["a.jpg", "b.png", "c d.JPG", "e.txt", ".h.jpg", "._a.jpg", "a-b.webp", "a.jpg.bak", "x"]
+)
+parts = st.sampled_from(["", "s/", "s/t/", "a/", "a-b/", ".hidden/", "__MACOSX/", "images/", "s.jpg/"])
 files = st.lists(st.tuples(parts, names).map("".join), max_size=6)
 entries = st.sampled_from(
     ["images/train", "images/val", "images", "../images/val", "images/*", "images/**/*.jpg", "images/**", "images/v[ao]l/?.jpg", "list.txt", "none"]

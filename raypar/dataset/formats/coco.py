@@ -40,8 +40,6 @@ from raypar.dataset.formats.numbers import is_absent, number, shown, whole
 from raypar.dataset.remote import Place, place_of
 
 NUM_PROBES = 20  # images looked for in each folder that may hold a split
-
-
 Id = int | str
 
 
@@ -128,14 +126,11 @@ class Source:
             if self.task == "pose" and not has_keypoints(annotation):
                 left_out["without a labelled keypoint were left out, as COCO's evaluation does"] += 1
                 return
-            # what is wrong is for read_labels to say: the image is rejected
-            unknown = f"category_id {shown(category)} is not one of the {len(class_ids)} categories"
-            class_id = class_ids.get(category, unknown)
-            labels = (
-                class_id,
-                annotation.get("bbox"),
-                *([compact(annotation.get(points))] if points else []),
-            )
+            class_id: Any = class_ids.get(category)
+            if class_id is None:  # for read_labels, which rejects the image
+                class_id = f"category_id {shown(category)} is not one of the {len(class_ids)} categories"
+            more = [compact(annotation.get(points))] if points else []
+            labels = (class_id, annotation.get("bbox"), *more)
             image.annotations.append(labels)
 
         _each(data, "annotations", file, take)

@@ -25,7 +25,9 @@ def keypoints_of(categories: list[dict[str, Any]], file: object) -> tuple[tuple[
     listed = [category.get("keypoints") for category in categories]
     found = {tuple(map(str, names)) if isinstance(names, list) else () for names in listed}
     if len(found) != 1 or () in found:
-        raise ValueError(f"{file}: for pose each category needs 'keypoints', the same list of names")
+        raise ValueError(
+            f"{file}: for pose each category needs 'keypoints', the same list of names; for boxes alone set prepare.task=detect"
+        )
     names = found.pop()
     mirrored = [_mirrored(name) for name in names]
     has_sides = (

@@ -44,7 +44,7 @@ from raypar.dataset.formats import (
 )
 from raypar.dataset.formats.numbers import is_absent, shown, whole
 from raypar.dataset.records import Records
-from raypar.dataset.remote import Place, RemotePath, contents, fs_path, place_of
+from raypar.dataset.remote import Place, RemotePath, contents, fs_path, local_path, place_of
 
 MAX_CLASSES = 1 << 20
 NUM_PROBES = 20  # images of a list that are looked for
@@ -76,7 +76,8 @@ def scan(source: str | Place, task: str = "auto", wish: str | None = None) -> Li
     keypoint_shape, flip_idx = _keypoints(data, file)
     if task == "pose" and not keypoint_shape:
         raise ValueError(
-            f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'"
+            f"{file} has no 'kpt_shape': for pose write how many keypoints there are, e.g. 'kpt_shape: [17, 3]'; "
+            "for boxes alone set prepare.task=detect"
         )
     root = _root(data.get("path"), file)
     notes: list[str] = []
@@ -228,9 +229,10 @@ def _load(file: Place) -> dict[str, Any]:
         if not isinstance(entries, list) or not all(isinstance(v, str) and not is_absent(v) for v in entries):
             raise ValueError(f"{file}: '{key}' must be a path or a list of paths, not {shown(entries)}")
         data[key] = entries
-    if (channels := data.get("channels")) is not None and _whole(channels, "channels", file) != 3:
+    channels = 3 if data.get("channels") is None else _whole(data["channels"], "channels", file)
+    if channels != 3:
         raise ValueError(
-            f"{file}: 'channels: {shown(channels)}', and raypar trains on three (RGB): write 'channels: 3' or leave it out"
+            f"{file}: 'channels: {channels}', and raypar trains on three (RGB): write 'channels: 3' or leave it out"
         )
     return data
 
@@ -321,7 +323,7 @@ def _root(path: object, file: Place) -> Place:
             )
         return root
     assert isinstance(file, Path)
-    root = Path(path).expanduser()
+    root = local_path(path)
     for base in (file.parent, Path.cwd()):
         if (base / root).exists():
             return (base / root).resolve()
@@ -417,7 +419,7 @@ def _listed(file: Place, root: Place, split: str, yaml_file: Place) -> list[str]
 def _joined(root: Place, entry: str, key: str, file: Place) -> Place:
     """A path of a ``data.yaml``. In a store, one from the root of a disk leads nowhere."""
     if isinstance(root, Path):
-        return Path(os.path.normpath(root / Path(entry).expanduser()))
+        return Path(os.path.normpath(root / local_path(entry)))
     if entry.startswith(f"{root.tree.scheme}://") and not root.path.startswith("/"):
         return _place(entry, root)
     if "://" in entry or entry.startswith(("/", "~")):
