@@ -53,7 +53,7 @@ bench: $(READY)  ## every benchmark with its defaults, one after the other, for 
 		done; \
 	done; [ -z "$$failed" ] || { echo "failed, or below the goal:$$failed" >&2; exit 1; }
 
-docs: $(READY)  ## docs/run_file.md from the config models
+docs: $(READY)  ## docs/run_file.md and docs/yolo_keys.md from the code
 	$(BIN)/python docs/generate.py
 
 constraints:  ## constraints.txt: the newest versions that pyproject.toml allows, from an empty environment

@@ -115,7 +115,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         dataset, class_names, manifest, args, is_single_class, classes, section.batch, split.shards[0].path
     )
     print(f"evaluate: {split.num_images} '{section.split}' images, weights {weights.uri}, imgsz {imgsz}, "
-          f"{pool.num_actors} worker(s)", flush=True)  # fmt: skip
+          f"{pool.num_actors} worker(s){'' if classes is None else f', labels of classes {list(classes)} alone (train.yolo.classes)'}", flush=True)  # fmt: skip
     return _evaluate(pool, job, items, split, settings, output.folder)
 
 

@@ -21,6 +21,7 @@ from raypar.config import RunConfig
 from raypar.dataset import verify
 from raypar.dataset.manifest import Manifest
 from raypar.lease import Lease, refuse_if_held
+from raypar.yolo_keys import yolo_settings
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"  # the summary is written last
 NO_WORKERS_S = 20.0  # after an interrupt: how long trials may have no workers that hear of it
@@ -240,9 +241,7 @@ def _has_optuna(config: RunConfig) -> bool:
 
 
 def _epochs(config: RunConfig) -> int:
-    from raypar import runfile
-
-    return int(config.train.yolo.get("epochs", runfile.yolo_settings()["epochs"]))
+    return int(config.train.yolo.get("epochs", yolo_settings()["epochs"]))
 
 
 def _metrics(task: str) -> list[str]:

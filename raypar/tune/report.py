@@ -9,7 +9,8 @@ from typing import Any
 import yaml
 
 from raypar.config import RunConfig
-from raypar.runfile import Dumper, put
+from raypar.runfile import put
+from raypar.strict_yaml import Dumper
 
 BEST, TABLE, PICTURE = "best.yaml", "trials.csv", "trials.png"
 # told apart by colour-blind eyes (Okabe and Ito, 2008)
