@@ -237,7 +237,7 @@ class Loop:
         now = torch.cat(buffers)
         finite = now.where(now.isfinite(), before)
         # A kernel for all of them; torch 2.15 has no public function that copies lists of tensors.
-        torch._foreach_copy_(buffers, finite.split([len(buffer) for buffer in buffers]))
+        torch._foreach_copy_(buffers, torch.split(finite, [len(buffer) for buffer in buffers]))
         self._statistics = buffers, finite
 
     def _update(self, global_step: int) -> None:
