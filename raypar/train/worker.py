@@ -255,10 +255,12 @@ class Worker:
         """All steps and epochs that are left. Returns whether it was asked to stop before the end."""
         self.loop.start_epoch()
         first_cursor = self.cursor
-        self._enter("wait for data", ended="other")
+        self.epoch.lap("other")
+        self.pulse.stage = "wait for data"
         for batch, tensors in self._batches():
             compiles = ", the model is compiled" if self.args.compile and self.cursor == first_cursor else ""
-            self._enter(f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}", ended="wait")
+            self.epoch.lap("wait")
+            self.pulse.stage = f"step {batch.step + 1} of epoch {batch.epoch + 1}{compiles}"
             step = batch.epoch * self.plan.steps_per_epoch + batch.step
             parts = self._step(batch, tensors, step)
             say.progress(self, batch)
@@ -277,13 +279,9 @@ class Worker:
                 self._save(self.epoch.reduced(self.agreement), is_finished=False, has_gradients=False)
             if self._must_leave():
                 return True
-            self._enter("wait for data", ended="other")
+            self.epoch.lap("other")
+            self.pulse.stage = "wait for data"
         return False
-
-    def _enter(self, stage: str, *, ended: str) -> None:
-        """Begins a stage; the time since the last one counts to what ended, one of :data:`raypar.train.epoch.STAGES`."""
-        self.epoch.lap(ended)
-        self.pulse.stage = stage
 
     def _batches(self) -> Iterator[Rendered]:
         """This rank's batches from the cursor on, and what the loss wants of them; from a new stream when mosaic was closed meanwhile."""
@@ -357,7 +355,8 @@ class Worker:
         loop.end_epoch()
         if not loop.is_average_finite():
             self._go_back()
-        self._enter(f"validation after epoch {number + 1}", ended="step")
+        self.epoch.lap("step")
+        self.pulse.stage = f"validation after epoch {number + 1}"
         images_per_s = self.plan.positions_per_epoch / self.epoch.seconds
         metrics: dict[str, Any] = {}
         if is_validated(self.args, is_last=is_last, may_stop=loop.stopper.possible_stop):
@@ -368,7 +367,8 @@ class Worker:
             stop = bool(loop.stopper(number + 1, fitness)) or is_last
         else:
             is_best, stop = False, is_last
-        self._enter("report", ended="validate")
+        self.epoch.lap("validate")
+        self.pulse.stage = "report"
         line = {
             "epoch": number + 1, **{k: v for k, v in sums.items() if k.startswith("train/")},
             **{k: v for k, v in metrics.items() if k != "per_class"}, **loop.learning_rates(), **self.watch.line(),
