@@ -30,6 +30,7 @@ LEASE = "lease.json"
 RENEW_EVERY_S = 10.0
 EXPIRES_S = 60.0
 WATCH_S = 1.5 * RENEW_EVERY_S  # before a lease is taken over that only looks old: clocks of hosts differ
+LEAVE_WITHIN_S = 10.0
 SETTLE_LOCAL_S, SETTLE_REMOTE_S = 0.1, 1.0  # between writing a lease and reading it back
 ZOMBIE, DEAD = "Z", "X"  # states of a process in /proc
 UNKNOWN = "unknown"
@@ -153,11 +154,16 @@ class Lease:
     ) -> None:
         """Gives the lease back, if it is still this driver's."""
         self._ended.set()
-        self._thread.join(timeout=RENEW_EVERY_S)
-        with suppress(OSError):  # it runs out by itself
+        if not self._lock.acquire(timeout=LEAVE_WITHIN_S):
+            return  # the store hangs, and the lease runs out by itself
+        try:
             found = Holder.read(self.out)
             if found is not None and found.nonce == self.mine.nonce:
                 self.out.delete(LEASE)
+        except OSError:  # it runs out by itself
+            pass
+        finally:
+            self._lock.release()
 
     def clear(self) -> None:
         """Empties the folder but for the lease."""
@@ -210,7 +216,7 @@ class Lease:
 
     def _renew(self) -> None:
         with self._lock:
-            if self.is_lost:
+            if self.is_lost or self._ended.is_set():
                 return
             found = Holder.read(self.out)
             if found is None or found.nonce != self.mine.nonce:

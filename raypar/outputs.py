@@ -20,6 +20,7 @@ from raypar.differences import differences
 from raypar.storage import Folder
 
 SETTINGS, RUN_FILE = "settings.json", "run.yaml"
+STAGED = "weights"  # where raypar.weights puts copies
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ class Output:
         """
         out, before = self.folder, self._before()
         if before is None:
-            if self.name != self.verb and out.list(recursive=True):
+            if self.name != self.verb and self._is_foreign():
                 raise ValueError(
                     f"{out.shown()} holds files that are no output of {self.verb}: choose another {self.verb}.name"
                 )
@@ -93,6 +94,10 @@ class Output:
             out.delete()
         out.write_json(SETTINGS, {"verb": self.verb, **settings})
         write_run_file(out, self.config)
+
+    def _is_foreign(self) -> bool:
+        """Whether files lie there that no killed run of the verb has left: export stages weights before it begins its output."""
+        return any(not name.startswith(f"{STAGED}/") for name in self.folder.list(recursive=True))
 
     def _before(self) -> dict[str, Any] | None:
         """The settings of what is there. Before there was ``settings.json``, the result held them."""

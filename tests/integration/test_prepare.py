@@ -99,7 +99,9 @@ def test_layout_is_that_of_the_docstring(tmp_path: Path) -> None:
     manifest = raypar.prepare.run(config)
     folder = dataset_folder(config)
     shards = [shard.path for split in manifest.splits.values() for shard in split.shards]
-    assert files_under(folder) == sorted([*shards, "manifest.json", "rejected.jsonl"])
+    assert files_under(folder) == sorted(
+        [*shards, "manifest.json", "rejected.jsonl", "settings.json", "run.yaml"]
+    )
     assert all(re.fullmatch(r"(train|val|test)/\d{5}\.parquet", shard) for shard in shards)
     drawing = raypar.prepare.__doc__ or ""
     for name in (
@@ -321,6 +323,8 @@ def test_finished_dataset_is_kept_unless_overwritten(
     capsys.readouterr()
     assert raypar.prepare.run(config) == manifest
     assert "complete" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="task: 'detect' then, 'segment' now"):
+        raypar.prepare.run(shapes_config(tmp_path, task="segment"))
     assert shard.read_bytes() == b"touched"
     (dataset_folder(config) / "stray.txt").write_text("old")
     assert raypar.prepare.run(shapes_config(tmp_path, overwrite=True)) == manifest

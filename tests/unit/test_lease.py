@@ -27,6 +27,7 @@ from raypar.storage import Folder
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lease, "RENEW_EVERY_S", 0.01)
     monkeypatch.setattr(lease, "WATCH_S", 0.05)
+    monkeypatch.setattr(lease, "EXPIRES_S", 3600.0)  # however slow the machine is
 
 
 def take(out: Folder, on_lost: Any = lambda: None) -> Lease:
@@ -55,7 +56,7 @@ def test_a_second_driver_refuses_until_the_first_one_ends(tmp_path: Path) -> Non
             said = str(caught.value)
             assert f"host {first.mine.host}, process {os.getpid()}, user {first.mine.user}, since 2" in said
             assert "wait until it ends" in said
-            assert "If it is dead, its lease runs out 60 s after that" in said
+            assert "If it is dead, its lease runs out 3600 s after that" in said
             assert "\n" not in said
         out.write("best.pt", b"weights")
         first.clear()
@@ -67,25 +68,29 @@ def test_a_second_driver_refuses_until_the_first_one_ends(tmp_path: Path) -> Non
 
 
 def test_of_many_that_start_together_one_goes_on(tmp_path: Path) -> None:
-    out, start, done = Folder.at(tmp_path / "train"), threading.Barrier(8), threading.Barrier(8)
-    won: list[str] = []
+    """At once, or where a machine is so slow that several did not see each other, at the next renewal."""
+    out, start, done = Folder.at(tmp_path / "train"), threading.Barrier(8), threading.Event()
+    leases = [take(out) for _ in range(8)]
+    refused: list[Lease] = []
 
-    def drive() -> None:
-        mine = take(out)
+    def drive(mine: Lease) -> None:
         start.wait()
         try:
             with mine:
-                won.append(mine.mine.nonce)
-                done.wait()
+                done.wait(60)
         except HeldError:
-            done.wait()
+            refused.append(mine)
 
-    threads = [threading.Thread(target=drive) for _ in range(8)]
+    threads = [threading.Thread(target=drive, args=(each,)) for each in leases]
     for thread in threads:
         thread.start()
+    wait_until(lambda: len(refused) + sum(each.is_lost for each in leases) == len(leases) - 1)
+    (winner,) = [each for each in leases if each not in refused and not each.is_lost]
+    wait_until(lambda: winner._thread.is_alive())
+    winner.check()
+    done.set()
     for thread in threads:
         thread.join()
-    assert len(won) == 1
 
 
 def test_a_driver_that_was_killed_leaves_its_run_at_once(
@@ -105,14 +110,12 @@ def test_a_driver_that_was_killed_leaves_its_run_at_once(
         # nobody has asked for its end: it is a zombie
         wait_until(lambda: Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()[0] == "Z")
         for _ in range(2):  # as a zombie, and when even that is gone
-            began = time.monotonic()
             refuse_if_held(out)
             holder = Holder.read(out)
             assert holder is not None
             with take(out):
                 assert f"process {process.pid}" in (said := capsys.readouterr().out)
                 assert "has ended: taken over" in said
-            assert time.monotonic() - began < 10, "not one lease's time"
             out.write_json(LEASE, asdict(holder))
             process.wait()
 
@@ -131,13 +134,13 @@ def test_a_process_id_that_is_used_again_is_another_process(tmp_path: Path) -> N
 
 def test_a_lease_of_another_host_runs_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = Folder.at(tmp_path)
-    out.write_json(LEASE, asdict(of_another_host(renewed=time.time() - lease.EXPIRES_S + 5)))
+    out.write_json(LEASE, asdict(of_another_host(renewed=time.time() - lease.EXPIRES_S + 60)))
     with pytest.raises(HeldError, match=r"host elsewhere, process .*, user somebody"):
         take(out).__enter__()
     out.write_json(LEASE, asdict(of_another_host(renewed=time.time() - lease.EXPIRES_S - 5)))
     refuse_if_held(out)
     with take(out):
-        assert "has not renewed its lease for 60 s: taken over" in capsys.readouterr().out
+        assert "has not renewed its lease for 3600 s: taken over" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("skew_s", [-7200.0, 7200.0])

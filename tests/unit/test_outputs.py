@@ -72,7 +72,9 @@ def test_the_folder_of_another_is_never_taken(tmp_path: Path) -> None:
     for overwrite in (False, True):
         with pytest.raises(ValueError, match=r"is an output of predict: choose another evaluate\.name"):
             output_of(tmp_path, "evaluate", name="results", overwrite=overwrite).finished({})
-    (tmp_path / "run" / "mine").mkdir()
+    mine = output_of(tmp_path, "export", name="mine")
+    mine.folder.write("weights/a.pt", b"staged by an export that was killed")
+    assert mine.finished({}) is None
     (tmp_path / "run" / "mine" / "notes.txt").write_text("mine")
     for overwrite in (False, True):
         with pytest.raises(ValueError, match="holds files that are no output of evaluate"):
