@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,18 +67,6 @@ class Letterboxed:
     gains: list[NDArray[np.float32]]
     pads: list[NDArray[np.float32]]
     image_hws: list[tuple[int, int]]
-
-    def pieces(self, most: int) -> Iterator[Letterboxed]:
-        """The same images, at most so many at a time."""
-        for first in range(0, len(self.indices), most):
-            part = slice(first, first + most)
-            yield Letterboxed(
-                self.images[part],
-                self.indices[part],
-                self.gains[part],
-                self.pads[part],
-                self.image_hws[part],
-            )
 
 
 def joined(groups: Sequence[Letterboxed]) -> Letterboxed:

@@ -19,7 +19,7 @@ import pickle
 import tempfile
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -202,40 +202,55 @@ class RowGroup:
 
     Attributes:
         rows: without their encoded images, with the column ``position``.
-        images: of each row, uint8 (H, W, 3) RGB.
-        sides: of each row's rectangle, over imgsz.
+        shown: of each row, in its rectangle.
+        sample: the first images of the first row group, uint8 (H, W, 3) RGB: for the pictures.
         unreadable: image id and reason of the others.
-        is_sampled: whether its first images are in the pictures.
     """
 
     rows: pa.Table
-    images: list[Any]
-    sides: list[tuple[float, float]]
+    shown: list[Letterboxed]
+    sample: list[Any]
     unreadable: list[dict[str, str]]
-    is_sampled: bool
 
     @classmethod
-    def read(cls, job: Job, item: dict[str, Any]) -> RowGroup:
-        """What an item of :func:`_items` stands for."""
+    def read(cls, job: Job, item: dict[str, Any], detector: Detector) -> RowGroup:
+        """What an item of :func:`_items` stands for. Images are letterboxed one by one: decoded they take much more memory."""
         from raypar.images import decode
+        from raypar.judge import letterboxed
 
         shard, group = str(item["shard"]), int(item["group"])
         table = row_group(job.dataset, shard, group)
-        good, images, unreadable = [], [], []
-        for i, row in enumerate(table.select(["image_id", "image"]).to_pylist()):
+        num_sampled = SHEET_IMAGES if (shard, group) == (job.sampled_shard, 0) else 0
+        good, unreadable = list[int](), list[dict[str, str]]()
+        shown, sample = list[Any](), list[Any]()
+        for i, row in enumerate(table.select(["image_id", "image", "height", "width"]).to_pylist()):
             try:
-                images.append(decode(row["image"]))
-                good.append(i)
+                image = decode(row["image"])
+                if image.shape[:2] != (row["height"], row["width"]):
+                    raise ValueError(f"image is {image.shape[1]}x{image.shape[0]}, it was {row['width']}x{row['height']} when prepared")  # fmt: skip
             except ValueError as error:
                 unreadable.append({"image_id": row["image_id"], "reason": str(error)})
+                continue
+            height, width = item["sides"][i]
+            shape = detector.rectangle((float(height), float(width)))
+            shown.append(letterboxed(job.manifest.task, image, shape, detector))
+            good.append(i)
+            if len(sample) < num_sampled:
+                sample.append(image)
         rows = table.drop_columns("image").append_column("position", pa.array(item["positions"], pa.int64()))
-        sides = [(float(height), float(width)) for height, width in (item["sides"][i] for i in good)]
-        return cls(rows.take(good), images, sides, unreadable, shard == job.sampled_shard and group == 0)
+        return cls(rows.take(good), shown, sample, unreadable)
 
-    def groups(self, detector: Detector, batch: int) -> Iterator[Letterboxed]:
-        """The images in their rectangles, at most ``batch`` at a time; ``indices`` count rows."""
-        for group in detector.letterbox(self.images, [detector.rectangle(sides) for sides in self.sides]):
-            yield from group.pieces(batch)
+    def groups(self, batch: int) -> Iterator[Letterboxed]:
+        """The images that share a shape, at most ``batch`` at a time; ``indices`` count rows."""
+        from raypar.detector import joined
+
+        alike: dict[tuple[int, ...], list[int]] = {}
+        for i, one in enumerate(self.shown):
+            alike.setdefault(tuple(one.images.shape), []).append(i)
+        for indices in alike.values():
+            for first in range(0, len(indices), batch):
+                some = indices[first : first + batch]
+                yield replace(joined([self.shown[i] for i in some]), indices=some)
 
 
 class Worker:
@@ -246,7 +261,11 @@ class Worker:
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         item = {name: values[0] for name, values in batch.items()}
-        return {"part": np.array([pickle.dumps(self._score(RowGroup.read(self.job, item)))], dtype=object)}
+        return {
+            "part": np.array(
+                [pickle.dumps(self._score(RowGroup.read(self.job, item, self.detector)))], dtype=object
+            )
+        }
 
     def _score(self, found: RowGroup) -> dict[str, Any]:
         from raypar.metrics import Scorer
@@ -255,7 +274,7 @@ class Worker:
         rows = found.rows.to_pylist()
         labels = [_labels(row, self.job.is_single_class, self.job.classes) for row in rows]
         detections: dict[int, Detections] = {}
-        for group in found.groups(self.detector, self.job.batch):
+        for group in found.groups(self.job.batch):
             began = time.monotonic()
             detected = self.detector.postprocess(self.detector.forward(group.images), group)
             seconds += time.monotonic() - began
@@ -269,8 +288,8 @@ class Worker:
             [row["position"] for row in rows],
         )
         tiles = [
-            self._tile(rows[i]["image_id"], found.images[i], ordered[i], labels[i])
-            for i in range(min(NUM_SAMPLES, len(rows)) if found.is_sampled else 0)
+            self._tile(rows[i]["image_id"], image, ordered[i], labels[i])
+            for i, image in enumerate(found.sample[:NUM_SAMPLES])
         ]
         return {
             "scores": scorer.state(),
@@ -320,20 +339,20 @@ class JudgedWorker:
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         item = {name: values[0] for name, values in batch.items()}
         with tempfile.TemporaryDirectory(prefix="raypar-evaluate-") as folder:
-            part = self._score(RowGroup.read(self.job, item), Path(folder))
+            part = self._score(RowGroup.read(self.job, item, self.detector), Path(folder))
         return {"part": np.array([pickle.dumps(part)], dtype=object)}
 
     def _score(self, found: RowGroup, folder: Path) -> dict[str, Any]:
         judge, seconds = self._judge(self.job, folder), 0.0
         judge.clear(self.detector.model)
-        for group in self._groups(found):
+        for group in found.groups(self.job.batch):
             batch = judge.batch(found.rows, group, self.detector.device)
             began = time.monotonic()
             raw = self._forward(batch)
             seconds += time.monotonic() - began
             judge.update(raw, batch)
-        if found.is_sampled and found.images:
-            batch = judge.batch(found.rows, self._sample(found), self.detector.device)
+        if found.sample:
+            batch = judge.batch(found.rows, self._sheet(found.sample), self.detector.device)
             judge.draw(self._forward(batch), batch)
         return {
             "scores": judge.state(),
@@ -349,25 +368,13 @@ class JudgedWorker:
         with torch.no_grad():
             return self.detector.model(batch["img"])
 
-    def _groups(self, found: RowGroup) -> Iterator[Letterboxed]:
-        if self.job.manifest.task != "classify":
-            yield from found.groups(self.detector, self.job.batch)
-        elif found.images:
-            yield from self._classified(found.images).pieces(self.job.batch)
-
-    def _sample(self, found: RowGroup) -> Letterboxed:
-        """The first images in one letterbox that fits them all: a sheet of pictures has tiles of one size."""
-        images = found.images[:SHEET_IMAGES]
-        if self.job.manifest.task == "classify":
-            return self._classified(images)
-        (group,) = self.detector.letterbox(images, [self.detector.rectangle(SQUARE)] * len(images))
-        return group
-
-    def _classified(self, images: list[Any]) -> Letterboxed:
+    def _sheet(self, images: list[Any]) -> Letterboxed:
+        """Images in letterboxes that fit them all: a sheet of pictures has tiles of one size."""
         from raypar.detector import joined
-        from raypar.judge import classified
+        from raypar.judge import letterboxed
 
-        return joined([classified(image, self.detector.imgsz) for image in images])
+        shape = self.detector.rectangle(SQUARE)
+        return joined([letterboxed(self.job.manifest.task, image, shape, self.detector) for image in images])
 
     @staticmethod
     def _judge(job: Job, folder: Path) -> Any:

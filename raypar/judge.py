@@ -30,7 +30,7 @@ from ultralytics.models.yolo.segment import SegmentationValidator
 from raypar.augment.outlines import boxes_xywhr
 from raypar.dataset.manifest import Manifest
 from raypar.dataset.rows import only_classes, row_labels
-from raypar.detector import Letterboxed
+from raypar.detector import Detector, Letterboxed
 from raypar.images import Image
 
 VALIDATORS: dict[str, Any] = {
@@ -241,6 +241,21 @@ class Judge:
             return np.zeros((hw[0] // ratio, hw[1] // ratio), np.uint8), np.zeros(0, np.intp)
         mask, order = polygons2masks_overlap(hw, list(polygons), downsample_ratio=ratio)
         return mask, order
+
+
+def letterboxed(task: str, image: Image, shape: tuple[int, int], detector: Detector) -> Letterboxed:
+    """An image as a model of a task is validated with it.
+
+    Args:
+        task: classify has no letterboxes.
+        image: uint8 (H, W, 3) RGB.
+        shape: height and width of its letterbox, px.
+        detector: that the image is for.
+    """
+    if task == "classify":
+        return classified(image, detector.imgsz)
+    (found,) = detector.letterbox([image], [shape])
+    return found
 
 
 def classified(image: Image, imgsz: int) -> Letterboxed:

@@ -24,8 +24,8 @@ from raypar.dataset.manifest import Split
 from raypar.dataset.plan import contiguous_share
 from raypar.dataset.rows import cells, most_labels, only_classes, read_sizes, row_group
 from raypar.detector import Detector, Letterboxed, joined
-from raypar.images import Image, decode
-from raypar.judge import Judge, classified
+from raypar.images import decode
+from raypar.judge import Judge, letterboxed
 from raypar.metrics import Scorer
 from raypar.rectangles import BatchQueue, Rectangles, raised_max_det, rectangles, squares
 from raypar.storage import Folder
@@ -94,41 +94,38 @@ class Share:
         return rectangles(sizes.image_ids, sizes.hws, self.images_per_rectangle), max_det
 
     def groups(self, detector: Detector) -> Iterator[Group]:
-        """This rank's images, each once."""
+        """This rank's images, each once; kept for the next time where they fit."""
         if self._cache is not None:
             yield from self._cache
             return
-        kept, num_bytes = list[Group](), 0
-        for group in self._read(detector):
-            num_bytes += group.images.images.nbytes
-            if num_bytes <= CACHE_BYTES:
-                kept.append(group)
-            else:
-                kept.clear()
-            yield group
-        self._cache = kept if num_bytes <= CACHE_BYTES else None
-
-    def _read(self, detector: Detector) -> Iterator[Group]:
         assert self._rectangles is not None, "prepare comes first"
-        batch_of, weights = self._rectangles.batch_of, self._rectangles.weights()
         shapes = [detector.rectangle((height, width)) for height, width in self._rectangles.sides.tolist()]
+        bytes_per_pixel = 12 if self.task == "classify" else 3  # its pixels are float32
+        sizes = np.array([height * width * bytes_per_pixel for height, width in shapes])
+        num_bytes = sizes[self._rectangles.batch_of[self.rows.start : self.rows.stop]].sum()
+        if num_bytes > CACHE_BYTES:
+            yield from self._read(detector, shapes)
+            return
+        kept = []
+        for group in self._read(detector, shapes):
+            kept.append(group)
+            yield group
+        self._cache = kept
+
+    def _read(self, detector: Detector, shapes: list[tuple[int, int]]) -> Iterator[Group]:
+        assert self._rectangles is not None
+        batch_of, weights = self._rectangles.batch_of, self._rectangles.weights()
         queue = BatchQueue[Group](batch_of, shapes, self.rows, most=self.batch, limit=CACHE_BYTES)
         image = self.rows.start
         for table in tables(self.dataset, self.split, self.rows, self.batch):
             positions = self._rectangles.position_of[image : image + table.num_rows]
             labels = table.drop_columns("image").append_column("position", pa.array(positions))
             for i, encoded in enumerate(cells(table["image"])):
-                letterboxed = self._letterboxed(decode(encoded), shapes[batch_of[image]], detector)
-                one = Group(letterboxed, labels.slice(i, 1), float(weights[image]))
-                for groups in queue.push(image, one, letterboxed.images.nbytes):
+                shown = letterboxed(self.task, decode(encoded), shapes[batch_of[image]], detector)
+                one = Group(shown, labels.slice(i, 1), float(weights[image]))
+                for groups in queue.push(image, one, shown.images.nbytes):
                     yield _together(groups)
                 image += 1
-
-    def _letterboxed(self, image: Image, shape: tuple[int, int], detector: Detector) -> Letterboxed:
-        if self.task == "classify":
-            return classified(image, detector.imgsz)
-        (found,) = detector.letterbox([image], [shape])
-        return found
 
 
 def _together(groups: list[Group]) -> Group:
