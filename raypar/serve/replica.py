@@ -112,10 +112,12 @@ class Replica:
     Args:
         settings: a :class:`ServeConfig` as a plain dict.
         device: ``cpu`` or ``cuda:0``; said outright, because Ray leaves GPUs visible to actors that asked for none.
+        trusted: whether code that weights hold may run.
     """
 
-    def __init__(self, settings: dict[str, Any], device: str) -> None:
+    def __init__(self, settings: dict[str, Any], device: str, trusted: bool = False) -> None:
         self._config, self._device = ServeConfig.model_validate(settings), device
+        self._trusted = trusted
         threads = _num_threads(self._config) if device == "cpu" else 1
         self._loaded: Loaded | None = None
         self._loader = ThreadPoolExecutor(1, "load", _set_num_threads, (threads,))
@@ -234,7 +236,8 @@ class Replica:
         with tempfile.TemporaryDirectory(prefix="raypar-serve-") as folder:
             local, sha256 = download(weights, Path(folder))
             detector = Detector.load(local, device=self._device, precision=config.precision, imgsz=config.imgsz,
-                                     conf=config.conf, iou=config.iou, max_det=config.max_det)  # fmt: skip
+                                     conf=config.conf, iou=config.iou, max_det=config.max_det,
+                                     trusted=self._trusted)  # fmt: skip
             detector.warm_up()
             if self._device != "cpu" and not detector.square:
                 # the largest batch finds out now whether it fits the memory
