@@ -174,7 +174,7 @@ def _check_scans(view: memoryview, at: int) -> None:
 
 
 def _read_png(view: memoryview) -> Header:
-    if view[12:16] != b"IHDR":
+    if bytes(view[12:16]) != b"IHDR":
         raise ValueError("not an image that can be read: a PNG that does not say its size")
     width, height, bits = struct.unpack_from(">IIB", view, 16)
     _check_chunks(view)
@@ -302,7 +302,7 @@ def _tiff_tags(view: memoryview) -> dict[int, tuple[int, ...]]:
     Raises:
         ValueError: the tags hold more than the file does: who reads them all (Pillow) would read some bytes over and over.
     """
-    order = "<" if view[:2] == b"II" else ">"
+    order = "<" if bytes(view[:2]) == b"II" else ">"
     is_big = 43 in (view[2], view[3])
     place, count, entry, inline = ("Q", "Q", "HHQ8s", 8) if is_big else ("I", "H", "HHI4s", 4)
     at = struct.unpack_from(order + place, view, 8 if is_big else 4)[0]

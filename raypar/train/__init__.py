@@ -68,13 +68,13 @@ def check_settings(config: RunConfig) -> None:
     albu.check(config.train.albumentations, manifest.task, int(args.imgsz), has_polygons=has_polygons)
     if config.train.augment == "gpu":
         _refuse_on_device(config, manifest)
-    model = initial.find(config.train.model, manifest.task)
-    if args.nms is False and not initial.is_end2end(model):
+    model = initial.find(config.train.model, manifest.task, trusted=config.weights_trusted)
+    if args.nms is False and not initial.is_end2end(model, trusted=config.weights_trusted):
         raise ValueError(
             f"train.yolo.nms=False: {config.train.model} has no NMS-free head (yolo26 and yolov10 have): leave it out"
         )
     if config.train.init_from is not None:
-        initial.find(config.train.init_from, manifest.task, "train.init_from")
+        initial.find(config.train.init_from, manifest.task, "train.init_from", trusted=config.weights_trusted)
     if not config.train.overwrite and (config.folder / "train").exists(SETTINGS):
         _check_begun(config, fingerprint(_placed(config, manifest)))
     _note_what_is_otherwise(config.train.yolo, args)
@@ -161,9 +161,11 @@ def _prepared(
     _check_optimizer(
         placed, manifest, settings[identity.BEGUN]["epochs"]
     )  # here too: not everybody has called check
-    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
+    trusted = placed.weights_trusted
+    model = initial.stage(initial.find(train.model, manifest.task, trusted=trusted), out, is_begun=is_begun)
     if train.init_from is not None:
-        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+        init_from = initial.find(train.init_from, manifest.task, "train.init_from", trusted=trusted)
+        initial.stage(init_from, out, is_begun=is_begun)
     if grown is not None:
         print(f"{label}: {grown}", flush=True)
         chronicle.happened(out, run_id, str(grown))
@@ -342,6 +344,7 @@ def _trainer(
             "folder": config.folder.uri,
             "dataset": config.dataset_folder.uri,
             "seed": config.seed,
+            "weights_trusted": config.weights_trusted,
             "model": model,
             "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from raypar.storage import Folder
+from raypar.weights import read_model
 
 INITIAL = "init.pt"  # weights that training starts from, in the run's folder
 # Heads of models that train in another way than those of their task: with text, or with a loss of their own.
@@ -22,13 +23,14 @@ OTHER_TRAINERS = {
 SUFFIXES = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}
 
 
-def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, Any]:
+def find(name: str, wanted: str, key: str = "train.model", *, trusted: bool = False) -> str | dict[str, Any]:
     """A model yaml's content, or the local path of weights, which are downloaded if they are Ultralytics'; for the task ``wanted``.
 
     Args:
         name: of a yaml or ``.pt``, of Ultralytics or with its path or URI.
         wanted: task of the dataset.
         key: the setting that names it.
+        trusted: whether code that weights hold may run.
 
     Raises:
         ValueError: it cannot be found or read, or is for another task.
@@ -37,7 +39,7 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
     if name.endswith((".yaml", ".yml")):
         found, task = _read_yaml(name, key)
     elif name.endswith(".pt"):
-        found, task = _read_weights(name, key)
+        found, task = _read_weights(name, key, trusted=trusted)
     else:
         base = name.rstrip("/").rsplit("/", 1)[-1]
         raise ValueError(
@@ -50,13 +52,11 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
     return found
 
 
-def is_end2end(model: str | dict[str, Any]) -> bool:
+def is_end2end(model: str | dict[str, Any], *, trusted: bool) -> bool:
     """Whether a model, as :func:`find` returns it, has an NMS-free head too."""
     if isinstance(model, dict):
         return bool(model.get("end2end")) or _head(model) == "v10Detect"
-    from ultralytics.nn.tasks import load_checkpoint
-
-    head: Any = load_checkpoint(model)[0].model[-1]
+    head: Any = read_model(model, trusted=trusted).model[-1]
     return getattr(head, "one2one_cv2", None) is not None
 
 
@@ -109,14 +109,12 @@ def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:
     return content, task
 
 
-def _read_weights(name: str, key: str) -> tuple[str, str]:
-    from ultralytics.nn.tasks import load_checkpoint
-
+def _read_weights(name: str, key: str, *, trusted: bool) -> tuple[str, str]:
     is_remote = "://" in name
     path = Path(name) if is_remote or Path(name).exists() else _downloaded(name, key)
     try:
         local = str((_fetched(name) if is_remote else path).absolute())
-        model: Any = load_checkpoint(local)[0]
+        model: Any = read_model(local, trusted=trusted)
     except Exception as error:  # whatever unpickling foreign bytes raises
         raise _unreadable(name, key, error) from error
     if key == "train.model":  # of train.init_from only the weights are taken, where they fit

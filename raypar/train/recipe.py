@@ -29,7 +29,6 @@ from ultralytics.models.yolo.detect import DetectionTrainer
 from ultralytics.models.yolo.obb import OBBTrainer
 from ultralytics.models.yolo.pose import PoseTrainer
 from ultralytics.models.yolo.segment import SegmentationTrainer
-from ultralytics.nn.tasks import load_checkpoint
 from ultralytics.optim import MuSGD
 from ultralytics.utils import LOGGER
 from ultralytics.utils.torch_utils import init_seeds
@@ -38,6 +37,7 @@ from raypar.dataset.manifest import Manifest
 from raypar.dataset.rows import boxes_per_class
 from raypar.dataset.stream import StreamSpec
 from raypar.storage import Folder, patiently
+from raypar.weights import read_model
 from raypar.yolo_keys import chosen_classes, nearest, refuse_for_task
 
 STRIDE = 32  # px, of the coarsest level of a model; more with a level more
@@ -322,13 +322,14 @@ def counted_classes(spec: StreamSpec, manifest: Manifest, args: SimpleNamespace)
 
 
 @contextmanager
-def initial_weights(name: str | None, out: Folder) -> Iterator[torch.nn.Module | None]:
+def initial_weights(name: str | None, out: Folder, *, trusted: bool) -> Iterator[torch.nn.Module | None]:
     """The model whose weights a yaml's model takes over, which the driver put into storage; None: none."""
     if name is None:
         yield None
         return
     with staged(name, out) as path:
-        yield load_checkpoint(path)[0]
+        assert isinstance(path, str), "weights, and no yaml's content"
+        yield read_model(path, trusted=trusted)
 
 
 @contextmanager

@@ -62,6 +62,7 @@ from raypar.train.recipe import (
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
+from raypar.weights import restricted
 
 if TYPE_CHECKING:
     from raypar.dataset.rendered import Rendered
@@ -153,9 +154,11 @@ class Worker:
         self.cache = None if self.spec.cache is None else node_cache(self.spec.cache)
 
     def _build_model(self, config: dict[str, Any], manifest: Manifest) -> Lender:
+        trusted = config["weights_trusted"]
         with (
             staged(config["model"], self.out) as model,
-            initial_weights(config["init_from"], self.out) as weights,
+            initial_weights(config["init_from"], self.out, trusted=trusted) as weights,
+            restricted(trusted=trusted),
         ):
             return Lender(
                 self.train["yolo"],

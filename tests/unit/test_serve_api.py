@@ -420,16 +420,18 @@ def test_keys(service: FakeService) -> None:
         assert client.get(route).status_code == 200
 
 
-def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_named_variable_must_hold_a_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_weights: Path
+) -> None:
     config = RunConfig.model_validate(
         {"name": "run", "storage": str(tmp_path), "serve": {"api_key_env": "SOME_KEYS"}}
     )
-    with pytest.raises(ValueError, match=r"train first.*serve\.weights"):
+    with pytest.raises(ValueError, match=r"run `raypar train`.*serve\.weights"):
         raypar.serve.check(config)
     (config.folder / "train").write("best.pt", b"")
-    with pytest.raises(ValueError, match="are empty"):
+    with pytest.raises(ValueError, match="it is empty"):
         raypar.serve.check(config)
-    (config.folder / "train").write("best.pt", b"weights")
+    (config.folder / "train").upload(tiny_weights, "best.pt")
     with pytest.raises(ValueError, match="export SOME_KEYS=KEY"):
         raypar.serve.check(config)
     monkeypatch.setenv("SOME_KEYS", "one, two")
