@@ -57,7 +57,7 @@ class Outlines:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def take(self, is_taken: NDArray[np.bool_]) -> Outlines:
+    def __getitem__(self, is_taken: NDArray[np.bool_]) -> Outlines:
         """Some of them, in their order; bool (N,)."""
         points = self.points[np.repeat(is_taken, self.counts)]
         return Outlines(points, self.counts[is_taken], self.num_dense[is_taken])
