@@ -246,7 +246,8 @@ def _followed(
     if polygons is not None and num_points:
         outlines = moved[:num_points].reshape(polygons.shape)
         lost = is_lost[:num_points].reshape(polygons.shape[:2])
-        kept = kept[~lost.all(1)[kept]]
+        is_gone = np.asarray(lost.all(1))
+        kept = kept[~is_gone[kept]]
         polygons = _filled(outlines, lost)[kept].astype(np.float32)
         boxes = visible_boxes(polygons, size)
         polygons = clipped(polygons, boxes[:, :2], boxes[:, 2:])

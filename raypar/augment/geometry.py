@@ -69,12 +69,13 @@ class Recipe:
             raise ValueError(
                 "train.yolo.overlap_mask=False is not supported: masks are joined in one, as by default"
             )
-        if task == "segment" and args["copy_paste"] and args["copy_paste_mode"] != "flip":
+        has_polygons = task in ("detect", "segment", "obb")  # detect: if the dataset has
+        if has_polygons and args["copy_paste"] and args["copy_paste_mode"] != "flip":
             raise ValueError(
                 f"train.yolo.copy_paste_mode={args['copy_paste_mode']!r} is not supported: write flip"
             )
-        if task != "segment":
-            values["copy_paste"] = 0.0  # it needs polygons
+        if not has_polygons:
+            values["copy_paste"] = 0.0
         if task == "pose" and not flip_idx:
             values["fliplr"] = values["flipud"] = 0.0
         scale = values["scale"]

@@ -249,7 +249,7 @@ def move_layer(recipe: Recipe, layer: Layer, sources: Sequence[Labelled]) -> tup
         before = before.cut(recipe.task, width, height)
         is_there = _has_area(before.boxes)
         before = before.take(is_there)
-        outlines = None if outlines is None else outlines.take(is_there)
+        outlines = None if outlines is None else outlines[is_there]
     if layer.copy_paste and before.polygons is not None and len(before.polygons):
         mirrored = before.mirrored(0, width).take(choose_pasted(before.boxes, width, layer.copy_paste))
         assert mirrored.polygons is not None

@@ -13,7 +13,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from raypar.augment.geometry import mapped
+from raypar.augment.geometry import hull, mapped
 
 Floats = NDArray[np.float64]
 Points = NDArray[np.float32]
@@ -57,7 +57,7 @@ class Outlines:
     def __len__(self) -> int:
         return len(self.counts)
 
-    def take(self, is_taken: NDArray[np.bool_]) -> Outlines:
+    def __getitem__(self, is_taken: NDArray[np.bool_]) -> Outlines:
         """Some of them, in their order; bool (N,)."""
         points = self.points[np.repeat(is_taken, self.counts)]
         return Outlines(points, self.counts[is_taken], self.num_dense[is_taken])
@@ -93,10 +93,18 @@ class Outlines:
         if canvas_wh is not None:
             low, high = self.extent(self.points)
             leaves_canvas = ((low < 0) | (high > canvas_wh)).any(1)
-            boxes[leaves_canvas] = self._cut_boxes(np.flatnonzero(leaves_canvas), matrix, size, canvas_wh)
             is_cut &= ~leaves_canvas
-        for i in np.flatnonzero(is_cut):
-            boxes[i] = _visible_box(self.polygon(int(i), moved), size)
+            # what its edges leave of a polygon lies within what they leave of its box
+            on_canvas = np.concatenate([low, high], 1).clip(0, [*canvas_wh, *canvas_wh]).astype(np.float64)
+            around = hull(on_canvas, matrix).astype(np.float32)
+            boxes_there, is_dense = _whole_boxes(around[:, :2], around[:, 2:], size)
+            if matrix[0, 1] or matrix[1, 0] or matrix[2, :2].any():
+                # turned, it need not touch the sides of that
+                is_dense = boxes_there.any(1)
+            boxes[leaves_canvas] = boxes_there[leaves_canvas]
+            is_dense &= leaves_canvas
+            boxes[is_dense] = self._cut_boxes(np.flatnonzero(is_dense), matrix, size, canvas_wh)
+        boxes[is_cut] = _seen(moved[np.repeat(is_cut, self.counts)], self.counts[is_cut], size)
         return boxes
 
     def _cut_boxes(
@@ -157,8 +165,8 @@ def join(polygons: Sequence[Points]) -> Points:
 def visible_boxes(polygons: Points, size: int) -> Floats:
     """Boxes_xyxy float64 (N, 4), px, of what of each polygon lies within [0, S] x [0, S]; zeros for nothing."""
     boxes, is_cut = _whole_boxes(*_extent(polygons), size)
-    for i in np.flatnonzero(is_cut):
-        boxes[i] = _visible_box(polygons[i], size)
+    cut = polygons[is_cut]
+    boxes[is_cut] = _seen(cut.reshape(-1, 2), np.full(len(cut), polygons.shape[1]), size)
     return boxes
 
 
@@ -190,25 +198,48 @@ def clipped(polygons: Points, low: NDArray[Any], high: NDArray[Any]) -> Points:
     return inside
 
 
-def _visible_box(polygon: Points, size: int) -> Floats:
-    """The hull of the points inside, of where edges cross the sides, and of the corners that lie inside (ops.segment2box)."""
-    after, (x, y) = np.roll(polygon, -1, axis=0), polygon.T
-    points = [polygon[(x >= 0) & (x <= size) & (y >= 0) & (y <= size)]]
+def _seen(points: Points, counts: NDArray[np.intp], size: int) -> Floats:
+    """Boxes float64 (N, 4) of what lies within [0, S] x [0, S] of polygons, zeros for nothing.
+
+    The hulls of the points inside, of where edges cross the sides, and of the corners that lie inside (ops.segment2box).
+
+    Args:
+        points: float32 (T, 2), of one polygon after the other.
+        counts: (N,), how many points each has.
+        size: S.
+    """
+    if not len(counts):
+        return np.zeros((0, 4))
+    owner, ends = np.repeat(np.arange(len(counts)), counts), np.cumsum(counts)
+    following = np.arange(1, len(points) + 1)
+    following[ends - 1] = ends - counts
+    after = points[following]
+    low, high = np.full((len(counts), 2), np.inf, np.float32), np.full((len(counts), 2), -np.inf, np.float32)
+
+    def reach(whose: NDArray[np.intp], found: Points) -> None:
+        np.minimum.at(low, whose, found)
+        np.maximum.at(high, whose, found)
+
+    is_inside = ((points >= 0) & (points <= size)).all(1)
+    reach(owner[is_inside], points[is_inside])
     for axis, side in ((0, 0), (0, size), (1, 0), (1, size)):
-        this, other = polygon[:, axis], after[:, axis]
+        this, other = points[:, axis], after[:, axis]
         at = np.flatnonzero(((this < side) != (other < side)) | ((this > side) != (other > side)))
         share = (side - this[at]) / (other[at] - this[at])
-        along = polygon[at, 1 - axis] + share * (after[at, 1 - axis] - polygon[at, 1 - axis])
-        along = along[(along >= 0) & (along <= size)]
-        crossing = np.full((len(along), 2), side, np.float32)
-        crossing[:, 1 - axis] = along
-        points.append(crossing)
-    corners = _CORNERS * size
-    points.append(
-        corners[[cv2.pointPolygonTest(polygon, (float(x), float(y)), False) >= 0 for x, y in corners]]
-    )
-    found = np.concatenate(points)
-    return np.concatenate([found.min(0), found.max(0)]).astype(np.float64) if len(found) else np.zeros(4)
+        along = points[at, 1 - axis] + share * (after[at, 1 - axis] - points[at, 1 - axis])
+        is_seen = (along >= 0) & (along <= size)
+        crossing = np.full((int(is_seen.sum()), 2), side, np.float32)
+        crossing[:, 1 - axis] = along[is_seen]
+        reach(owner[at[is_seen]], crossing)
+    least, most = np.minimum.reduceat(points, ends - counts), np.maximum.reduceat(points, ends - counts)
+    for corner in _CORNERS * size:
+        for i in np.flatnonzero(((least <= corner) & (corner <= most)).all(1)):
+            polygon = points[ends[i] - counts[i] : ends[i]]
+            if cv2.pointPolygonTest(polygon, (float(corner[0]), float(corner[1])), False) >= 0:
+                reach(np.array([i]), corner[None])
+    boxes = np.concatenate([low, high], 1).astype(np.float64)
+    boxes[np.isinf(boxes).any(1)] = 0
+    return boxes
 
 
 def cut_polygon(polygon: Floats, width: float, height: float) -> Floats:

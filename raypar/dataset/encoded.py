@@ -95,8 +95,10 @@ class EncodedBatch:
         return self.labels.rank
 
 
-def refuse(*, task: str, cache: str, copy_paste: float, moves_pixels: bool) -> None:
-    """Says what the device does not do.
+def refuse(
+    *, task: str, cache: str, copy_paste: float, moves_pixels: bool, has_polygons: bool = False
+) -> None:
+    """Says what the device does not do; ``has_polygons``: of a detect dataset.
 
     Raises:
         ValueError: it is asked for.
@@ -105,8 +107,8 @@ def refuse(*, task: str, cache: str, copy_paste: float, moves_pixels: bool) -> N
         "the dataset's task is 'classify'": task == "classify",
         f"train.cache={cache} keeps images for the processes that augment on CPUs (write train.cache=none)": cache
         != "none",
-        f"train.yolo.copy_paste={copy_paste} is not done on the device (write 0)": task == "segment"
-        and bool(copy_paste),
+        f"train.yolo.copy_paste={copy_paste} is not done on the device (write 0)": bool(copy_paste)
+        and (task in ("segment", "obb") or has_polygons),
         "train.albumentations has a transform that moves pixels": moves_pixels,
     }
     if found := [reason for reason, is_so in reasons.items() if is_so]:

@@ -119,13 +119,11 @@ def recipe_of(args: Mapping[str, Any], manifest: Manifest) -> Recipe | ClassifyR
     if manifest.task == "classify":
         return ClassifyRecipe.from_yolo(args)
     # Ultralytics pastes along polygons, and ignores the setting where there are none
-    if (
-        manifest.task == "detect"
-        and args["copy_paste"]
-        and not getattr(manifest.split("train"), "has_polygons", False)
-    ):
-        raise ValueError(f"train.yolo.copy_paste={args['copy_paste']}: the dataset has boxes without polygons, and objects are pasted by "
-                         "their polygons: leave it out")  # fmt: skip
+    if manifest.task == "detect" and args["copy_paste"] and not manifest.split("train").has_polygons:
+        raise ValueError(
+            f"train.yolo.copy_paste={args['copy_paste']}: the dataset has boxes without polygons, and objects are pasted by "
+            "their polygons: leave it out"
+        )
     return Recipe.from_yolo(
         args, manifest.task, manifest.flip_idx, manifest.keypoint_shape[0] if manifest.keypoint_shape else 0
     )

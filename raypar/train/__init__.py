@@ -308,9 +308,12 @@ def _refuse_on_device(config: RunConfig, manifest: Manifest) -> None:
     from raypar.train.recipe import settings
 
     args = settings(config.train.yolo, batch=config.train.batch, seed=config.seed, task=manifest.task)
-    moves_pixels = albu.make(config.train.albumentations, manifest.task).move_pixels
     refuse(
-        task=manifest.task, cache=config.train.cache, copy_paste=args.copy_paste, moves_pixels=moves_pixels
+        task=manifest.task,
+        cache=config.train.cache,
+        copy_paste=args.copy_paste,
+        moves_pixels=albu.make(config.train.albumentations, manifest.task).move_pixels,
+        has_polygons=manifest.split("train").has_polygons,
     )
 
 

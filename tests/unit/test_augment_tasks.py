@@ -19,6 +19,7 @@ from ultralytics.data.utils import polygons2masks_overlap
 from ultralytics.utils.instance import Instances
 from ultralytics.utils.ops import resample_segments, segment2box, xyxyxyxy2xywhr
 
+from benchmarks.parity import box_difference, matched
 from raypar.augment import outlines
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator, resized_hw
@@ -309,6 +310,22 @@ def test_copy_paste_paints_what_ultralytics_paints(mosaic: float) -> None:
     assert num_pasted > 8
 
 
+def test_copy_paste_of_rotated_boxes_is_ultralytics() -> None:
+    recipe = Recipe(SIZE, mosaic=1.0, **MOVES, task="obb", copy_paste=1.0)
+    num_pasted = 0
+    for seed in range(16):
+        window = make_window(seed % 4, "obb")
+        sample = draw(recipe, generator(seed, 0, 0), seed % 5, 5, mosaic_on=True)
+        moved, expected = move_labels(recipe, sample, window), chain(recipe, sample, window)
+        wanted_ids, wanted = expected["cls"].numpy().reshape(-1), expected["bboxes"].numpy()
+        assert moved.boxes_xywhr is not None
+        assert sorted(moved.class_ids.tolist()) == sorted(wanted_ids.astype(int).tolist())
+        order = matched(moved.class_ids, moved.boxes_xywhr, wanted_ids, wanted)
+        assert not len(order) or box_difference(moved.boxes_xywhr, wanted[order]) < 1e-3
+        num_pasted += len(moved.pasted[0])
+    assert num_pasted > 8
+
+
 POINT = st.tuples(st.integers(-240, 1280), st.integers(-240, 1280)).map(lambda p: (p[0] / 4, p[1] / 4))
 POLYGONS = st.lists(st.lists(POINT, min_size=3, max_size=12), max_size=5)
 
@@ -417,7 +434,7 @@ def test_an_image_without_instances(task: str) -> None:
 
 def test_the_recipe_follows_the_task() -> None:
     args = vars(get_cfg(overrides={"imgsz": 320, "copy_paste": 0.3, "fliplr": 0.5, "flipud": 0.2}))
-    assert Recipe.from_yolo(args).copy_paste == 0
+    assert [Recipe.from_yolo(args, task).copy_paste for task in ("detect", "obb", "pose")] == [0.3, 0.3, 0]
     segment = Recipe.from_yolo(args, "segment")
     assert (segment.copy_paste, segment.mask_ratio, segment.fliplr) == (0.3, 4, 0.5)
     assert draw(segment, generator(0, 0, 0), 0, 4, mosaic_on=True).layer.copy_paste == 0.3
@@ -428,5 +445,6 @@ def test_the_recipe_follows_the_task() -> None:
     assert Recipe.from_yolo(args, "pose", [1, 0]).fliplr == 0.5
     with pytest.raises(ValueError, match="overlap_mask"):
         Recipe.from_yolo(args | {"overlap_mask": False}, "segment")
-    with pytest.raises(ValueError, match="copy_paste_mode"):
-        Recipe.from_yolo(args | {"copy_paste_mode": "mixup"}, "segment")
+    for task in ("detect", "segment", "obb"):
+        with pytest.raises(ValueError, match="copy_paste_mode"):
+            Recipe.from_yolo(args | {"copy_paste_mode": "mixup"}, task)

@@ -390,6 +390,8 @@ def test_what_the_device_does_not_do_is_refused_in_one_line() -> None:
     fine = {"task": "detect", "cache": "none", "copy_paste": 0.5, "moves_pixels": False}
     refuse(**fine)  # copy_paste needs polygons: detect has none
     refuse(**fine | {"task": "pose"})
+    with pytest.raises(ValueError, match=r"copy_paste=0\.5"):
+        refuse(**fine, has_polygons=True)
     for change, word in (({"task": "classify"}, "classify"), ({"cache": "ram"}, "train.cache=ram"),
                          ({"task": "segment"}, "copy_paste=0.5"), ({"moves_pixels": True}, "albumentations")):  # fmt: skip
         with pytest.raises(ValueError, match=f"{word}.*train.augment=cpu"):
