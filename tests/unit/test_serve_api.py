@@ -780,7 +780,8 @@ def test_weights_that_kill_who_loads_them_cost_no_replica(
     assert "a process that loads these weights is killed by SIGSEGV" in caplog.text
 
 
-def test_the_shapes_of_most_pictures_are_warmed_up() -> None:
+def test_the_shapes_of_most_pictures_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "WARM_UP_S", 3600)
     shapes: list[tuple[int, ...]] = []
 
     class Model(torch.nn.Module):
@@ -798,10 +799,12 @@ def test_the_shapes_of_most_pictures_are_warmed_up() -> None:
     for height, width in pictures + [(width, height) for height, width in pictures]:
         detector([np.zeros((height, width, 3), np.uint8)])
     assert set(shapes) == warm
-    shapes.clear()
-    detector.square = True
-    loading.warm_up(detector)
-    assert shapes == [(640, 640)]
+    for is_square, seconds in ((True, 3600), (False, -1)):  # an export of one shape; a slow model
+        shapes.clear()
+        detector.square = is_square
+        monkeypatch.setattr(loading, "WARM_UP_S", seconds)
+        loading.warm_up(detector)
+        assert shapes == [(640, 640)]
 
 
 # --- readiness ---------------------------------------------------------------------------------------------------------------------------
