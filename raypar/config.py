@@ -284,6 +284,9 @@ class PredictConfig(InferenceConfig):
     )
     conf: float = Field(0.25, ge=0, le=1, description="boxes below this confidence are dropped")
     batch: PositiveInt = Field(16, description="images a forward pass")
+    max_pixels: PositiveInt = Field(
+        178_956_970, description="images with more pixels than this are rejected, undecoded"
+    )
     num_workers: PositiveInt = Field(1, description="detector processes")
     overwrite: bool = Field(False, description="predict again though the result is there")
 

@@ -51,6 +51,7 @@ class Job:
 
     out: Folder
     batch: int
+    max_pixels: int
 
 
 def check(config: RunConfig) -> None:
@@ -102,7 +103,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         f"{pool.num_actors} worker(s){resumed}",
         flush=True,
     )
-    seconds = _predict(pool, Job(out, section.batch), source, due) if due else 0.0
+    seconds = _predict(pool, Job(out, section.batch, section.max_pixels), source, due) if due else 0.0
     return _finish(
         pool, out, source, settings, sum(e.num_images for i in due for e in source.pieces[i]), seconds
     )
@@ -204,7 +205,7 @@ class Worker:
             try:
                 if isinstance(data, Exception):
                     raise ValueError(f"cannot be read: {data}")
-                yield image_id, decode(data)
+                yield image_id, decode(data, self.job.max_pixels)
             except ValueError as error:
                 rejected.append({"image_id": image_id, "reason": str(error)})
 
