@@ -393,6 +393,10 @@ class RunConfig(Section):
     dataset: str | None = Field(
         None, description="a dataset that another run prepared, as runs/bccd/dataset; nothing: this run's own"
     )
+    weights_trusted: bool = Field(
+        False,
+        description="let weights (.pt) run Python code that they hold: only if you trust whoever made them",
+    )
     prepare: PrepareConfig | None = Field(None, description="images and labels -> shards")
     inspect: InspectConfig = Field(InspectConfig(), description="shards -> statistics, pictures, speed")
     train: TrainConfig = Field(TrainConfig(), description="shards -> weights")

@@ -24,6 +24,7 @@ from ultralytics.utils.nms import non_max_suppression
 from raypar.boxes import clip
 from raypar.images import Image, decode
 from raypar.precision import pick_device, pick_precision
+from raypar.weights import read_model
 
 GREY = 114  # of the border, as in Ultralytics' LetterBox
 Threshold = float | Sequence[float]
@@ -106,7 +107,8 @@ class Detector:
 
     @classmethod
     def load(cls, weights: str | Path, *, device: str | torch.device = "cpu", precision: str = "fp32", imgsz: int | None = None,
-             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0, task: str = "detect") -> Self:  # fmt: skip
+             conf: float = 0.25, iou: float = 0.7, max_det: int = 300, pad: float = 0.0, task: str = "detect",
+             trusted: bool = False) -> Self:  # fmt: skip
         """A detector from a local ``.pt``, or from anything that Ultralytics' ``AutoBackend`` loads (ONNX, OpenVINO ...).
 
         Args:
@@ -114,6 +116,7 @@ class Detector:
             device: where it runs; ``auto``: a GPU if this process has one.
             imgsz: px; nothing: as trained or exported.
             task: that the weights are for; of others than detect only :meth:`letterbox` and :meth:`forward` have a meaning.
+            trusted: whether code that a ``.pt`` holds may run.
 
         Raises:
             ValueError: there is no such file, it cannot be read, or it is for another task, size or precision.
@@ -121,9 +124,11 @@ class Detector:
         device = pick_device("auto") if device == "auto" else torch.device(device)
         if not Path(weights).exists():
             raise ValueError(f"there are no weights at {weights}")
-        read = _read_pt if str(weights).endswith(".pt") else _read_export
         try:
-            found = read(str(weights), device)
+            if str(weights).endswith(".pt"):
+                found = _read_pt(str(weights), device, trusted=trusted)
+            else:
+                found = _read_export(str(weights), device)
         except Exception as error:  # whatever unpickling foreign bytes, or a runtime, raises
             raise ValueError(
                 f"weights {weights} cannot be read: {' '.join(str(error).split())[:300] or type(error).__name__}"
@@ -280,10 +285,8 @@ class _Read:
     head_limit: Any = None  # the model itself, where it has no NMS and limits the boxes in its head
 
 
-def _read_pt(weights: str, device: torch.device) -> _Read:
-    from ultralytics.nn.tasks import load_checkpoint
-
-    model, _ = load_checkpoint(weights, device=device)
+def _read_pt(weights: str, device: torch.device, *, trusted: bool) -> _Read:
+    model = read_model(weights, trusted=trusted, device=device)
     imgsz = model.args["imgsz"]
     if hasattr(model, "fuse"):
         model = model.fuse(verbose=False)

@@ -53,11 +53,11 @@ def check(config: RunConfig) -> None:
     """What can be checked in seconds, without Ray.
 
     Raises:
-        ValueError: no dataset, no such split, no weights.
+        ValueError: no dataset, no such split, no weights, or weights that cannot be read or are for another task or other classes.
     """
     manifest = Manifest.load(config.dataset_folder)
     verify.check_sizes(config.dataset_folder, manifest, (config.evaluate.split,))
-    find(config.evaluate.weights, config.folder, "evaluate")
+    _known(find(config.evaluate.weights, config.folder, "evaluate"), config, manifest)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -66,13 +66,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     Raises:
         ValueError: weights that cannot be read or are for other classes, no dataset.
     """
-    check(config)
     section, out, dataset = config.evaluate, config.folder / "evaluate", config.dataset_folder
     manifest = Manifest.load(dataset)
+    verify.check_sizes(dataset, manifest, (section.split,))
     split = manifest.split(section.split)
     weights = find(section.weights, config.folder, "evaluate")
     is_single_class = bool(config.train.yolo.get("single_cls", False))
-    class_names, imgsz, sha256 = _known(weights, section.imgsz, manifest, is_single_class)
+    class_names, imgsz, sha256 = _known(weights, config, manifest)
     # Ultralytics' default for rotated boxes
     conf = 0.01 if manifest.task == "obb" and section.conf == 0.001 else section.conf
     settings = {
@@ -95,7 +95,7 @@ def run(config: RunConfig) -> dict[str, Any]:
         {"shard": shard.path, "group": i} for shard in split.shards for i in range(len(shard.row_groups))
     ]
     pool = DetectorPool(weights, sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf, "iou": section.iou,
-                        "max_det": section.max_det, "pad": 0.5, "task": manifest.task}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
+                        "max_det": section.max_det, "pad": 0.5, "task": manifest.task, "trusted": config.weights_trusted}, min(section.num_workers, len(items)), section.use_gpu)  # fmt: skip
     args = {"imgsz": imgsz, "conf": conf, "iou": section.iou, "max_det": section.max_det, "single_cls": is_single_class,
             "mask_ratio": config.train.yolo.get("mask_ratio", 4), "task": manifest.task}  # fmt: skip
     job = Job(dataset, class_names, manifest, args, is_single_class, section.batch, split.shards[0].path)
@@ -104,12 +104,13 @@ def run(config: RunConfig) -> dict[str, Any]:
     return _evaluate(pool, job, items, split, settings, out)
 
 
-def _known(
-    weights: Weights, imgsz: int | None, manifest: Manifest, is_single_class: bool
-) -> tuple[list[str], int, str]:
-    """Class names of the model, its image size in px, and the checksum of its file: read once by the driver, which fails at once."""
-    class_names = list(manifest.class_names)
-    known, imgsz, sha256 = read_facts(weights, imgsz, manifest.task)
+def _known(weights: Weights, config: RunConfig, manifest: Manifest) -> tuple[list[str], int, str]:
+    """Class names of the model, its image size in px, and the checksum of its file: read by the driver, which fails at once."""
+    section, class_names = config.evaluate, list(manifest.class_names)
+    is_single_class = bool(config.train.yolo.get("single_cls", False))
+    known, imgsz, sha256 = read_facts(
+        weights, section.imgsz, manifest.task, precision=section.precision, trusted=config.weights_trusted
+    )
     expected = 1 if is_single_class else len(class_names)
     if len(known) != expected:
         raise ValueError(f"{weights.uri} knows {len(known)} classes, the dataset has {expected}: "

@@ -10,6 +10,7 @@ Runs in: the driver; the export and its check are one Ray task.
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 import tempfile
 from pathlib import Path
@@ -21,8 +22,9 @@ from numpy.typing import NDArray
 
 from raypar.config import ExportConfig, RunConfig
 from raypar.dataset.manifest import MANIFEST, Manifest
+from raypar.pool import read_facts
 from raypar.storage import Folder
-from raypar.weights import Weights, find
+from raypar.weights import Weights, find, restricted
 
 RESULT = "export.json"
 # format -> module
@@ -32,6 +34,7 @@ NUM_SAMPLES = 16  # images on which export and weights are compared
 # must
 SURE = 0.25
 MOST, TOP = 300, 10
+MOST_FOUND = 30_000  # among which they are looked for; Ultralytics' NMS takes no more
 MIN_AGREEMENT = 0.99  # share of them
 SAME_PX = 0.5  # corners that are nearer than this are the same place
 # is it fp16 -> least overlap, largest difference of confidence
@@ -42,7 +45,7 @@ def check(config: RunConfig) -> None:
     """What can be checked in seconds, without Ray.
 
     Raises:
-        ValueError: no weights, not a ``.pt``, or the format's package is not installed.
+        ValueError: no weights, not a ``.pt`` of a detect model, or the format's package is not installed.
     """
     section = config.export
     weights = find(section.weights, config.folder, "export")
@@ -53,6 +56,7 @@ def check(config: RunConfig) -> None:
                          f"install it, or use format=onnx")  # fmt: skip
     if section.half and section.format == "torchscript":
         raise ValueError("export.half is for onnx, openvino and engine: leave it out for torchscript")
+    read_facts(weights, section.imgsz, trusted=config.weights_trusted)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -84,7 +88,9 @@ def run(config: RunConfig) -> dict[str, Any]:
     staged = weights.staged(out)
     task = ray.remote(num_cpus=1, num_gpus=1 if section.format == "engine" else 0, max_retries=0)(_export)
     try:
-        result: dict[str, Any] = ray.get(task.remote(staged, section, dataset if has_images else None, out))
+        result: dict[str, Any] = ray.get(
+            task.remote(staged, section, dataset if has_images else None, out, trusted=config.weights_trusted)
+        )
     except ray.exceptions.RayTaskError as error:
         cause = error.cause if isinstance(error.cause, Exception) else error
         raise ValueError(
@@ -107,7 +113,9 @@ def _sha256(weights: Weights) -> str:
         return sha256_of(path)
 
 
-def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out: Folder) -> dict[str, Any]:
+def _export(
+    weights: Weights, section: ExportConfig, dataset: Folder | None, out: Folder, *, trusted: bool = False
+) -> dict[str, Any]:
     """The task: exports in a temporary folder, compares, and only then moves the result into storage."""
     from ultralytics import YOLO
     from ultralytics.utils import LOGGER
@@ -119,12 +127,14 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
     with tempfile.TemporaryDirectory(prefix="raypar-export-") as folder, contextlib.chdir(folder):
         source = Path(folder) / "best.pt"
         given = weights.download(Path(folder))
-        original = Detector.load(given, imgsz=section.imgsz)
+        original = Detector.load(given, imgsz=section.imgsz, trusted=trusted)
         given.replace(source)  # the exporter names its file after it
         device = pick_device(section.format == "engine")
         options = {"quantize": 16} if section.half else {}
-        made = Path(YOLO(source).export(format=section.format, imgsz=original.imgsz, dynamic=section.dynamic, device=device.type,
-                                        verbose=False, **options))  # fmt: skip
+        with restricted(trusted=trusted):
+            model = YOLO(source)
+        made = Path(model.export(format=section.format, imgsz=original.imgsz, dynamic=section.dynamic, device=device.type,
+                                 verbose=False, **options))  # fmt: skip
         exported = Detector.load(made, device=device)
         # a fixed shape is padded to a square: so are the weights, for the comparison
         original.square = exported.square
@@ -144,6 +154,9 @@ def _export(weights: Weights, section: ExportConfig, dataset: Folder | None, out
 def compare(original: Any, exported: Any, images: list[Any], *, is_half: bool) -> dict[str, Any]:
     """How many boxes of each are also found by the other, with the same class, nearly the same place and confidence.
 
+    A box counts once for each class that it may be of, as in metrics: where two classes are equally likely, the last bit decides which one is
+    named, and both are compared.
+
     Args:
         original: detector of the weights.
         exported: detector of the export.
@@ -154,14 +167,19 @@ def compare(original: Any, exported: Any, images: list[Any], *, is_half: bool) -
         ValueError: the weights find nothing on any image even at the lowest confidence, so that there is nothing to compare.
     """
     min_iou, max_difference = TOLERANCES[is_half]
-    # Without NMS, which lets two equally good boxes trade places for a difference in the last bit.
-    pairs = [
-        tuple(
-            detector([image], conf=1e-6, iou=1.0, max_det=10 * MOST)[0] for detector in (original, exported)
-        )
-        for image in images
-    ]
-    has_sure = any((found.confidences > SURE).any() for pair in pairs for found in pair)
+    detectors = [copy.copy(original), copy.copy(exported)]
+    for detector in detectors:
+        detector.evaluating = True
+    # Without NMS, which lets two equally good boxes trade places for a difference in the last bit. Sure ones are few: look for others only
+    # where there is none.
+    for conf in (SURE - 2 * max_difference, 1e-6):
+        pairs = [
+            [detector([image], conf=conf, iou=1.0, max_det=MOST_FOUND)[0] for detector in detectors]
+            for image in images
+        ]
+        has_sure = any((found.confidences > SURE).any() for pair in pairs for found in pair)
+        if has_sure:
+            break
     num_agreeing = num_compared = 0
     for ours, theirs in pairs:
         for some, others in ((ours, theirs), (theirs, ours)):

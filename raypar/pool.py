@@ -18,17 +18,34 @@ if TYPE_CHECKING:
 MAX_BLOCKS = 1000  # more would cost Ray Data more than they spread the work
 
 
-def read_facts(weights: Weights, imgsz: int | None, task: str = "detect") -> tuple[list[str], int, str]:
-    """Class names, image size in px and checksum: read once by the driver, which fails at once.
+def read_facts(
+    weights: Weights,
+    imgsz: int | None,
+    task: str = "detect",
+    *,
+    precision: str = "fp32",
+    trusted: bool = False,
+) -> tuple[list[str], int, str]:
+    """Class names, image size in px and checksum: read by the driver, which fails at once.
+
+    Args:
+        weights: of any format.
+        imgsz: px; None: as trained or exported.
+        task: that they must be for.
+        precision: as set for the actors. What a ``.pt`` can do depends on their devices; an export's is its own.
+        trusted: whether code that a ``.pt`` holds may run.
 
     Raises:
-        ValueError: the weights cannot be read.
+        ValueError: the weights cannot be read, or are for another task, size or precision.
     """
     from raypar.detector import Detector
 
+    is_pt = weights.name.endswith(".pt")
     with weights.local() as path:
         try:
-            detector = Detector.load(path, imgsz=imgsz, task=task)
+            detector = Detector.load(
+                path, imgsz=imgsz, task=task, precision="fp32" if is_pt else precision, trusted=trusted
+            )
         except ValueError as error:
             raise ValueError(str(error).replace(str(path), weights.uri)) from error
     return detector.class_names, detector.imgsz, detector.sha256

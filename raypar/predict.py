@@ -30,7 +30,7 @@ from raypar.dataset.manifest import Manifest
 from raypar.pool import DetectorPool, read_facts
 from raypar.sources import Entry, Source, list_source, read
 from raypar.storage import Folder
-from raypar.weights import find
+from raypar.weights import Weights, find
 
 SUMMARY, SETTINGS = "summary.json", "settings.json"
 FACTS = b"raypar"  # in the metadata of a piece: its counts, and the images set aside
@@ -58,13 +58,19 @@ def check(config: RunConfig) -> None:
     """What can be checked in seconds, without Ray.
 
     Raises:
-        ValueError: no images, no weights.
+        ValueError: no images, no weights, or weights that cannot be read or are for another task.
     """
-    find(config.predict.weights, config.folder, "predict")
+    weights = find(config.predict.weights, config.folder, "predict")
     list_source(config.predict.source, config.folder, config.dataset_folder)
     if config.predict.source is None:
         dataset = config.dataset_folder
         verify.check_sizes(dataset, Manifest.load(dataset), ("val",))
+    _known(weights, config)
+
+
+def _known(weights: Weights, config: RunConfig) -> tuple[list[str], int, str]:
+    section = config.predict
+    return read_facts(weights, section.imgsz, precision=section.precision, trusted=config.weights_trusted)
 
 
 def run(config: RunConfig) -> dict[str, Any]:
@@ -76,7 +82,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     section, out = config.predict, config.folder / "predict"
     weights = find(section.weights, config.folder, "predict")
     source = list_source(section.source, config.folder, config.dataset_folder)
-    class_names, imgsz, sha256 = read_facts(weights, section.imgsz)
+    class_names, imgsz, sha256 = _known(weights, config)
     settings = {
         "source": section.source or "val", "source_sha256": source.sha256, "weights_sha256": sha256, "imgsz": imgsz, "conf": section.conf,
         "iou": section.iou, "max_det": section.max_det, "precision": section.precision, "class_names": class_names,
@@ -96,7 +102,7 @@ def run(config: RunConfig) -> dict[str, Any]:
     done = {name for name in out.list() if name.endswith(".parquet")}
     due = [i for i in range(len(source.pieces)) if _name(i) not in done]
     pool = DetectorPool(weights.staged(out), sha256, {"imgsz": imgsz, "precision": section.precision, "conf": section.conf,
-                        "iou": section.iou, "max_det": section.max_det}, max(1, min(section.num_workers, len(due))), section.use_gpu)  # fmt: skip
+                        "iou": section.iou, "max_det": section.max_det, "trusted": config.weights_trusted}, max(1, min(section.num_workers, len(due))), section.use_gpu)  # fmt: skip
     resumed = f", {len(done)} of {len(source.pieces)} pieces are done already" if done else ""
     print(
         f"predict: {source.num_images} images of {section.source or 'the val split'}, weights {pool.weights.uri}, imgsz {imgsz}, "

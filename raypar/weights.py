@@ -5,15 +5,21 @@ Runs in: the driver, which finds them and puts local ones into storage once; act
 
 from __future__ import annotations
 
+import contextlib
+import pickle
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pyarrow.fs as pafs
 
 from raypar.storage import Folder
+
+if TYPE_CHECKING:
+    import torch
 
 # what Ultralytics' AutoBackend tells apart by name, where raypar can load it
 SUFFIXES = (".pt", ".onnx", ".torchscript", ".engine", "_openvino_model")
@@ -88,6 +94,63 @@ def find(weights: str | None, run: Folder, verb: str) -> Weights:
     return found
 
 
+class UntrustedCodeError(ValueError):
+    """Weights that hold Python code, which was not run."""
+
+
+@contextmanager
+def restricted(*, trusted: bool) -> Iterator[None]:
+    """While it lasts Ultralytics reads weights and model yamls without running code that they hold, unless they are trusted.
+
+    All its loaders ask ``SAFE_LOAD`` at each call (8.4.190): what ULTRALYTICS_SAFE_LOAD was when it was imported, perhaps before raypar.
+    """
+    from ultralytics.nn import tasks
+
+    before = tasks.SAFE_LOAD
+    tasks.SAFE_LOAD = not trusted
+    try:
+        yield
+    finally:
+        tasks.SAFE_LOAD = before
+
+
+def read_model(path: str | Path, *, trusted: bool, device: str | torch.device = "cpu") -> Any:
+    """The model in a local ``.pt`` of Ultralytics' format, fp32, for inference.
+
+    Args:
+        path: of the file.
+        trusted: whether code that it holds may run (``weights_trusted`` of the run file).
+        device: where the model goes.
+
+    Raises:
+        UntrustedCodeError: it holds code, which was not run.
+        Exception: whatever Ultralytics raises on a file that it cannot read.
+    """
+    from ultralytics.nn.tasks import load_checkpoint
+
+    with restricted(trusted=trusted):
+        try:
+            return load_checkpoint(str(path), device=device)[0]
+        except TypeError as error:
+            if trusted or not isinstance(error.__cause__, pickle.UnpicklingError):
+                raise
+            raise UntrustedCodeError(_refusal(path)) from error
+
+
+def _refusal(path: str | Path) -> str:
+    """What weights hold that is no part of a model, and what to do about it."""
+    import torch
+
+    names: list[str] = []
+    with contextlib.suppress(Exception):  # a damaged file, or one in the format of before PyTorch 1.6
+        names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(str(path)))
+    code = f"Python code ({', '.join(names[:3])})" if names else "what is no part of a model"
+    return (
+        f"they hold {code}, which was not run; if you trust whoever made them, "
+        f"write weights_trusted: true at the top of the run file"
+    )
+
+
 def _wrong_kind(weights: Weights) -> str | None:
     """Why these cannot be weights, as far as a name and the first bytes tell: before PyTorch is imported."""
     if not weights.name.endswith(SUFFIXES):
@@ -95,6 +158,8 @@ def _wrong_kind(weights: Weights) -> str | None:
     if weights.name.endswith(".pt"):
         with weights.folder.open(weights.name) as file:
             begin = file.read(4)
+        if not begin:
+            return "it is empty"
         if not begin.startswith((b"PK\x03\x04", b"\x80\x02")):  # zip, or the pickle of before PyTorch 1.6
             return "it is not a file that PyTorch wrote"
     return None

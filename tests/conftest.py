@@ -32,6 +32,7 @@ BCCD = REPOSITORY.parent / "shared" / "data" / "bccd"
 ENVIRONMENT = {
     "YOLO_OFFLINE": "1",
     "YOLO_AUTOINSTALL": "0",
+    "ULTRALYTICS_SAFE_LOAD": "1",
     "YOLO_CONFIG_DIR": tempfile.mkdtemp(prefix="raypar-yolo-"),
     "YOLO_VERBOSE": "false",
     "NO_ALBUMENTATIONS_UPDATE": "1",

@@ -147,7 +147,8 @@ def _speed(config: RunConfig, spec: StreamSpec, args: SimpleNamespace) -> dict[s
     measured = measure_pipeline(spec, config.inspect.seconds)
     per_worker = max(1, config.train.batch // config.train.max_workers)
     use_gpu = total.get("GPU", 0) >= 1 if config.train.use_gpu == "auto" else config.train.use_gpu
-    model = measure_model(config.train.model, per_worker, args.imgsz, config.train.precision, use_gpu=use_gpu)
+    model = measure_model(config.train.model, per_worker, args.imgsz, config.train.precision, use_gpu=use_gpu,
+                          trusted=config.weights_trusted)  # fmt: skip
     return reports.speed(measured, model, total.get("CPU", 0), total.get("GPU", 0))
 
 

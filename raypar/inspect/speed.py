@@ -208,7 +208,9 @@ def _rate(fed: list[tuple[int, float, float]]) -> Rate:
     )
 
 
-def measure_model(model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool) -> dict[str, Any]:
+def measure_model(
+    model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool, trusted: bool = False
+) -> dict[str, Any]:
     """Times training steps (forward, loss, backward, optimizer) on one device of the cluster.
 
     Returns:
@@ -217,7 +219,8 @@ def measure_model(model: str, batch: int, imgsz: int, precision: str, *, use_gpu
     import ray
 
     task = ray.remote(num_cpus=1, num_gpus=1 if use_gpu else 0, max_retries=0)(train_steps)
-    ref = task.remote(model, batch if use_gpu else min(batch, CPU_IMAGES), imgsz, precision, use_gpu=use_gpu)
+    ref = task.remote(model, batch if use_gpu else min(batch, CPU_IMAGES), imgsz, precision, use_gpu=use_gpu,
+                      trusted=trusted)  # fmt: skip
     try:
         found: dict[str, Any] = ray.get(ref, timeout=MODEL_S)
         return found
@@ -228,20 +231,24 @@ def measure_model(model: str, batch: int, imgsz: int, precision: str, *, use_gpu
         return {"error": f"{model}: {(str(error).strip().splitlines() or [type(error).__name__])[-1][:200]}"}
 
 
-def train_steps(model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool) -> dict[str, Any]:
+def train_steps(
+    model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool, trusted: bool
+) -> dict[str, Any]:
     """Runs in: a task. See :func:`measure_model`."""
     import torch
     from ultralytics import YOLO
     from ultralytics.cfg import get_cfg
 
     from raypar.precision import pick_precision
+    from raypar.weights import restricted
 
     tree_map: Any = importlib.import_module("torch.utils._pytree").tree_map
     device = torch.device("cuda", 0) if use_gpu else torch.device("cpu")
     if not use_gpu:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     dtype = pick_precision(precision, device)
-    net: Any = YOLO(model).model.to(device).train()
+    with restricted(trusted=trusted):
+        net: Any = YOLO(model).model.to(device).train()
     if dtype != torch.float32 or use_gpu:
         net.to(memory_format=torch.channels_last)
     net.args = get_cfg(overrides={"task": net.task} if hasattr(net, "task") else {})

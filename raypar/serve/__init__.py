@@ -16,7 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from raypar.config import Autoscaling, RunConfig, ServeConfig
+from raypar.pool import read_facts
 from raypar.storage import Folder
+from raypar.weights import find
 
 if TYPE_CHECKING:
     from ray.serve import Application
@@ -27,32 +29,20 @@ INGRESS_MARGIN = 1000  # requests that an ingress takes beyond what the detector
 
 
 def check(config: RunConfig) -> None:
-    """All checks that need no cluster: the weights can be read, the API keys are set, the port is free.
+    """All checks that need no cluster: the weights can be read and detect, the API keys are set, the port is free.
 
     Raises:
         ValueError: with what is wrong and how to mend it.
     """
-    weights = _weights(config)
-    folder, name = Folder.holding(weights)
-    if not folder.exists(name):
-        raise ValueError(
-            f"there are no weights at {weights}: train first (raypar train), or name others with serve.weights=PATH"
-        )
-    if folder.fs.get_file_info(f"{folder.path}/{name}").is_file:  # else it is the folder of an export
-        try:
-            with folder.open(name) as file:
-                is_empty = not file.read(1)
-        except OSError as error:
-            raise ValueError(f"weights {weights} cannot be read: {error}") from error
-        if is_empty:
-            raise ValueError(
-                f"weights {weights} are empty: train again, or name others with serve.weights=PATH"
-            )
-    _key_digests(config.serve)
+    section = config.serve
+    weights = find(section.weights, config.folder, "serve")
+    _key_digests(section)
     # as cluster.connect
     is_joining = os.environ.get("RAY_ADDRESS") or os.environ.get("RAY_JOB_CONFIG_JSON_ENV_VAR")
     if not is_joining:  # else it is another machine's port, or Serve has it already
-        _check_port(config.serve.host, config.serve.port)
+        _check_port(section.host, section.port)
+    if not weights.name.endswith(".engine"):  # which only the GPU that it was made for can read
+        read_facts(weights, section.imgsz, precision=section.precision, trusted=config.weights_trusted)
 
 
 @dataclass(frozen=True)
@@ -110,7 +100,12 @@ def start(config: RunConfig) -> Service:
     """
     from ray import serve
 
-    args = {**config.serve.model_dump(mode="json"), "weights": _staged(config), "name": config.name}
+    args = {
+        **config.serve.model_dump(mode="json"),
+        "weights": _staged(config),
+        "name": config.name,
+        "weights_trusted": config.weights_trusted,
+    }
     app = build_app(args)
     running = _running_serve()
     if running is None:
@@ -247,7 +242,7 @@ def build_app(args: dict[str, Any]) -> Application:
     """The Serve application; ``import_path: raypar.serve:build_app`` in a file for ``serve deploy``.
 
     Args:
-        args: the fields of :class:`ServeConfig`, and ``name``, what to call the model. ``host``, ``port`` and ``route_prefix`` are not used
+        args: the fields of :class:`ServeConfig`, ``name``, what to call the model, and ``weights_trusted``. ``host``, ``port`` and ``route_prefix`` are not used
             here. ``weights`` may be left to ``user_config`` of the deployment ``Detector``, where they change without a restart.
 
     Raises:
@@ -258,8 +253,10 @@ def build_app(args: dict[str, Any]) -> Application:
     from raypar.serve.body import Limits
     from raypar.serve.replica import DETECTOR, Ingress, Replica
 
-    name = args.get("name")
-    config = ServeConfig.model_validate({key: value for key, value in args.items() if key != "name"})
+    name, trusted = args.get("name"), bool(args.get("weights_trusted", False))
+    config = ServeConfig.model_validate(
+        {key: value for key, value in args.items() if key not in ("name", "weights_trusted")}
+    )
     use_gpu, replicas = _use_gpu(config), config.num_replicas
     in_batches = 2 * config.max_batch_size  # one batch on the model, one getting ready
     # a change restarts a replica
@@ -274,7 +271,7 @@ def build_app(args: dict[str, Any]) -> Application:
         max_queued_requests=config.max_queued_requests,
         health_check_period_s=_health_check_period_s(config),
         user_config={"weights": config.weights, "name": name} if config.weights else {},
-    ).bind(settings, "cuda:0" if use_gpu else "cpu")
+    ).bind(settings, "cuda:0" if use_gpu else "cpu", trusted)
     most = replicas.max if isinstance(replicas, Autoscaling) else replicas
     limits = Limits(
         int(config.max_image_mb * 1e6),

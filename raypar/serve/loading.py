@@ -29,8 +29,14 @@ TRIAL_S = 300
 WARM_UP_S = 5  # after which no further shape is warmed up
 
 
-def load(local: Path, config: ServeConfig, device: str) -> Detector:
+def load(local: Path, config: ServeConfig, device: str, *, trusted: bool) -> Detector:
     """A detector that has run once with each shape that most requests have.
+
+    Args:
+        local: the weights.
+        config: how they are used.
+        device: where.
+        trusted: whether code that they hold may run.
 
     Raises:
         ValueError: the weights cannot be read, or do not fit the settings.
@@ -38,7 +44,7 @@ def load(local: Path, config: ServeConfig, device: str) -> Detector:
     from raypar.detector import Detector
 
     detector = Detector.load(local, device=device, precision=config.precision, imgsz=config.imgsz,
-                             conf=config.conf, iou=config.iou, max_det=config.max_det)  # fmt: skip
+                             conf=config.conf, iou=config.iou, max_det=config.max_det, trusted=trusted)  # fmt: skip
     warm_up(detector)
     if device != "cpu" and not detector.square:
         # the largest batch finds out now whether it fits the memory
@@ -64,7 +70,7 @@ def warm_up(detector: Detector) -> None:
         detector([np.full((height, width, 3), GREY, np.uint8)], conf=0.0)
 
 
-def try_in_child(local: Path, config: ServeConfig, device: str) -> None:
+def try_in_child(local: Path, config: ServeConfig, device: str, *, trusted: bool) -> None:
     """Loads weights in a child process, which may die of them.
 
     An exception there is none here: whoever loads them next gets it too.
@@ -72,7 +78,12 @@ def try_in_child(local: Path, config: ServeConfig, device: str) -> None:
     Raises:
         ValueError: the weights ended the process that loaded them.
     """
-    settings = {"weights": str(local), "config": config.model_dump(mode="json"), "device": device}
+    settings = {
+        "weights": str(local),
+        "config": config.model_dump(mode="json"),
+        "device": device,
+        "trusted": trusted,
+    }
     done = subprocess.run(
         [sys.executable, "-m", "raypar.serve.loading"],
         input=json.dumps(settings).encode(),
@@ -98,7 +109,8 @@ def main() -> int:
     with contextlib.suppress(OSError):  # if memory runs out, this process goes and not the replica
         Path("/proc/self/oom_score_adj").write_text("1000")
     try:
-        load(Path(settings["weights"]), ServeConfig.model_validate(settings["config"]), settings["device"])
+        config = ServeConfig.model_validate(settings["config"])
+        load(Path(settings["weights"]), config, settings["device"], trusted=settings["trusted"])
     except Exception as error:
         print(f"{type(error).__name__}: {error}", file=sys.stderr)
         return RAISED

@@ -163,10 +163,12 @@ class Replica:
     Args:
         settings: a :class:`ServeConfig` as a plain dict.
         device: ``cpu`` or ``cuda:0``; said outright, because Ray leaves GPUs visible to actors that asked for none.
+        trusted: whether code that weights hold may run.
     """
 
-    def __init__(self, settings: dict[str, Any], device: str) -> None:
+    def __init__(self, settings: dict[str, Any], device: str, trusted: bool = False) -> None:
         self._config, self._device = ServeConfig.model_validate(settings), device
+        self._trusted = trusted
         threads = _num_threads(self._config) if device == "cpu" else 1
         self._loaded: Loaded | None = None
         self._loader = ThreadPoolExecutor(1, "load", _set_num_threads, (threads,))
@@ -299,8 +301,8 @@ class Replica:
         with tempfile.TemporaryDirectory(prefix="raypar-serve-") as folder:
             local, sha256 = download(weights, Path(folder))
             if self._loaded is not None:  # else there is nothing to lose
-                loading.try_in_child(local, config, self._device)
-            detector = loading.load(local, config, self._device)
+                loading.try_in_child(local, config, self._device, trusted=self._trusted)
+            detector = loading.load(local, config, self._device, trusted=self._trusted)
         return Loaded(
             detector, {"name": str(user_config.get("name") or Path(weights).name), "sha256": sha256}
         )

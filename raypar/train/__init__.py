@@ -52,9 +52,9 @@ def check(config: RunConfig) -> None:
     albu.make(config.train.albumentations, manifest.task)
     if config.train.augment == "gpu":
         _refuse_on_device(config, manifest)
-    initial.find(config.train.model, manifest.task)
+    initial.find(config.train.model, manifest.task, trusted=config.weights_trusted)
     if config.train.init_from is not None:
-        initial.find(config.train.init_from, manifest.task, "train.init_from")
+        initial.find(config.train.init_from, manifest.task, "train.init_from", trusted=config.weights_trusted)
     if not config.train.overwrite and (config.folder / "train").exists(SETTINGS):
         _check_begun(config, fingerprint(_placed(config, manifest)))
     _note_what_is_otherwise(config.train.yolo, args)
@@ -104,9 +104,11 @@ def run(config: RunConfig, *, run_id: str | None = None, label: str = "train") -
         return summary
     verify.check_sums(config.dataset_folder, manifest, SPLITS)
     _check_optimizer(config, manifest)  # here too: not everybody has called check
-    model = initial.stage(initial.find(train.model, manifest.task), out, is_begun=is_begun)
+    trusted = config.weights_trusted
+    model = initial.stage(initial.find(train.model, manifest.task, trusted=trusted), out, is_begun=is_begun)
     if train.init_from is not None:
-        initial.stage(initial.find(train.init_from, manifest.task, "train.init_from"), out, is_begun=is_begun)
+        init_from = initial.find(train.init_from, manifest.task, "train.init_from", trusted=trusted)
+        initial.stage(init_from, out, is_begun=is_begun)
     out.write_json(SETTINGS, settings)
     cache = _cache(config, manifest)
     trainer = _trainer(config, model, manifest, cache, run_id or uuid.uuid4().hex[:12], label)
@@ -251,6 +253,7 @@ def _trainer(
             "folder": config.folder.uri,
             "dataset": config.dataset_folder.uri,
             "seed": config.seed,
+            "weights_trusted": config.weights_trusted,
             "model": model,
             "init_from": None if train.init_from is None else initial.INITIAL,
             "train": train.model_dump(mode="json"),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -137,8 +138,17 @@ def names(out: Folder) -> list[str]:
 def load(out: Folder, name: str, patience_s: float) -> dict[str, Any]:
     """A checkpoint's content, on the CPU."""
     content = patiently(lambda: out.read(f"{name}/{STATE}"), f"read {out.shown(name)}", patience_s)
-    state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=False)
+    with torch.serialization.safe_globals(_numpy_parts()):
+        state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     return state
+
+
+def _numpy_parts() -> list[Any]:
+    """What numpy's arrays and numbers are pickled as; a checkpoint holds them beside tensors, and nothing else that is not plain."""
+    array, scalar = np.zeros(0), np.float64(0)
+    kinds = (np.bool_, np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64)
+    dtypes = [type(np.dtype(kind)) for kind in kinds]
+    return [np.ndarray, np.dtype, array.__reduce__()[0], scalar.__reduce__()[0], *dtypes]  # type: ignore[index]
 
 
 def newest(out: Folder, patience_s: float) -> tuple[str, dict[str, Any]] | None:

@@ -10,18 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from raypar.storage import Folder
+from raypar.weights import read_model
 
 INITIAL = "init.pt"  # weights that training starts from, in the run's folder
 SUFFIXES = {"segment": "-seg", "pose": "-pose", "obb": "-obb", "classify": "-cls"}
 
 
-def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, Any]:
+def find(name: str, wanted: str, key: str = "train.model", *, trusted: bool = False) -> str | dict[str, Any]:
     """A model yaml's content, or the local path of weights, which are downloaded if they are Ultralytics'; for the task ``wanted``.
 
     Args:
         name: of a yaml or ``.pt``, of Ultralytics or with its path or URI.
         wanted: task of the dataset.
         key: the setting that names it.
+        trusted: whether code that weights hold may run.
 
     Raises:
         ValueError: it cannot be found or read, or is for another task.
@@ -30,7 +32,7 @@ def find(name: str, wanted: str, key: str = "train.model") -> str | dict[str, An
     if name.endswith((".yaml", ".yml")):
         found, task = _read_yaml(name, key)
     elif name.endswith(".pt"):
-        found, task = _read_weights(name, key)
+        found, task = _read_weights(name, key, trusted=trusted)
     else:
         base = name.rstrip("/").rsplit("/", 1)[-1]
         raise ValueError(
@@ -62,14 +64,12 @@ def _read_yaml(name: str, key: str) -> tuple[dict[str, Any], str]:
         raise _unreadable(name, key, error) from error
 
 
-def _read_weights(name: str, key: str) -> tuple[str, str]:
-    from ultralytics.nn.tasks import load_checkpoint
-
+def _read_weights(name: str, key: str, *, trusted: bool) -> tuple[str, str]:
     is_remote = "://" in name
     path = Path(name) if is_remote or Path(name).exists() else _downloaded(name, key)
     try:
         local = str((_fetched(name) if is_remote else path).absolute())
-        return local, load_checkpoint(local)[0].task
+        return local, read_model(local, trusted=trusted).task
     except Exception as error:  # whatever unpickling foreign bytes raises
         raise _unreadable(name, key, error) from error
 

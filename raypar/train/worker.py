@@ -20,7 +20,6 @@ import ray.train.v2._internal.execution.context
 import torch
 import ultralytics.utils
 from torch import Tensor
-from ultralytics.nn.tasks import load_checkpoint
 
 from raypar.dataset.batch import Batch
 from raypar.dataset.cache import CacheSpec, node_cache
@@ -41,6 +40,7 @@ from raypar.train.recipe import Lender, settings, staged, weights_file
 from raypar.train.saver import Saver
 from raypar.train.validate import make_validator
 from raypar.train.watch import Watch
+from raypar.weights import read_model, restricted
 
 if TYPE_CHECKING:
     from raypar.dataset.rendered import Rendered
@@ -87,7 +87,8 @@ class Worker:
         # first: its processes start while the model is built
         self.stream = iter(()) if self.is_finished else self._stream(self.spec)
 
-        with staged(config["model"], self.out) as model:
+        trusted = config["weights_trusted"]
+        with staged(config["model"], self.out) as model, restricted(trusted=trusted):
             lender = Lender(
                 train["yolo"],
                 model=model,
@@ -98,7 +99,7 @@ class Worker:
             )
         if config["init_from"]:
             with staged(config["init_from"], self.out) as weights:
-                lender.model.load(load_checkpoint(weights)[0], verbose=False)
+                lender.model.load(read_model(weights, trusted=trusted), verbose=False)
         # set now: building Ultralytics' trainer sets the number of threads too
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))

@@ -14,7 +14,7 @@ import pytest
 
 import raypar.export
 from raypar.config import RunConfig
-from raypar.detector import Detections, Detector
+from raypar.detector import Detector
 
 pytestmark = pytest.mark.usefixtures("ray_4_cpus")
 
@@ -78,38 +78,6 @@ def test_an_export_that_differs_is_refused_and_nothing_is_left(
     with pytest.raises(ValueError, match="boxes agree with the weights"):
         raypar.export._export(weights, config.export, None, config.folder / "export")
     assert not config.folder.exists("export")
-
-
-class Fixed:
-    """Detects the same in every image."""
-
-    def __init__(self, boxes: Any, class_ids: Any, confidences: Any):
-        self.found = Detections(
-            np.array(boxes, np.float32).reshape(-1, 4),
-            np.array(class_ids, np.int32),
-            np.array(confidences, np.float32),
-            (99, 99),
-        )
-
-    def __call__(self, images: list[Any], **thresholds: float) -> list[Detections]:
-        return [self.found] * len(images)
-
-
-@pytest.mark.parametrize(
-    ("other", "agreeing"),
-    [
-        (Fixed([[0, 0, 50, 50], [10, 10, 90, 90]], [0, 1], [0.9, 0.8]), 4),
-        (Fixed([[0, 0, 50, 50], [10, 10, 90, 90]], [0, 2], [0.9, 0.8]), 2),  # another class
-        (Fixed([[0, 0, 50, 50], [10, 10, 90, 80]], [0, 1], [0.9, 0.8]), 2),  # another place
-        (Fixed([[0, 0, 50, 50], [10, 10, 90, 90]], [0, 1], [0.9, 0.78]), 2),  # another confidence
-        (Fixed([[0, 0, 50, 50]], [0], [0.9]), 2),  # one is missing
-        (Fixed([], [], []), 0),
-    ],
-)
-def test_what_agreement_means(other: Fixed, agreeing: int) -> None:
-    ours = Fixed([[0, 0, 50, 50], [10, 10, 90, 90]], [0, 1], [0.9, 0.8])
-    report = raypar.export.compare(ours, other, [None], is_half=False)
-    assert (report["num_agreeing"], report["num_compared"]) == (agreeing, 2 + len(other.found))
 
 
 def test_what_cannot_be_exported_is_said(tiny_weights: Path, tmp_path: Path) -> None:

@@ -420,16 +420,18 @@ def test_keys(service: FakeService) -> None:
         assert client.get(route).status_code == 200
 
 
-def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_named_variable_must_hold_a_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_weights: Path
+) -> None:
     config = RunConfig.model_validate(
         {"name": "run", "storage": str(tmp_path), "serve": {"api_key_env": "SOME_KEYS"}}
     )
-    with pytest.raises(ValueError, match=r"train first.*serve\.weights"):
+    with pytest.raises(ValueError, match=r"run `raypar train`.*serve\.weights"):
         raypar.serve.check(config)
     (config.folder / "train").write("best.pt", b"")
-    with pytest.raises(ValueError, match="are empty"):
+    with pytest.raises(ValueError, match="it is empty"):
         raypar.serve.check(config)
-    (config.folder / "train").write("best.pt", b"weights")
+    (config.folder / "train").upload(tiny_weights, "best.pt")
     with pytest.raises(ValueError, match="export SOME_KEYS=KEY"):
         raypar.serve.check(config)
     monkeypatch.setenv("SOME_KEYS", "one, two")
@@ -597,7 +599,7 @@ def test_a_broken_image_and_a_failing_one_fail_alone(
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not loaded in a child process first: it would know no fake ones."""
-    monkeypatch.setattr(loading, "try_in_child", lambda *_: None)
+    monkeypatch.setattr(loading, "try_in_child", lambda *_, **__: None)
 
 
 def test_weights_are_swapped_beside_running_requests(
@@ -757,7 +759,6 @@ def test_a_forward_pass_that_hangs_is_unhealthy(
 def test_weights_that_kill_who_loads_them_cost_no_replica(
     detectors: dict[str, FakeDetector],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Killer:
@@ -765,10 +766,9 @@ def test_weights_that_kill_who_loads_them_cost_no_replica(
             return signal.raise_signal, (signal.SIGSEGV,)
 
     torch.save({"model": Killer()}, tmp_path / "killer.pt")
-    monkeypatch.setenv("ULTRALYTICS_SAFE_LOAD", "0")
 
     async def scene() -> dict[str, Any]:
-        one = Replica({}, "cpu")
+        one = Replica({}, "cpu", trusted=True)
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
         await one.reconfigure({"weights": str(tmp_path / "killer.pt")})
         return await one.info()
