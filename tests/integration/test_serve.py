@@ -16,16 +16,19 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import ray.exceptions
 from ray import serve
 
 import raypar.serve
-from raypar.config import RunConfig
+from raypar.config import RunConfig, ServeConfig
 from raypar.detector import Detections, Detector
 from raypar.images import decode, encode_jpeg, encode_png
+from raypar.serve.replica import Replica
+from tests.attack.hostile import ATTACKS
 
 JPEG = {"Content-Type": "image/jpeg"}
 KEYS = "RAYPAR_TEST_KEYS"
-TIMEOUT_S = 60
+TIMEOUT_S = 300  # machines are shared: only what hangs meets it
 
 
 def free_port() -> int:
@@ -163,6 +166,65 @@ def test_probes_page_and_schema(url: str) -> None:
 def test_errors_are_problems(url: str, status: int, arguments: dict[str, Any]) -> None:
     response = httpx.post(f"{url}/v1/detect", **arguments)
     assert is_problem(response, status), response.text
+
+
+def test_attacks_get_the_same_answers_through_serve(url: str) -> None:
+    """As far as Ray's proxy lets them through: a few hundred kB, and headers of ASCII."""
+    num_sent = 0
+    for attack in ATTACKS:
+        content = attack.content() if 200 not in attack.statuses else None
+        if isinstance(content, bytes) and len(content) < 400_000:
+            response = httpx.post(f"{url}/v1/detect", content=content, headers=attack.headers)
+            assert any(is_problem(response, status) for status in attack.statuses), (
+                attack.name,
+                response.text,
+            )
+            num_sent += 1
+    assert num_sent > 20
+    assert httpx.post(f"{url}/v1/detect", content=photo(0), headers=JPEG).status_code == 200
+
+
+def test_a_replica_whose_forward_pass_hangs_is_replaced(
+    ray_4_cpus: None, tiny_weights: Path, tmp_path: Path
+) -> None:
+    marker = tmp_path / "hang"
+
+    class Hanging(Replica):
+        """The next forward pass never ends, while there is a marker."""
+
+        def _load(self, user_config: dict[str, Any]) -> Any:
+            loaded = super()._load(user_config)
+            forward = loaded.detector.forward
+
+            def hanging(images: Any) -> Any:
+                if marker.exists():
+                    marker.unlink()
+                    threading.Event().wait()
+                return forward(images)
+
+            loaded.detector.forward = hanging  # type: ignore[method-assign]
+            return loaded
+
+    settings = {"request_timeout_s": 1.0}
+    period_s = raypar.serve._health_check_period_s(ServeConfig.model_validate(settings))
+    deployment: Any = serve.deployment(
+        Hanging,
+        name="Hanging",
+        health_check_period_s=period_s,
+        graceful_shutdown_timeout_s=1,
+        ray_actor_options={"num_cpus": 0.5},
+        user_config={"weights": str(tiny_weights)},
+    )
+    handle = serve.run(deployment.bind(settings, "cpu"), name="hanging", route_prefix=None)
+    query = photo(0), 0.5, 0.7, 10
+    try:
+        handle.detect.remote(*query).result(timeout_s=TIMEOUT_S)
+        marker.touch()
+        with pytest.raises(ray.exceptions.RayActorError):  # the answer never comes: the replica is ended
+            handle.detect.remote(*query).result(timeout_s=TIMEOUT_S)
+        assert handle.detect.remote(*query).result(timeout_s=TIMEOUT_S).body["image"]["width"] == 200
+    finally:
+        serve.delete("hanging")
 
 
 def test_a_service_touches_only_what_is_its_own(

@@ -599,7 +599,7 @@ def test_a_broken_image_and_a_failing_one_fail_alone(
 @pytest.fixture
 def no_trial(monkeypatch: pytest.MonkeyPatch) -> None:
     """Weights are not loaded in a child process first: it would know no fake ones."""
-    monkeypatch.setattr(loading, "try_in_child", lambda *_: None)
+    monkeypatch.setattr(loading, "try_in_child", lambda *_, **__: None)
 
 
 def test_weights_are_swapped_beside_running_requests(
@@ -759,7 +759,6 @@ def test_a_forward_pass_that_hangs_is_unhealthy(
 def test_weights_that_kill_who_loads_them_cost_no_replica(
     detectors: dict[str, FakeDetector],
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     class Killer:
@@ -767,10 +766,9 @@ def test_weights_that_kill_who_loads_them_cost_no_replica(
             return signal.raise_signal, (signal.SIGSEGV,)
 
     torch.save({"model": Killer()}, tmp_path / "killer.pt")
-    monkeypatch.setenv("ULTRALYTICS_SAFE_LOAD", "0")
 
     async def scene() -> dict[str, Any]:
-        one = Replica({}, "cpu")
+        one = Replica({}, "cpu", trusted=True)
         await one.reconfigure({"weights": str(tmp_path / "a.pt")})
         await one.reconfigure({"weights": str(tmp_path / "killer.pt")})
         return await one.info()
@@ -782,7 +780,8 @@ def test_weights_that_kill_who_loads_them_cost_no_replica(
     assert "a process that loads these weights is killed by SIGSEGV" in caplog.text
 
 
-def test_the_shapes_of_most_pictures_are_warmed_up() -> None:
+def test_the_shapes_of_most_pictures_are_warmed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loading, "WARM_UP_S", 3600)
     shapes: list[tuple[int, ...]] = []
 
     class Model(torch.nn.Module):
@@ -800,10 +799,12 @@ def test_the_shapes_of_most_pictures_are_warmed_up() -> None:
     for height, width in pictures + [(width, height) for height, width in pictures]:
         detector([np.zeros((height, width, 3), np.uint8)])
     assert set(shapes) == warm
-    shapes.clear()
-    detector.square = True
-    loading.warm_up(detector)
-    assert shapes == [(640, 640)]
+    for is_square, seconds in ((True, 3600), (False, -1)):  # an export of one shape; a slow model
+        shapes.clear()
+        detector.square = is_square
+        monkeypatch.setattr(loading, "WARM_UP_S", seconds)
+        loading.warm_up(detector)
+        assert shapes == [(640, 640)]
 
 
 # --- readiness ---------------------------------------------------------------------------------------------------------------------------
