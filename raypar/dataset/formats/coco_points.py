@@ -115,13 +115,14 @@ def with_keypoints(rows: list[tuple[float, ...]], keypoints: list[Any], num_clas
 
 def _polygon(row: tuple[float, ...], segmentation: Any) -> Floats:
     """The annotation's polygon float64 (P, 2) px."""
+    if isinstance(segmentation, dict):
+        raise ValueError(
+            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
+        )
     parts = _parts(segmentation)
     if not parts:
         _, x1, y1, x2, y2 = row
         return np.array([[x1, y1], [x2, y1], [x2, y2], [x1, y2]])
-    # nor NaN: their distances are no numbers
-    if len(parts) > 1 and not all((np.abs(part) < MAX_VALUE).all() for part in parts):
-        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return parts[0] if len(parts) == 1 else merged(parts)
 
 
@@ -129,38 +130,41 @@ def _parts(segmentation: Any) -> list[Floats]:
     """The polygons float64 (P, 2) px of an annotation; none where it has no segmentation.
 
     Written as [[x, y, x, y ...], ...], or less strictly: one polygon without the outer list, points as [x, y], numbers as text.
+    Parts of one or two points are left out beside others, as in Ultralytics.
 
     Raises:
-        ValueError: it is something else, as a run-length encoded mask.
+        ValueError: it is something else.
     """
-    if isinstance(segmentation, dict):
-        raise ValueError(
-            "a segmentation is a run-length encoded mask: prepare reads polygons (convert it, e.g. with cv2.findContours)"
-        )
     if is_absent(segmentation):
         return []
     if not isinstance(segmentation, list):
         raise ValueError(f"a segmentation is {shown(segmentation)}, not a list of polygons")
-    is_one = not any(isinstance(part, list | dict) for part in segmentation) or _is_points(segmentation)
+    is_one = all(map(_is_scalar, segmentation)) or _is_points(segmentation)
     parts = [_points(part) for part in ([segmentation] if is_one else segmentation) if part != []]
     found = [part for part in parts if len(part) >= 3]
     if parts and not found:
         raise ValueError(f"a segmentation is {shown(segmentation)}: no polygon of three points")
+    # nor NaN: their distances are no numbers
+    if not all((np.abs(part) < MAX_VALUE).all() for part in found):
+        raise ValueError("a segmentation holds a value that is not a finite number, or is beyond all measure")
     return found
 
 
-def _is_points(values: list[Any]) -> bool:
-    """Whether a list holds points [x, y], and not polygons."""
-    return bool(values) and all(
-        isinstance(value, list) and len(value) == 2 and not any(isinstance(x, list | dict) for x in value)
-        for value in values
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, int | float | str)
+
+
+def _is_points(values: Any) -> bool:
+    """Whether a list holds points [x, y], and not polygons or numbers."""
+    return len(values) > 0 and all(
+        isinstance(value, list) and len(value) == 2 and all(map(_is_scalar, value)) for value in values
     )
 
 
 def _points(part: Any) -> Floats:
     """A polygon float64 (P, 2) from [x, y, x, y ...] or [[x, y], ...]."""
     try:
-        if not isinstance(part, list):
+        if _is_scalar(part) or isinstance(part, dict):
             raise ValueError
         values = [value for point in part for value in point] if _is_points(part) else part
         if not all(type(value) in (int, float) for value in values):
