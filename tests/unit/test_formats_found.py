@@ -392,7 +392,7 @@ def test_numbers_of_keypoints_may_be_text(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("nc: 1.9\nnames: [cat, dog]", "'nc': '1.9' is not a whole number"), ("nc: two\nnames: [cat, dog]", "'nc': 'two'"), ("nc: [2]\nnames: [cat]", "'nc': ['2']"),
-        ("nc: 1\nnames: [cat, dog]", "'nc: 1' but 'names' has 2 entries"), ("nc: 999999999999", "beyond all measure"), ("nc: 0", "has no classes"),
+        ("nc: 1\nnames: [cat, dog]", "'nc: 1' but 'names' has 2 entries"), ("nc: 999999999999", "is more than 1048576 classes"), ("nc: 0", "has no classes"),
         ("names: cat", "has no classes"), ("names: {}", "has no classes"), ("names: [[cat], dog]", "class 0 of 'names' is ['cat'], which is no name"),
         ("names: {0: cat, 1: }", "class 1 of 'names' is ''"), ("names: {a: cat}", "must be 0, 1, 2 ..., not 'a'"), ("names: {1: cat, 2: dog}", "without a gap, and 2 is beyond"),
         ("names: {0: cat, '0': dog}", "'0' is written twice"), ("names: {0: cat, 0.0: dog}", "class 0 is written twice"),
