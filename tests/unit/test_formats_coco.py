@@ -279,7 +279,6 @@ def test_without_a_polygon_the_box_is_one(folder: Path, written: Any) -> None:
         [{"x": 10, "y": 12}],
         "10 12 50 12 30 48",
         7,
-        {"counts": "abc", "size": [60, 100]},
     ],
 )
 def test_a_polygon_that_is_none_is_said(folder: Path, written: Any) -> None:

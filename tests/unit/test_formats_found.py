@@ -11,13 +11,14 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
 from raypar.dataset import remote
-from raypar.dataset.formats import Listing, coco, folders, matching, names_below, voc, wanted, yolo
+from raypar.dataset.formats import Listing, Record, coco, folders, matching, names_below, voc, wanted, yolo
 from raypar.dataset.ingest import ShardJob, read_labels
 from raypar.dataset.remote import RemotePath, Tree
 from raypar.storage import Folder
@@ -322,6 +323,27 @@ def test_an_annotation_that_cannot_be_read_rejects_its_image_alone(tmp_path: Pat
     assert all("not XML that can be read" in str(labels) for name, labels in found.items() if labels != [0])
 
 
+@pytest.mark.parametrize("size", [
+    "", "<size/>", "<size><width>0</width><height>0</height></size>", "<size><width>x</width><height>60</height></size>", "<size><width>-1</width><height>-1</height></size>",
+    "<size><width>100.0</width><height> 60 </height></size>", "<size><width>nan</width><height>inf</height></size>", "<size><height>60</height></size>",
+])  # fmt: skip
+@pytest.mark.parametrize(("coordinate", "said"), [
+    ("11", ""), ("11.0", ""), (" 11 ", ""), ("1.1e1", ""), ("nan", "finite"), ("inf", "finite"), ("1e999", "finite"), ("x", "xmin is 'x', not a number"), ("", "xmin is '', not a number"),
+])  # fmt: skip
+def test_sizes_and_coordinates_of_voc(tmp_path: Path, size: str, coordinate: str, said: str) -> None:
+    xml = (
+        XML.format("cat")
+        .replace("<annotation>", f"<annotation>{size}")
+        .replace("<xmin>11<", f"<xmin>{coordinate}<")
+    )
+    record = Record("a.jpg", "", (str(write(tmp_path / "a.xml", xml)), ("cat",)))
+    if said:
+        with pytest.raises(ValueError, match=said):
+            voc.read_labels(record, 1, HW)
+    else:
+        np.testing.assert_allclose(voc.read_labels(record, 1, HW).boxes_xywhn, [[0.2, 0.7, 0.2, 0.4]])
+
+
 def test_a_class_that_there_is_not_is_said_without_all_of_them(tmp_path: Path) -> None:
     voc_with(tmp_path, "a")
     write(tmp_path / "classes.txt", "\n".join(f"class {i}" for i in range(80)))
@@ -370,7 +392,7 @@ def test_numbers_of_keypoints_may_be_text(tmp_path: Path) -> None:
     ("text", "said"),
     [
         ("nc: 1.9\nnames: [cat, dog]", "'nc': '1.9' is not a whole number"), ("nc: two\nnames: [cat, dog]", "'nc': 'two'"), ("nc: [2]\nnames: [cat]", "'nc': ['2']"),
-        ("nc: 1\nnames: [cat, dog]", "'nc: 1' but 'names' has 2 entries"), ("nc: 999999999999", "beyond all measure"), ("nc: 0", "has no classes"),
+        ("nc: 1\nnames: [cat, dog]", "'nc: 1' but 'names' has 2 entries"), ("nc: 999999999999", "is more than 1048576 classes"), ("nc: 0", "has no classes"),
         ("names: cat", "has no classes"), ("names: {}", "has no classes"), ("names: [[cat], dog]", "class 0 of 'names' is ['cat'], which is no name"),
         ("names: {0: cat, 1: }", "class 1 of 'names' is ''"), ("names: {a: cat}", "must be 0, 1, 2 ..., not 'a'"), ("names: {1: cat, 2: dog}", "without a gap, and 2 is beyond"),
         ("names: {0: cat, '0': dog}", "'0' is written twice"), ("names: {0: cat, 0.0: dog}", "class 0 is written twice"),

@@ -365,13 +365,13 @@ def _images(data: dict[str, Any], file: Place) -> tuple[list[Image], dict[Id, Im
         declared_hw = hw if all(hw) else None
         image = by_name.setdefault(name, Image(name, declared_hw))
         if declared_hw and image.declared_hw and declared_hw != image.declared_hw:
-            raise ValueError(f"{name} is listed before with another size: which one holds cannot be known")
+            raise ValueError(f"{name} is listed before with another size: leave the wrong one out")
         image.declared_hw = image.declared_hw or declared_hw
         other = by_id.setdefault(image_id, image)
         if other is not image:
             raise ValueError(
                 f"the id {shown(image_id)} is that of {other.name} already, and this is {name}: "
-                "which of them its annotations are for cannot be known; give each image its own id"
+                "it is unclear which of them the annotations belong to; give each image its own id"
             )
 
     _each(data, "images", file, take)

@@ -163,6 +163,7 @@ def _parts(segmentation: Any) -> list[Floats]:
     """The polygons float64 (P, 2) px of an annotation; none where it has no segmentation.
 
     Written as [[x, y, x, y ...], ...], or less strictly: one polygon without the outer list, points as [x, y], numbers as text.
+    Parts of one or two points are left out beside others, as in Ultralytics.
 
     Raises:
         ValueError: it is something else.
@@ -171,8 +172,7 @@ def _parts(segmentation: Any) -> list[Floats]:
         return []
     if not isinstance(segmentation, list):
         raise ValueError(f"a segmentation is {shown(segmentation)}, not a list of polygons")
-    is_one = not any(isinstance(part, list | dict | array) for part in segmentation)
-    is_one = is_one or _is_points(segmentation)
+    is_one = all(map(_is_scalar, segmentation)) or _is_points(segmentation)
     parts = [_points(part) for part in ([segmentation] if is_one else segmentation) if part != []]
     found = [part for part in parts if len(part) >= 3]
     if parts and not found:
@@ -183,11 +183,14 @@ def _parts(segmentation: Any) -> list[Floats]:
     return found
 
 
-def _is_points(values: list[Any]) -> bool:
-    """Whether a list holds points [x, y], and not polygons."""
-    return bool(values) and all(
-        isinstance(value, list) and len(value) == 2 and not any(isinstance(x, list | dict) for x in value)
-        for value in values
+def _is_scalar(value: Any) -> bool:
+    return value is None or isinstance(value, int | float | str)
+
+
+def _is_points(values: Any) -> bool:
+    """Whether a list holds points [x, y], and not polygons or numbers."""
+    return len(values) > 0 and all(
+        isinstance(value, list) and len(value) == 2 and all(map(_is_scalar, value)) for value in values
     )
 
 
@@ -196,7 +199,7 @@ def _points(part: Any) -> Floats:
     if isinstance(part, array):
         return np.asarray(part, np.float64).reshape(-1, 2)
     try:
-        if not isinstance(part, list):
+        if _is_scalar(part) or isinstance(part, dict):
             raise ValueError
         values = [value for point in part for value in point] if _is_points(part) else part
         if not all(type(value) in (int, float) for value in values):

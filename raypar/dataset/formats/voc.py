@@ -125,7 +125,7 @@ def read_labels(
         return Labels(np.zeros(0, np.int64), np.zeros((0, 4)))
     annotation = _parsed(data)
     size = (_int(annotation.findtext("size/height")), _int(annotation.findtext("size/width")))
-    check_declared_size(size if all(size) else None, image_hw)
+    check_declared_size(size if min(size) > 0 else None, image_hw)
     rows: list[tuple[float, ...]] = []
     for item in annotation.iter("object"):
         if _int(item.findtext("difficult")) == 1:

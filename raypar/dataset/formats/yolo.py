@@ -241,7 +241,7 @@ def _class_names(data: dict[str, Any], file: Place) -> tuple[str, ...]:
     names = data.get("names")
     num_classes = None if data.get("nc") is None else _whole(data["nc"], "nc", file)
     if num_classes is not None and num_classes > MAX_CLASSES:
-        raise ValueError(f"{file}: 'nc: {num_classes}' is beyond all measure")
+        raise ValueError(f"{file}: 'nc: {num_classes}' is more than {MAX_CLASSES} classes")
     if names is None and num_classes:
         names = [f"class_{i}" for i in range(num_classes)]
     if not names or not isinstance(names, list | dict):
