@@ -374,6 +374,8 @@ def test_copy_paste(task: str, has_effect: bool, datasets: Any) -> None:
         assert seen(Tried(task, base | {"copy_paste": 1.0}, dataset, manifest)) != seen(
             Tried(task, base, dataset, manifest)
         )
+        with pytest.raises(ValueError, match=r"copy_paste_mode='mixup' is not supported: write flip"):
+            Tried(task, base | {"copy_paste": 1.0, "copy_paste_mode": "mixup"}, dataset, manifest).spec()
         return
     with pytest.raises(ValueError, match=r"copy_paste=1\.0: the dataset has boxes without polygons"):
         Tried(task, base | {"copy_paste": 1.0}, dataset, manifest).spec()
