@@ -399,7 +399,8 @@ def test_plots_are_drawn_unless_told_otherwise(
     worker.class_names, worker.pulse, worker.out = [], SimpleNamespace(cursor=0), Folder.at(tmp_path)  # type: ignore[assignment]
     worker.watch = SimpleNamespace(aside=SimpleNamespace(submit=lambda name, _: drawn.append(name)))  # type: ignore[assignment]
     worker.epoch = SimpleNamespace(stepped=lambda *_: None)  # type: ignore[assignment]
-    worker.loop, worker.world_size = SimpleNamespace(step=lambda *_: {}), 1  # type: ignore[assignment]
+    worker.loop = SimpleNamespace(step=lambda *_: {}, last_optimizer_step=-1)  # type: ignore[assignment]
+    worker.world_size = 1
     monkeypatch.setattr(worker_module.pictures, "wants", lambda *_: True)
     monkeypatch.setattr(worker_module.pictures, "training_batch", lambda *_: b"")
     worker._step(SimpleNamespace(images=np.zeros(1)), {}, 0)  # type: ignore[arg-type]
