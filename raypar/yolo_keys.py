@@ -205,7 +205,10 @@ KEYS: dict[str, Honoured | Refused] = {
         "share of the eligible objects that are pasted once more; detect: if the dataset has polygons",
         ("detect", "segment", "obb"),
     ),
-    "copy_paste_mode": Honoured("where pasted objects come from", ("detect", "segment", "obb")),
+    "copy_paste_mode": Honoured(
+        "where pasted objects come from: `flip`, the mirrored image, alone; `mixup` is refused",
+        ("detect", "segment", "obb"),
+    ),
     "auto_augment": Honoured("policy of the automatic augmentation", ("classify",)),
     "erasing": Honoured("probability of erasing a random rectangle", ("classify",)),
     # The rest

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from raypar.dataset.formats import Listing
 from raypar.dataset.manifest import Manifest, Shard, Split
 from raypar.dataset.records import Records
+from raypar.differences import differences
 from raypar.storage import Folder
 
 THREADS = 16
@@ -25,17 +26,10 @@ def check(before: Manifest, listing: Listing, dataset: Folder) -> None:
     Raises:
         ValueError: its task, classes or keypoints are not those of the dataset.
     """
-    for what in ("task", "class_names", "keypoint_shape", "flip_idx"):
-        has, offers = getattr(before, what), getattr(listing, what)
-        if has != offers:
-            raise ValueError(
-                f"prepare.append: {dataset.uri} has {what} {_short(has)}, the source {_short(offers)}: they must be equal"
-            )
-
-
-def _short(value: object) -> str:
-    text = repr(value)
-    return text if len(text) < 100 else text[:97] + "..."
+    names = ("task", "class_names", "keypoint_shape", "flip_idx")
+    has, offers = ({name: getattr(side, name) for name in names} for side in (before, listing))
+    if others := differences(has, offers, ("there", "in the source")):
+        raise ValueError(f"prepare.append: {dataset.uri} is of another kind ({others}): they must be equal")
 
 
 def taken(

@@ -497,7 +497,7 @@ def test_append_adds_what_is_new(
     verify.check_sums(config.folder / "dataset", manifest, ("train", "val"))
 
     (root / "data.yaml").write_text("train: train.txt\nval: images/val\nnames: [another]\n")
-    with pytest.raises(ValueError, match=r"class_names \('thing',\), the source \('another',\)"):
+    with pytest.raises(ValueError, match=r"class_names: \('thing',\) there, \('another',\) in the source"):
         raypar.prepare.run(config)
 
 

@@ -6,6 +6,9 @@ import pytest
 
 import raypar.train
 from raypar import outputs
+from raypar.dataset import append
+from raypar.dataset.formats import Listing
+from raypar.dataset.manifest import Manifest
 from raypar.differences import differences, list_differences, short
 
 CLASSES = [f"class {i}" for i in range(80)]
@@ -51,3 +54,12 @@ def test_a_run_begun_otherwise_says_only_what_differs(task: str) -> None:
     assert "class_names 0: 'class 0' then, 'kite' now" in said
     assert "class 2" not in said
     assert "key" not in said
+
+
+def test_a_source_of_other_classes_says_which(tmp_path: Path) -> None:
+    """Of two lists of 80 names that were cut at the same length, nobody saw the difference."""
+    before = Manifest(task="detect", class_names=tuple(CLASSES), splits={}, source="")
+    listing = Listing(tuple([*CLASSES[:-1], "kite"]), {})
+    with pytest.raises(ValueError, match="class_names 79: 'class 79' there, 'kite' in the source") as caught:
+        append.check(before, listing, Folder.at(tmp_path))
+    assert "class 1" not in str(caught.value)

@@ -374,6 +374,8 @@ def test_copy_paste(task: str, has_effect: bool, datasets: Any) -> None:
         assert seen(Tried(task, base | {"copy_paste": 1.0}, dataset, manifest)) != seen(
             Tried(task, base, dataset, manifest)
         )
+        with pytest.raises(ValueError, match=r"copy_paste_mode='mixup' is not supported: write flip"):
+            Tried(task, base | {"copy_paste": 1.0, "copy_paste_mode": "mixup"}, dataset, manifest).spec()
         return
     with pytest.raises(ValueError, match=r"copy_paste=1\.0: the dataset has boxes without polygons"):
         Tried(task, base | {"copy_paste": 1.0}, dataset, manifest).spec()
@@ -397,7 +399,8 @@ def test_plots_are_drawn_unless_told_otherwise(
     worker.class_names, worker.pulse, worker.out = [], SimpleNamespace(cursor=0), Folder.at(tmp_path)  # type: ignore[assignment]
     worker.watch = SimpleNamespace(aside=SimpleNamespace(submit=lambda name, _: drawn.append(name)))  # type: ignore[assignment]
     worker.epoch = SimpleNamespace(stepped=lambda *_: None)  # type: ignore[assignment]
-    worker.loop, worker.world_size = SimpleNamespace(step=lambda *_: {}), 1  # type: ignore[assignment]
+    worker.loop = SimpleNamespace(step=lambda *_: {}, last_optimizer_step=-1)  # type: ignore[assignment]
+    worker.world_size = 1
     monkeypatch.setattr(worker_module.pictures, "wants", lambda *_: True)
     monkeypatch.setattr(worker_module.pictures, "training_batch", lambda *_: b"")
     worker._step(SimpleNamespace(images=np.zeros(1)), {}, 0)  # type: ignore[arg-type]
