@@ -31,6 +31,19 @@ class KilledError(Exception):
     """What SIGKILL is to a process."""
 
 
+class Checks:
+    """Notes which comparisons of the ranks are made."""
+
+    def __init__(self, _: Any):
+        self.made = ["at the start"]
+
+    def compare_weights(self) -> None:
+        self.made.append("weights")
+
+    def renew(self) -> None:
+        self.made.append("gradients")
+
+
 class Run:
     """Starts of one run, in one folder."""
 
@@ -56,6 +69,7 @@ class Run:
         monkeypatch.setattr(module.say, "epoch", lambda *_: None)
         monkeypatch.setattr(module.pictures, "wants", lambda *_: False)
         monkeypatch.setattr(module.ray.train, "report", self.reports.append)
+        monkeypatch.setattr(module.parallel, "SynchronisationCheck", Checks)
 
     def begin(
         self, *, kill_at: int | None = None, save_at: int | None = None, stop_at: int | None = None
@@ -202,6 +216,7 @@ def test_a_word_to_stop_is_heard_at_an_epochs_end(tmp_path: Path, monkeypatch: p
     worker = run.go(stop_at=STEPS - 2)  # known to all ranks at the epoch's last step
     assert worker.cursor == STEPS * BATCH
     assert run.cursors == [worker.cursor]
+    assert worker.synchronisation.made == ["at the start", "weights", "gradients"]  # type: ignore[attr-defined]
     assert int(run.weights("last.pt")["epochs"]) == 1
 
 
