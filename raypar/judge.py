@@ -194,7 +194,7 @@ class Judge:
                 for i, c in enumerate(metrics.ap_class_index)]  # fmt: skip
 
     def _classified(self, rows: pa.Table, group: Letterboxed) -> dict[str, Any]:
-        class_ids = rows["class_id"].to_numpy().astype(np.int64)
+        class_ids = rows["class_id"].to_numpy().astype(np.int64) * (0 if self.args.single_cls else 1)
         return {"img": group.images, "cls": torch.from_numpy(class_ids)}
 
     def _boxed(self, rows: pa.Table, group: Letterboxed) -> dict[str, Any]:
@@ -210,14 +210,14 @@ class Judge:
             arrays = (
                 None if x is None else x.copy() for x in (boxes, polygons, keypoints)
             )  # it works in place
-            labels = Instances(*arrays, bbox_format="xywh", normalized=True)
-            labels.convert_bbox("xyxy")
-            labels.denormalize(*_scaled_wh(group, place))
-            labels.add_padding(*group.pads[place].tolist())
-            labels.convert_bbox("xywh")
-            boxes = labels.bboxes / np.tile(side, 2)
+            moved = Instances(*arrays, bbox_format="xywh", normalized=True)
+            moved.convert_bbox("xyxy")
+            moved.denormalize(*_scaled_wh(group, place))
+            moved.add_padding(*group.pads[place].tolist())
+            moved.convert_bbox("xywh")
+            boxes = moved.bboxes / np.tile(side, 2)
             if polygons is not None:
-                polygons = labels.segments
+                polygons = moved.segments
             if self.task == "obb" and polygons is not None:
                 boxes = (boxes_xywhr(polygons) / np.append(np.tile(side, 2), 1)).astype(np.float32)
             if self.task == "segment" and polygons is not None:
@@ -225,7 +225,7 @@ class Judge:
                 class_ids, boxes = class_ids[order], boxes[order]
                 found.setdefault("masks", []).append(mask)
             if keypoints is not None:
-                found.setdefault("keypoints", []).append(labels.keypoints / np.append(side, 1))
+                found.setdefault("keypoints", []).append(moved.keypoints / np.append(side, 1))
             found["cls"].append((class_ids * (0 if self.args.single_cls else 1)).reshape(-1, 1))
             found["bboxes"].append(boxes)
             found["batch_idx"].append(np.full(len(class_ids), place))

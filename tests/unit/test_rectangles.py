@@ -19,6 +19,7 @@ from ultralytics.data.base import BaseDataset
 import raypar.evaluate
 from raypar.dataset.manifest import Manifest, Shard, Split
 from raypar.dataset.plan import contiguous_share
+from raypar.dataset.rows import read_sizes
 from raypar.dataset.schema import row_schema
 from raypar.detector import Detector
 from raypar.images import encode_png
@@ -200,6 +201,17 @@ def test_what_does_not_fit_is_read_again_and_is_the_same(
         assert all(len(group.images.indices) <= 4 for group in found)
         ids = [image_id for group in found for image_id in group.rows["image_id"].to_pylist()]
         assert Counter(ids) == Counter(f"{i:02d}.png" for i in range(30))
+
+
+def test_sizes_are_those_of_the_rows_of_a_part_of_a_split(mixed: tuple[Folder, Manifest]) -> None:
+    folder, manifest = mixed
+    whole = manifest.split("val")
+    part = whole.model_copy(
+        update={"shards": (whole.shards[0].model_copy(update={"row_groups": (6, 4)}),), "num_images": 10}
+    )
+    sizes = read_sizes(folder, part)
+    assert sizes.image_ids == read_sizes(folder, whole).image_ids[:10]
+    assert (sizes.hws.shape, sizes.num_labels) == ((10, 2), 2)
 
 
 def test_validation_keeps_as_many_boxes_as_an_image_has_labels(mixed: tuple[Folder, Manifest]) -> None:
