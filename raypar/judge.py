@@ -26,6 +26,8 @@ from ultralytics.models.yolo.classify import ClassificationValidator
 from ultralytics.models.yolo.obb import OBBValidator
 from ultralytics.models.yolo.pose import PoseValidator
 from ultralytics.models.yolo.segment import SegmentationValidator
+from ultralytics.utils.instance import Instances
+from ultralytics.utils.ops import resample_segments
 
 from raypar.augment.outlines import boxes_xywhr
 from raypar.dataset.manifest import Manifest
@@ -36,6 +38,7 @@ from raypar.images import Image
 VALIDATORS: dict[str, Any] = {
     "segment": SegmentationValidator, "pose": PoseValidator, "obb": OBBValidator, "classify": ClassificationValidator,
 }  # fmt: skip
+OBB_POINTS = 100  # of a rotated box's outline, before its smallest rectangle is sought
 NAMES = {
     "precision": "precision",
     "recall": "recall",
@@ -202,14 +205,20 @@ class Judge:
         for place in range(rows.num_rows):
             labels = row_labels(rows, place, self.task, self.num_keypoints)
             class_ids, boxes, polygons, keypoints = only_classes(labels, self.args.classes)
-            # px of the scaled image
-            scale = group.gains[place][:2] * np.array(group.image_hws[place][::-1], np.float32)
-            shift = group.pads[place]
-            boxes = (
-                np.concatenate([boxes[:, :2] * scale + shift, boxes[:, 2:] * scale], 1) / np.tile(side, 2)
-            ).astype(np.float32)
+            if self.task == "obb" and polygons is not None and len(polygons):
+                polygons = np.stack(resample_segments(list(polygons), n=OBB_POINTS))
+            # Ultralytics' own arithmetic, to the last bit: which of two like boxes an anchor is assigned to hangs on it
+            arrays = (
+                None if x is None else x.copy() for x in (boxes, polygons, keypoints)
+            )  # it works in place
+            moved = Instances(*arrays, bbox_format="xywh", normalized=True)
+            moved.convert_bbox("xyxy")
+            moved.denormalize(*_scaled_wh(group, place))
+            moved.add_padding(*group.pads[place].tolist())
+            moved.convert_bbox("xywh")
+            boxes = moved.bboxes / np.tile(side, 2)
             if polygons is not None:
-                polygons = (polygons * scale + shift).astype(np.float32)
+                polygons = moved.segments
             if self.task == "obb" and polygons is not None:
                 boxes = (boxes_xywhr(polygons) / np.append(np.tile(side, 2), 1)).astype(np.float32)
             if self.task == "segment" and polygons is not None:
@@ -217,9 +226,7 @@ class Judge:
                 class_ids, boxes = class_ids[order], boxes[order]
                 found.setdefault("masks", []).append(mask)
             if keypoints is not None:
-                found.setdefault("keypoints", []).append(
-                    keypoints / np.append(side, 1) * np.append(scale, 1) + np.append(shift / side, 0)
-                )
+                found.setdefault("keypoints", []).append(moved.keypoints / np.append(side, 1))
             found["cls"].append((class_ids * (0 if self.args.single_cls else 1)).reshape(-1, 1))
             found["bboxes"].append(boxes)
             found["batch_idx"].append(np.full(len(class_ids), place))
@@ -280,6 +287,14 @@ def class_of_pixels(masks: Tensor, class_ids: Tensor, image_index: Tensor) -> Te
         if len(mine):
             found[image] = mine[masks[image].long() - 1].float()
     return found
+
+
+def _scaled_wh(group: Letterboxed, place: int) -> list[int]:
+    """Width and height of an image inside its letterbox, px."""
+    height, width = group.image_hws[place]
+    return [
+        round(side * float(gain)) for side, gain in zip((width, height), group.gains[place], strict=False)
+    ]
 
 
 @contextmanager

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from raypar.augment.outlines import densify
-from raypar.dataset.manifest import Split
+from raypar.dataset.manifest import Shard, Split
 from raypar.dataset.schema import row_schema
 from raypar.storage import Folder
 
@@ -63,20 +63,23 @@ def most_labels(dataset: Folder, split: Split) -> int:
 
 
 def _columns(dataset: Folder, split: Split, names: list[str]) -> pa.Table:
-    """Some columns of all shards, and ``num_labels`` int32: of each image."""
+    """Some columns of all rows of a split, and ``num_labels`` int32: of each image."""
 
-    def read(path: str) -> pa.Table:
-        return dataset.reading(
-            path, lambda file: _with_num_labels(pq.ParquetFile(file, pre_buffer=True), names)
-        )
+    def read(shard: Shard) -> pa.Table:
+        return dataset.reading(shard.path, lambda file: _with_num_labels(file, shard, names))
 
     with ThreadPoolExecutor(READERS) as threads:
-        return pa.concat_tables(threads.map(read, [shard.path for shard in split.shards]))
+        return pa.concat_tables(threads.map(read, split.shards))
 
 
-def _with_num_labels(shard: pq.ParquetFile, names: list[str]) -> pa.Table:
-    has_boxes = "class_ids" in shard.schema_arrow.names  # without: classify
-    table = shard.read(columns=[*names, "class_ids" if has_boxes else "class_id"])
+def _with_num_labels(file: BinaryIO, shard: Shard, names: list[str]) -> pa.Table:
+    opened = pq.ParquetFile(file, pre_buffer=True)
+    has_boxes = "class_ids" in opened.schema_arrow.names  # without: classify
+    columns = [*names, "class_ids" if has_boxes else "class_id"]
+    table = opened.read_row_groups(range(len(shard.row_groups)), columns=columns)
+    table = table.slice(
+        0, sum(shard.row_groups)
+    )  # of a part of a split: the first rows of its last row group
     labels = table.column(len(names))
     num_labels = pc.list_value_length(labels) if has_boxes else pa.array(np.ones(len(labels), np.int32))
     return table.select(names).append_column("num_labels", num_labels)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 import raypar.train
@@ -10,6 +12,7 @@ from raypar.dataset import append
 from raypar.dataset.formats import Listing
 from raypar.dataset.manifest import Manifest
 from raypar.differences import differences, list_differences, short
+from raypar.storage import Folder
 
 CLASSES = [f"class {i}" for i in range(80)]
 

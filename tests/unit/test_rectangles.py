@@ -3,18 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from ultralytics.data.base import BaseDataset
 
+import raypar.evaluate
+from raypar.dataset.manifest import Manifest, Shard, Split
 from raypar.dataset.plan import contiguous_share
+from raypar.dataset.rows import read_sizes
+from raypar.dataset.schema import row_schema
 from raypar.detector import Detector
+from raypar.images import encode_png
 from raypar.rectangles import BatchQueue, Rectangles, raised_max_det, rectangles, squares
+from raypar.storage import Folder
+from raypar.train import validate
+from raypar.train.validate import Group, Share
 
 IMGSZ, STRIDE = 160, 32
 # few sides, so that many ratios are equal; and any
@@ -119,3 +131,93 @@ def test_the_shapes_that_sizes_give_are_those_of_the_images() -> None:
     images = [np.zeros((*hw, 3), np.uint8) for hw in sizes]
     made = {tuple(group.images.shape[2:]) for group in detector.letterbox(images)}
     assert detector.input_shapes(sizes) == sorted(made)
+
+
+@pytest.fixture(scope="module")
+def mixed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, Manifest]:
+    """Thirty images of seven sizes in two shards; one has 310 labels."""
+    folder = Folder.at(str(tmp_path_factory.mktemp("mixed")))
+    rng, sizes = (
+        np.random.default_rng(0),
+        [(40, 60), (60, 40), (50, 50), (30, 80), (80, 30), (45, 60), (64, 48)],
+    )
+    shards = []
+    for number, ids in enumerate((range(18), range(18, 30))):
+        rows = []
+        for i in ids:
+            height, width = sizes[i % len(sizes)]
+            count = 310 if i == 20 else 2
+            image = rng.integers(0, 256, (height, width, 3), np.uint8)
+            rows.append({"image_id": f"{(7 * i) % 30:02d}.png", "image": encode_png(image), "height": height, "width": width,
+                         "class_ids": [0] * count, "boxes_xywhn": [0.5, 0.5, 0.2, 0.2] * count})  # fmt: skip
+        Path(folder.uri, "val").mkdir(exist_ok=True)
+        path = f"val/{number}.parquet"
+        table = pa.Table.from_pylist(rows, schema=row_schema("detect"))
+        pq.write_table(table, Path(folder.uri) / path, row_group_size=6)
+        shards.append(Shard(path=path, row_groups=(6,) * (len(ids) // 6), num_bytes=1, sha256=""))
+    split = Split(shards=tuple(shards), num_images=30, num_boxes=368)
+    splits = {"train": split, "val": split}
+    return folder, Manifest(task="detect", class_names=("a",), splits=splits, source="")
+
+
+def share_of(
+    mixed: tuple[Folder, Manifest], rank: int, world_size: int, max_det: int = 300
+) -> tuple[Share, list[Group]]:
+    """A rank's share with batches of four images a rectangle, and its groups."""
+    folder, manifest = mixed
+    lender: Any = SimpleNamespace(manifest=manifest, args=SimpleNamespace(batch=2, max_det=max_det))
+    share = Share(lender, folder, rank=rank, world_size=world_size, batch=4)
+    share.prepare()
+    return share, list(share.groups(Detector(torch.nn.Identity(), ["a"], imgsz=160, pad=0.5)))
+
+
+def test_an_image_is_shown_alike_whatever_the_number_of_ranks(mixed: tuple[Folder, Manifest]) -> None:
+    def shown(world_size: int) -> dict[str, torch.Tensor]:
+        groups = [group for rank in range(world_size) for group in share_of(mixed, rank, world_size)[1]]
+        assert sum(group.weight for group in groups) == pytest.approx(1)
+        return {
+            image_id: image
+            for group in groups
+            for image_id, image in zip(group.rows["image_id"].to_pylist(), group.images.images, strict=True)
+        }
+
+    alone = shown(1)
+    assert len(alone) == 30
+    assert len({tuple(image.shape) for image in alone.values()}) >= 4
+    for world_size in (2, 3, 7):
+        found = shown(world_size)
+        assert found.keys() == alone.keys()
+        assert all(torch.equal(found[name], alone[name]) for name in alone)
+
+
+def test_what_does_not_fit_is_read_again_and_is_the_same(
+    mixed: tuple[Folder, Manifest], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(validate, "CACHE_BYTES", 1_000_000)  # a dozen images
+    share, groups = share_of(mixed, 0, 1)
+    detector = Detector(torch.nn.Identity(), ["a"], imgsz=160, pad=0.5)
+    again = list(share.groups(detector))
+    for found in (groups, again):
+        assert all(len(group.images.indices) <= 4 for group in found)
+        ids = [image_id for group in found for image_id in group.rows["image_id"].to_pylist()]
+        assert Counter(ids) == Counter(f"{i:02d}.png" for i in range(30))
+
+
+def test_sizes_are_those_of_the_rows_of_a_part_of_a_split(mixed: tuple[Folder, Manifest]) -> None:
+    folder, manifest = mixed
+    whole = manifest.split("val")
+    part = whole.model_copy(
+        update={"shards": (whole.shards[0].model_copy(update={"row_groups": (6, 4)}),), "num_images": 10}
+    )
+    sizes = read_sizes(folder, part)
+    assert sizes.image_ids == read_sizes(folder, whole).image_ids[:10]
+    assert (sizes.hws.shape, sizes.num_labels) == ((10, 2), 2)
+
+
+def test_validation_keeps_as_many_boxes_as_an_image_has_labels(mixed: tuple[Folder, Manifest]) -> None:
+    assert share_of(mixed, 0, 1)[0].max_det == 310
+    assert share_of(mixed, 0, 1, max_det=200)[0].max_det == 200
+    folder, manifest = mixed
+    items, num_labels = raypar.evaluate._items(folder, manifest.split("val"), "detect", 16)
+    assert num_labels == 310
+    assert [len(item["positions"]) for item in items] == [6] * 5
