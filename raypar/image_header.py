@@ -172,7 +172,7 @@ def _check_scans(view: memoryview, at: int) -> None:
 
 
 def _read_png(view: memoryview) -> Header:
-    if view[12:16] != b"IHDR":
+    if bytes(view[12:16]) != b"IHDR":
         raise ValueError("not an image that can be read: a PNG that does not say its size")
     width, height, bits = struct.unpack_from(">IIB", view, 16)
     return Header("PNG", height, width, bits)
@@ -202,7 +202,7 @@ def _read_webp(view: memoryview) -> Header:
 
 def _read_jpeg_2000(view: memoryview) -> Header:
     at = 0
-    if view[:4] != J2K_SIZE:  # boxes around the codestream
+    if bytes(view[:4]) != J2K_SIZE:  # boxes around the codestream
         for _ in range(MAX_SEGMENTS):
             size, name = struct.unpack_from(">I4s", view, at)
             head = 8
@@ -212,7 +212,7 @@ def _read_jpeg_2000(view: memoryview) -> Header:
                 at += head
                 break
             at += max(size, head)
-    if view[at : at + 4] != J2K_SIZE:
+    if bytes(view[at : at + 4]) != J2K_SIZE:
         raise ValueError("not an image that can be read: a JPEG 2000 that does not say its size")
     right, bottom, left, top = struct.unpack_from(">IIII", view, at + 8)
     sample = view[at + 42]  # of the first channel
@@ -284,7 +284,7 @@ def _tiff_tags(view: memoryview) -> dict[int, tuple[int, ...]]:
     Raises:
         ValueError: the tags hold more than the file does: who reads them all (Pillow) would read some bytes over and over.
     """
-    order = "<" if view[:2] == b"II" else ">"
+    order = "<" if bytes(view[:2]) == b"II" else ">"
     is_big = 43 in (view[2], view[3])
     place, count, entry, inline = ("Q", "Q", "HHQ8s", 8) if is_big else ("I", "H", "HHI4s", 4)
     at = struct.unpack_from(order + place, view, 8 if is_big else 4)[0]
