@@ -99,7 +99,7 @@ class Worker:
             )
         if config["init_from"]:
             with staged(config["init_from"], self.out) as weights:
-                lender.model.load(read_model(weights, trusted=trusted), verbose=False)
+                lender.model.load(read_model(str(weights), trusted=trusted), verbose=False)
         # set now: building Ultralytics' trainer sets the number of threads too
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(train["threads_per_worker"] or max(1, cores // context.get_local_world_size()))
