@@ -86,7 +86,11 @@ def run(config: RunConfig) -> dict[str, Any]:
     split = manifest.split(section.split)
     weights = find(section.weights, config.folder, "evaluate")
     is_single_class = bool(config.train.yolo.get("single_cls", False))
-    class_names, imgsz, sha256 = _known(weights, config, manifest)
+    known, imgsz, sha256 = _known(weights, config, manifest)
+    class_names = known if is_single_class else list(manifest.class_names)
+    if known != class_names:
+        others = list_differences("class", known, class_names, ("in the weights", "in the dataset"))
+        print(f"evaluate: classes are named otherwise ({others}); they are compared by number", flush=True)
     # Ultralytics' default for rotated boxes
     conf = 0.01 if manifest.task == "obb" and section.conf == 0.001 else section.conf
     classes = chosen_classes(config.train.yolo.get("classes"))  # as training validates
@@ -147,19 +151,16 @@ def _items(dataset: Folder, split: Split, task: str, batch: int) -> tuple[list[d
 
 def _known(weights: Weights, config: RunConfig, manifest: Manifest) -> tuple[list[str], int, str]:
     """Class names of the model, its image size in px, and the checksum of its file: read by the driver, which fails at once."""
-    section, class_names = config.evaluate, list(manifest.class_names)
+    section, num_classes = config.evaluate, len(manifest.class_names)
     is_single_class = bool(config.train.yolo.get("single_cls", False))
     known, imgsz, sha256 = read_facts(
         weights, section.imgsz, manifest.task, precision=section.precision, trusted=config.weights_trusted
     )
-    expected = 1 if is_single_class else len(class_names)
+    expected = 1 if is_single_class else num_classes
     if len(known) != expected:
         raise ValueError(f"{weights.uri} knows {len(known)} classes, the dataset has {expected}: "
                          f"evaluate weights that were trained on it")  # fmt: skip
-    if not is_single_class and known != class_names:
-        others = list_differences("class", known, class_names, ("in the weights", "in the dataset"))
-        print(f"evaluate: classes are named otherwise ({others}); they are compared by number", flush=True)
-    return (known if is_single_class else class_names), imgsz, sha256
+    return known, imgsz, sha256
 
 
 def _evaluate(pool: DetectorPool, job: Job, items: list[dict[str, Any]], split: Split, settings: dict[str, Any],

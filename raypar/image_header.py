@@ -220,7 +220,7 @@ def _read_webp(view: memoryview) -> Header:
 
 def _read_jpeg_2000(view: memoryview) -> Header:
     at = 0
-    if view[:4] != J2K_SIZE:  # boxes around the codestream
+    if bytes(view[:4]) != J2K_SIZE:  # boxes around the codestream
         for _ in range(MAX_SEGMENTS):
             size, name = struct.unpack_from(">I4s", view, at)
             head = 8
@@ -230,7 +230,7 @@ def _read_jpeg_2000(view: memoryview) -> Header:
                 at += head
                 break
             at += max(size, head)
-    if view[at : at + 4] != J2K_SIZE:
+    if bytes(view[at : at + 4]) != J2K_SIZE:
         raise ValueError("not an image that can be read: a JPEG 2000 that does not say its size")
     right, bottom, left, top = struct.unpack_from(">IIII", view, at + 8)
     sample = view[at + 42]  # of the first channel

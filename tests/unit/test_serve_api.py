@@ -420,9 +420,7 @@ def test_keys(service: FakeService) -> None:
         assert client.get(route).status_code == 200
 
 
-def test_the_named_variable_must_hold_a_key(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_weights: Path
-) -> None:
+def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     config = RunConfig.model_validate(
         {"name": "run", "storage": str(tmp_path), "serve": {"api_key_env": "SOME_KEYS"}}
     )
@@ -431,7 +429,8 @@ def test_the_named_variable_must_hold_a_key(
     (config.folder / "train").write("best.pt", b"")
     with pytest.raises(ValueError, match="it is empty"):
         raypar.serve.check(config)
-    (config.folder / "train").upload(tiny_weights, "best.pt")
+    (config.folder / "train").write("best.pt", b"PK\3\4 weights")
+    monkeypatch.setattr(raypar.serve, "read_facts", lambda *_, **__: None)  # see test_weights.py
     with pytest.raises(ValueError, match="export SOME_KEYS=KEY"):
         raypar.serve.check(config)
     monkeypatch.setenv("SOME_KEYS", "one, two")
@@ -447,7 +446,8 @@ def test_a_port_that_is_taken_is_said_before_ray_starts(
     with socket.create_server(("127.0.0.1", 0)) as taken:
         serve = {"host": host, "port": taken.getsockname()[1]}
         config = RunConfig.model_validate({"name": "run", "storage": str(tmp_path), "serve": serve})
-        (config.folder / "train").write("best.pt", b"weights")
+        (config.folder / "train").write("best.pt", b"PK\3\4 weights")
+        monkeypatch.setattr(raypar.serve, "read_facts", lambda *_, **__: None)
         with pytest.raises(ValueError, match=f"serve.port={serve['port']}: nothing can listen there"):
             raypar.serve.check(config)
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
