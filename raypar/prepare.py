@@ -427,8 +427,19 @@ def _summary(
         lines.append(
             f"  set aside: {len(rejected)} images, named in {dataset.uri}/{REJECTED} ({'; '.join(_top_reasons(rejected))})"
         )
-    lines += [f"  note: {note}" for note in _shared_images(listing)]
+    lines += [f"  note: {note}" for note in (*_partly_outlined(manifest), *_shared_images(listing))]
     return "\n".join(lines)
+
+
+def _partly_outlined(manifest: Manifest) -> list[str]:
+    """A note on polygons that are not used."""
+    train = manifest.splits["train"]
+    if manifest.task != "detect" or train.num_polygons in (0, train.num_boxes):
+        return []
+    return [
+        f"{train.num_polygons} of {train.num_boxes} objects in train have polygons: unless all have one, "
+        "training uses boxes alone, as Ultralytics does"
+    ]
 
 
 def _shared_images(listing: Listing) -> list[str]:

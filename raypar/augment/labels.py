@@ -277,7 +277,11 @@ def _gathered(task: str, sources: Sequence[Labelled], wh: Floats, origin: Floats
         keypoints = np.concatenate([_there(s.keypoints) for s in sources]).astype(np.float64)
         keypoints[..., :2] = keypoints[..., :2] * wh[:, None] + origin[:, None]
     class_ids = np.concatenate([s.class_ids for s in sources]).astype(np.int32)
-    return Instances(class_ids, np.concatenate([centres - half, centres + half], 1), polygons, keypoints)
+    boxes = np.concatenate([centres - half, centres + half], 1)
+    if task == "obb" and polygons is not None:
+        # corners may lie outside of their image, to which the boxes in shards are cut; how much is left is of the whole
+        boxes = np.concatenate([polygons.min(1), polygons.max(1)], 1).astype(np.float64)
+    return Instances(class_ids, boxes, polygons, keypoints)
 
 
 def _there(points: Points | Outlines | None) -> Points:

@@ -100,7 +100,7 @@ class Outlines:
             boxes_there, is_dense = _whole_boxes(around[:, :2], around[:, 2:], size)
             if matrix[0, 1] or matrix[1, 0] or matrix[2, :2].any():
                 # turned, it need not touch the sides of that
-                is_dense = boxes_there.any(1)
+                is_dense = np.asarray(boxes_there.any(1))
             boxes[leaves_canvas] = boxes_there[leaves_canvas]
             is_dense &= leaves_canvas
             boxes[is_dense] = self._cut_boxes(np.flatnonzero(is_dense), matrix, size, canvas_wh)

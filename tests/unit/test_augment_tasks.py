@@ -19,7 +19,7 @@ from ultralytics.data.utils import polygons2masks_overlap
 from ultralytics.utils.instance import Instances
 from ultralytics.utils.ops import resample_segments, segment2box, xyxyxyxy2xywhr
 
-from benchmarks.parity import box_difference, matched
+from benchmarks.parity import box_differences, matched
 from raypar.augment import outlines
 from raypar.augment.cpu import Renderer, Source
 from raypar.augment.geometry import Layer, Recipe, Sample, draw, generator, resized_hw
@@ -321,7 +321,7 @@ def test_copy_paste_of_rotated_boxes_is_ultralytics() -> None:
         assert moved.boxes_xywhr is not None
         assert sorted(moved.class_ids.tolist()) == sorted(wanted_ids.astype(int).tolist())
         order = matched(moved.class_ids, moved.boxes_xywhr, wanted_ids, wanted)
-        assert not len(order) or box_difference(moved.boxes_xywhr, wanted[order]) < 1e-3
+        assert (box_differences(moved.boxes_xywhr, wanted[order]) < 1e-3).all()
         num_pasted += len(moved.pasted[0])
     assert num_pasted > 8
 
@@ -370,6 +370,22 @@ def test_more_than_255_masks() -> None:
     mask, _ = outlines.overlap_mask(outlines.densify(squares), SIZE, 4)
     assert mask.dtype == np.uint16
     assert mask.max() == len(squares) > 255
+
+
+def test_what_is_left_of_a_rotated_box_is_a_share_of_the_whole() -> None:
+    """Boxes in shards are cut to their image, corners are not: Ultralytics compares with the box around all corners."""
+    corners = np.array([[[-0.25, 0.5], [0.1, 0.15], [0.45, 0.5], [0.1, 0.85]]], np.float32)
+    whole, cut = np.array([[0.1, 0.5, 0.7, 0.7]], np.float32), np.array([[0.225, 0.5, 0.45, 0.7]], np.float32)
+    image, class_ids = np.zeros((SIZE, SIZE, 3), np.uint8), np.zeros(1, np.int32)
+    recipe, counts = Recipe(SIZE, translate=0.6, scale=0.5, task="obb"), []
+    for seed in range(400):
+        sample = draw(recipe, generator(seed, 0, 0), 0, 1, mosaic_on=False)
+        moved = [
+            move_labels(recipe, sample, [Source(image, class_ids, box, corners)]) for box in (whole, cut)
+        ]
+        counts.append([len(m.class_ids) for m in moved])
+    assert all(a == b for a, b in counts)
+    assert 0.5 < np.mean(counts) < 0.99
 
 
 @given(st.integers(0, 10**6))

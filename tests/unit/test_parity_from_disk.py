@@ -19,6 +19,7 @@ from raypar.dataset.encoded import encoded_blocks
 from raypar.dataset.plan import Plan
 from raypar.dataset.rows import row_group
 from raypar.dataset.stream import StreamSpec, labels_of, render
+from raypar.prepare import _partly_outlined
 from raypar.storage import Folder
 
 COUNT, IMGSZ = 20, 256
@@ -58,6 +59,8 @@ def spec_of(folder: Path, kind: str, recipe: Recipe | None = None) -> StreamSpec
 def test_polygons_of_detect_are_used_when_every_box_has_one(tmp_path: Path, kind: str, is_kept: bool) -> None:
     spec = spec_of(tmp_path, kind)
     assert spec.has_polygons == is_kept
+    manifest = prepared(tmp_path / "source", spec.dataset, *KINDS[kind][:2])
+    assert len(_partly_outlined(manifest)) == (kind == "mixed")
     assert ("segments_xyn" in spec.label_columns) == is_kept
     table = row_group(spec.dataset, *spec.groups[0], spec.label_columns)
     for i in range(table.num_rows):
