@@ -159,7 +159,7 @@ def _check_scans(view: memoryview, at: int) -> None:
     # Metadata may hold those two bytes too: go from segment to segment, up to the end of the (first) image.
     num_scans = 0
     for _ in range(MAX_SEGMENTS):
-        found = JPEG_MARKER.search(view, at)
+        found = _next_marker(view, at)
         if found is None or view[found.end() - 1] == EOI:
             return
         marker, at = view[found.end() - 1], found.end()
@@ -171,6 +171,15 @@ def _check_scans(view: memoryview, at: int) -> None:
     raise ValueError(
         f"a JPEG of more than {MAX_SCANS} scans is not decoded: no camera or program writes so many; save it again"
     )
+
+
+def _next_marker(view: memoryview, at: int) -> re.Match[bytes] | None:
+    """The first marker from there on, in searches of ``MAX_GAP`` bytes, between which other threads get their turn."""
+    for start in range(at, len(view), MAX_GAP):
+        found = JPEG_MARKER.search(view, start, start + MAX_GAP + 1)
+        if found is not None:
+            return found
+    return None
 
 
 def _read_png(view: memoryview) -> Header:

@@ -440,14 +440,13 @@ def test_the_named_variable_must_hold_a_key(monkeypatch: pytest.MonkeyPatch, tmp
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "no.such.host.invalid"])
 def test_a_port_that_is_taken_is_said_before_ray_starts(
-    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    host: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_weights: Path
 ) -> None:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     with socket.create_server(("127.0.0.1", 0)) as taken:
         serve = {"host": host, "port": taken.getsockname()[1]}
         config = RunConfig.model_validate({"name": "run", "storage": str(tmp_path), "serve": serve})
-        (config.folder / "train").write("best.pt", b"PK\3\4 weights")
-        monkeypatch.setattr(raypar.serve, "read_facts", lambda *_, **__: None)
+        (config.folder / "train").upload(tiny_weights, "best.pt")
         with pytest.raises(ValueError, match=f"serve.port={serve['port']}: nothing can listen there"):
             raypar.serve.check(config)
         monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
