@@ -77,10 +77,17 @@ class Run:
         """A start up to its first step; it is killed before a step, asked to save or to stop after one."""
         worker = object.__new__(Worker)
         worker.rank, worker.world_size, worker.train = 0, 1, self.train
+        worker.identity = {
+            "run": "run",
+            "fingerprint": "settings",
+            "length": EPOCHS,
+            "begun": EPOCHS,
+            "begun_epochs": EPOCHS,
+        }
         worker.out = Folder.at(self.folder)
         worker.precision = self.precision
         worker.args = SimpleNamespace(
-            seed=0, single_cls=False, compile=False, epochs=EPOCHS, time=None, val=True, lr0=0.01
+            seed=0, single_cls=False, compile=False, plots=True, epochs=EPOCHS, time=None, val=True, lr0=0.01
         )
         worker.plan = Plan((BATCH * STEPS,), seed=0, global_batch=BATCH, epochs=EPOCHS)
         worker.spec = SimpleNamespace(mosaic_epochs=EPOCHS)  # type: ignore[assignment]

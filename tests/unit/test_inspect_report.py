@@ -184,7 +184,7 @@ def test_labels_of_the_other_tasks_are_drawn_where_they_are() -> None:
 @pytest.mark.parametrize("kind", ["", "-seg", "-pose", "-obb", "-cls"])
 def test_the_model_of_every_task_steps(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("raypar.inspect.speed.STEPS_S", 0.01)
-    timed = train_steps(f"yolov8n{kind}.yaml", 2, 64, "fp32", use_gpu=False)
+    timed = train_steps(f"yolov8n{kind}.yaml", 2, 64, "fp32", use_gpu=False, trusted=False)
     assert timed["images_per_s"] > 0
     assert timed["precision"] == "float32"
     assert not timed["is_gpu"]
