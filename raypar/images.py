@@ -72,9 +72,7 @@ def is_turned(data: Any) -> bool:
     if header.kind == "TIFF":  # OpenCV always turns it
         return header.orientation != 1
     if header.kind == "AVIF":
-        return _decode_with_pillow(data, header).shape[:2] != (header.height, header.width) or (
-            _pillow_orientation(data, header) != 1
-        )
+        return _pillow_orientation(data, header) != 1
     if ORIENTATION_TAG.search(memoryview(data).cast("B")) is None:
         return False
     upright = _decode_with_opencv(data, cv2.IMREAD_COLOR_RGB)

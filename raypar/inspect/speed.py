@@ -233,7 +233,7 @@ def measure_model(
 
 
 def train_steps(
-    model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool, trusted: bool
+    model: str, batch: int, imgsz: int, precision: str, *, use_gpu: bool, trusted: bool = False
 ) -> dict[str, Any]:
     """Runs in: a task. See :func:`measure_model`."""
     import torch

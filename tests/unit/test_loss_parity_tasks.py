@@ -181,7 +181,10 @@ def test_losses_equal_those_of_the_tasks_own_trainer(tmp_path: Path, family: str
     assert theirs[0] != theirs[-1]  # it did train
 
 
-def test_the_weight_of_yolo26s_two_losses_shifts_with_the_epochs_and_comes_back_with_a_checkpoint() -> None:
+def test_the_weight_of_yolo26s_two_losses_shifts_with_the_epochs_and_comes_back_with_a_checkpoint(
+    tmp_path: Path,
+) -> None:
+    from raypar.storage import Folder
     from raypar.train import checkpoint
 
     manifest = Manifest(task="detect", class_names=CLASSES, splits={"train": Split(num_images=12)}, source="")
@@ -195,5 +198,7 @@ def test_the_weight_of_yolo26s_two_losses_shifts_with_the_epochs_and_comes_back_
     loop.end_epoch()
     after = loop.lender.model.criterion.o2m
     assert after < before
-    checkpoint.restore(other, checkpoint.capture(loop, has_gradients=True))
+    out, state = Folder(str(tmp_path)), checkpoint.capture(loop, has_gradients=True)
+    checkpoint.write(out, state | {"cursor": 4}, keep=1)
+    checkpoint.restore(other, checkpoint.load(out, checkpoint.name_of(4), 1.0))
     assert (other.lender.model.criterion.o2m, other.lender.model.criterion.updates) == (after, 1)
