@@ -333,7 +333,9 @@ class ServeConfig(InferenceConfig):
         0.0, ge=0, description="seconds an image waits, from its arrival, for others to fill its batch; 0: an idle model starts at once"
     )  # fmt: skip
     max_queued_requests: PositiveInt = Field(256, description="requests that may wait; more are answered 503")
-    request_timeout_s: PositiveFloat = Field(30, description="seconds until a request is given up")
+    request_timeout_s: PositiveFloat = Field(
+        30, description="seconds until a request is given up; a forward pass that takes longer has its replica replaced"
+    )  # fmt: skip
     max_image_mb: PositiveFloat = Field(16, description="larger bodies are answered 413")
     max_pixels: PositiveInt = Field(50_000_000, description="larger images are answered 413, undecoded")
     max_held_mb: PositiveFloat = Field(

@@ -196,7 +196,7 @@ def _check_running(running: RunningServe, config: RunConfig) -> None:
         )
     if config.name in running.route_prefixes:
         raise ValueError(
-            f"name={config.name}: a service of this name runs on this Ray already: end it first, or give this run another name"
+            f"name={config.name}: a service of this name runs on this Ray already: end it first (serve shutdown ends all of them), or give this run another name"
         )
     prefix = settings.route_prefix
     for name, other in running.route_prefixes.items():
