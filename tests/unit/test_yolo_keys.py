@@ -365,7 +365,7 @@ def test_tune_searches_honoured_settings_only() -> None:
     assert not space._nearest("train.yolo.sav").endswith("save'?")
 
 
-@pytest.mark.parametrize(("task", "has_effect"), [("detect", False), ("segment", True)])
+@pytest.mark.parametrize(("task", "has_effect"), [("detect", False), ("segment", True), ("obb", True)])
 def test_copy_paste(task: str, has_effect: bool, datasets: Any) -> None:
     """Objects are pasted by their polygons, which the generated images of detect have none of."""
     dataset, manifest = datasets(task)
