@@ -109,7 +109,7 @@ class Difference:
 
 
 def compare(kind: str, folder: Path, *, count: int, imgsz: int, **settings: Any) -> Difference:
-    """Writes ``count`` images and compares what both sides make of them; ``settings`` of Ultralytics beside the default ones."""
+    """Writes ``count`` images and compares what both sides make of them; ``settings``: of Ultralytics, added to the default ones."""
     task, form, _ = KINDS[kind]
     write(kind, folder / "source", count, imgsz)
     manifest = prepared(folder / "source", Folder.at(str(folder / "dataset")), task, form)

@@ -4,7 +4,7 @@
 
 For each task: generated shapes are written to disk as Ultralytics wants them, prepared and learnt by raypar from those files, and best.pt
 is judged by both. No figure may differ by more than 1e-4, and every mAP50-95 (of boxes, masks and keypoints; top-1 of classify) must be
-above 0.2, so that the figures say something. Beside them stands `val(batch=1)`, where each image has a rectangle of its own: how much
+above 0.2, so that the figures say something. `val(batch=1)` is shown too, where each image has a rectangle of its own: how much
 rectangles matter. One JSON line comes last.
 """
 

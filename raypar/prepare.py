@@ -69,7 +69,7 @@ def run(config: RunConfig) -> Manifest:
     """Writes the dataset of a run; a complete one is kept, unless ``prepare.overwrite`` or ``prepare.append``.
 
     Raises:
-        ValueError: the source is wrong, too many of its images had to be set aside, or the dataset was made from something else.
+        ValueError: the source is wrong, too many of its images were rejected, or the dataset was made from something else.
     """
     section = _section(config)
     dataset = config.folder / "dataset"
@@ -199,7 +199,13 @@ def _manifest(config: RunConfig, listing: Listing, reports: list[ShardReport], n
 def _made_from(section: PrepareConfig) -> dict[str, Any]:
     """The settings that decide what is in a dataset."""
     shapes = {"shapes": section.shapes.model_dump()} if section.format == "shapes" else {}
-    return {"source": _source(section), "format": section.format, **shapes}
+    return {
+        "source": _source(section),
+        "format": section.format,
+        "max_pixels": section.max_pixels,
+        "val_fraction": section.val_fraction,
+        **shapes,
+    }
 
 
 def _check_same(section: PrepareConfig, dataset: Folder) -> None:

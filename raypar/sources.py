@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from raypar.dataset.formats import IMAGE_SUFFIXES
 from raypar.dataset.manifest import Manifest
+from raypar.dataset.remote import is_hidden
 from raypar.storage import Folder
 
 PIECE_IMAGES = 256  # at most, but whole row groups
@@ -219,7 +220,7 @@ def _below(place: _Place, pattern: tuple[str, ...]) -> list[Entry]:
 
 def _walk(folder: str, pattern: tuple[str, ...]) -> dict[str, int]:
     """Bytes of the local files below a folder that fit a pattern, by their path from there. Links are followed, but what was reached already is
-    left out: a folder, or one that the links lie in, is never listed twice, nor a file beside a link to it.
+    left out: a folder, or one that the links lie in, is never listed twice, nor a file next to a link to it.
 
     Raises:
         ValueError: a folder cannot be read.
@@ -277,7 +278,7 @@ def _leads(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     """Whether files below a folder can fit a pattern."""
     for part, wanted in zip(parts, pattern, strict=False):
         if wanted == "**":
-            return not any(_is_hidden(name) for name in parts)
+            return not any(is_hidden(name) for name in parts)
         if not _name_fits(part, wanted):
             return False
     return len(parts) < len(pattern)
@@ -290,19 +291,14 @@ def _fits(parts: tuple[str, ...], pattern: tuple[str, ...]) -> bool:
     if pattern[0] != "**":
         return _name_fits(parts[0], pattern[0]) and _fits(parts[1:], pattern[1:])
     if not pattern[1:]:
-        return not any(_is_hidden(name) for name in parts)
-    return _fits(parts, pattern[1:]) or (not _is_hidden(parts[0]) and _fits(parts[1:], pattern))
+        return not any(is_hidden(name) for name in parts)
+    return _fits(parts, pattern[1:]) or (not is_hidden(parts[0]) and _fits(parts[1:], pattern))
 
 
 def _name_fits(name: str, pattern: str) -> bool:
-    if _is_hidden(name) and not _is_hidden(pattern):
+    if is_hidden(name) and not is_hidden(pattern):
         return False
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-
-def _is_hidden(name: str) -> bool:
-    """Whether a name is none of the user's images: ``.ipynb_checkpoints``, ``._a.jpg``, and the folder that macOS adds to archives."""
-    return name.startswith(".") or name == "__MACOSX"
 
 
 def _text(place: _Place, source: str) -> list[Entry]:

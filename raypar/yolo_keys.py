@@ -212,7 +212,7 @@ KEYS: dict[str, Honoured | Refused] = {
     "auto_augment": Honoured("policy of the automatic augmentation", ("classify",)),
     "erasing": Honoured("probability of erasing a random rectangle", ("classify",)),
     # The rest
-    "cfg": _shared("a YAML file of these settings (a path or a URI); settings beside it win"),
+    "cfg": _shared("a YAML file of these settings (a path or a URI); settings next to it win"),
     "tracker": Refused("raypar does not track"),
     # Accepted by Ultralytics though they are not in default.yaml
     "save_dir": Refused("a run's folder is {storage}/{name}", "storage"),

@@ -265,7 +265,7 @@ def read_picture(path: str, max_pixels: int, fetched: Fetched | None = None) -> 
     if is_turned(data):
         return _encode(image, header.kind, JPEG_QUALITY, "EXIF rotations baked in")
     if has_tail:
-        return _encode(image, "JPEG", 100, "JPEGs with bytes after their end saved anew")
+        return _encode(image, "JPEG", 100, "JPEGs with bytes after their end saved again")
     if header.needs_pillow and header.kind in LOSSLESS:
         return _encode(image, header.kind, JPEG_QUALITY, "files that OpenCV cannot read re-encoded")
     return Picture(data, (image.shape[0], image.shape[1]))

@@ -37,7 +37,7 @@ class BadImageError(Exception):
 
 
 def bad_image(error: ValueError) -> BadImageError:
-    """What a client is told of an image that raypar refuses; the text of a library, which may name files and addresses, stays here."""
+    """What a client reads about an image that raypar refuses; the text of a library, which may name files and addresses, stays here."""
     if error.__cause__ is None:
         return BadImageError(str(error))
     return BadImageError("the image is damaged, or of a format that cannot be read")

@@ -144,7 +144,7 @@ def load(out: Folder, name: str, patience_s: float) -> dict[str, Any]:
 
 
 def _numpy_parts() -> list[Any]:
-    """What numpy's arrays and numbers are pickled as; a checkpoint holds them beside tensors, and nothing else that is not plain."""
+    """What numpy's arrays and numbers are pickled as; a checkpoint holds them along with tensors, and nothing else that is not plain."""
     array, scalar = np.zeros(0), np.float64(0)
     kinds = (np.bool_, np.uint8, np.int32, np.int64, np.float16, np.float32, np.float64)
     dtypes = [type(np.dtype(kind)) for kind in kinds]

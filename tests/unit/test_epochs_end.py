@@ -236,7 +236,7 @@ def test_when_it_is_time_each_epoch_ends_with_a_checkpoint(
 
 
 class Clock:
-    """Time that passes only where it is told to."""
+    """Time that passes only on request."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch):
         self.now = 1000.0

@@ -135,6 +135,7 @@ def test_a_finished_dataset_of_another_source_is_not_kept_silently(tmp_path: Pat
         ),
         ({"task": "segment"}, "task: 'detect' then, 'segment' now"),
         ({"shapes": {"train": 7}}, "shapes.train: 400 then, 7 now"),
+        ({"max_pixels": 1000}, "max_pixels: 178956970 then, 1000 now"),
     ):
         for run in (prepare.run, prepare.check):
             with pytest.raises(ValueError, match=said) as caught:

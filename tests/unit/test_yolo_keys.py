@@ -224,7 +224,7 @@ def remapped(tried: Tried) -> Any:
     ]
 
 
-# For each honoured setting: a value, where it shows, and what else is set (beside ALL).
+# For each honoured setting: a value, where it shows, and what else is set (in addition to ALL).
 CHANGES: dict[str, tuple[Any, Callable[[Tried], Any], Settings]] = {
     "epochs": (5, seen, {}),
     "time": (1.0, seen, {}),
@@ -418,7 +418,7 @@ def test_cfg_is_merged(tmp_path: Path) -> None:
     (tmp_path / "hyp.yaml").write_text("lr0: 1e-3\nmosaic: 0.5\nepochs: 7\n")
     (tmp_path / "run.yaml").write_text(f"name: x\ntrain: {{yolo: {{cfg: {tmp_path}/hyp.yaml, epochs: 5}}}}\n")
     config = runfile.load(tmp_path / "run.yaml", ["train.yolo.mosaic=0.25"])
-    assert config.train.yolo == {"lr0": 0.001, "epochs": 5, "mosaic": 0.25}, "what is written beside it wins"
+    assert config.train.yolo == {"lr0": 0.001, "epochs": 5, "mosaic": 0.25}, "what is written next to it wins"
     (tmp_path / "again.yaml").write_text(runfile.dump(config))
     assert runfile.load(tmp_path / "again.yaml") == config
     assert settings(config.train.yolo).lr0 == 0.001

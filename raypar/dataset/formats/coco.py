@@ -386,7 +386,7 @@ def _is_there(place: Place) -> bool:
 
 
 def _points_of(data: dict[str, Any], task: str) -> str | None:
-    """The key of an annotation that is kept beside its box; None for none.
+    """The key of an annotation that is kept with its box; None for none.
 
     Detect keeps polygons as ``convert_coco(use_segments=True)`` does, which gives an object without one its box as one.
     """

@@ -163,7 +163,7 @@ def _parts(segmentation: Any) -> list[Floats]:
     """The polygons float64 (P, 2) px of an annotation; none where it has no segmentation.
 
     Written as [[x, y, x, y ...], ...], or less strictly: one polygon without the outer list, points as [x, y], numbers as text.
-    Parts of one or two points are left out beside others, as in Ultralytics.
+    Parts of one or two points are left out where there are others, as in Ultralytics.
 
     Raises:
         ValueError: it is something else.
