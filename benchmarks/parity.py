@@ -144,10 +144,9 @@ def compare(kind: str, folder: Path, *, count: int, imgsz: int, **settings: Any)
 def shown(spec: StreamSpec, item: Item, batch: Batch) -> Iterator[tuple[np.ndarray, int]]:
     """For each image of a batch the rows of its window, and which of them it shows."""
     window = spec.plan.window(item.epoch, item.window)
-    numbers = np.concatenate(
-        [spec.first_rows[g] + np.arange(spec.plan.row_groups[g]) for g in window.row_groups]
+    rows = np.concatenate(
+        [spec.first_rows[group] + np.arange(part.start, part.stop) for group, part in window.rows()]
     )
-    rows = numbers[window.first_row : window.first_row + window.num_rows]
     start = (batch.step - window.first_step) * GLOBAL_BATCH
     for i in range(len(batch.images)):
         index = int(window.order[start + i])
@@ -166,7 +165,7 @@ def prepared(source: Path, dataset: Folder, task: str, form: str) -> Manifest:
     splits = {split: Records.of(records) for split, records in listing.splits.items()}
     template = ShardJob(dataset, "", "", form, len(listing.class_names), (), section.rows_per_group, section.max_pixels, SEED,
                         task=listing.task, keypoint_shape=listing.keypoint_shape)  # fmt: skip
-    wanted, _ = shards.portions(splits, template, section, taken={}, first={})
+    wanted = shards.portions(splits, template, section, taken={}, first={})
     reports = [shards.write_portion(portion, splits[portion.split], template) for portion in wanted]
     return Manifest(task=listing.task, class_names=listing.class_names, keypoint_shape=listing.keypoint_shape, flip_idx=listing.flip_idx,
                     splits={split: _split(split, reports, len(listing.class_names)) for split in splits}, source=str(source))  # fmt: skip

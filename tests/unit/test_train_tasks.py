@@ -226,7 +226,7 @@ def evaluated(folder: Path, manifest: Manifest, batch: int) -> dict[str, Any]:
     )
     args = {"imgsz": SIZE, "conf": conf, "task": manifest.task, "single_cls": False}
     job = raypar.evaluate.Job(
-        dataset, list(manifest.class_names), manifest, args, False, batch, split.shards[0].path
+        dataset, list(manifest.class_names), manifest, args, False, None, batch, split.shards[0].path
     )
     kind = raypar.evaluate.Worker if manifest.task == "detect" else raypar.evaluate.JudgedWorker
     worker: Any = kind(pool, job)  # type: ignore[arg-type]

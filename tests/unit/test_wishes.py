@@ -45,7 +45,7 @@ def worker(rank: int) -> pulse.Pulse:
     """A pulse without its thread."""
     life = pulse.Pulse.__new__(pulse.Pulse)
     vars(life).update(run_id=RUN, rank=rank, world_size=2, local_rank=rank, host="a", cursor=8, total=0, _count=0, _stage="step", _since=0.0,
-                      _wishes=set())  # fmt: skip
+                      _wishes=set(), num_epochs=0)  # fmt: skip
     return life
 
 
