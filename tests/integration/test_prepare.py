@@ -356,7 +356,9 @@ def test_stopped_run_leaves_no_manifest_and_a_rerun_completes(
     (folder / "train" / ".00000.parquet.abcd.part").write_bytes(b"half")
     manifest = raypar.prepare.run(config)
     paths = [shard.path for split in manifest.splits.values() for shard in split.shards]
-    assert files_under(folder) == sorted([*paths, "manifest.json", "rejected.jsonl"])
+    assert files_under(folder) == sorted(
+        [*paths, "manifest.json", "rejected.jsonl", "run.yaml", "settings.json"]
+    )
     assert manifest == raypar.prepare.run(shapes_config(tmp_path / "fresh"))
 
 

@@ -196,7 +196,9 @@ def test_prepare_train_evaluate_and_predict_in_a_bucket(
     link: Link, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, local = (
-        run_of("s3://runs/all", yolo={"epochs": 3, "imgsz": 64}, storage_timeout_s=60),
+        run_of(
+            "s3://runs/all", yolo={"epochs": 3, "imgsz": 64}, storage_timeout_s=60, checkpoint_every_s=0.1
+        ),
         run_of(str(tmp_path)),
     )
     manifest = raypar.prepare.run(config)
