@@ -1,6 +1,6 @@
 """`raypar evaluate` against `YOLO(best.pt).val(data=...)`, both at their defaults, on images of seven aspect ratios, every task.
 
-    python benchmarks/validation_parity.py [--tasks segment pose] [--epochs 10] [--imgsz 128] [--train 128] [--val 56]
+    python benchmarks/validation_parity.py [--tasks segment pose] [--epochs 25] [--imgsz 128] [--train 128] [--val 56]
 
 For each task: generated shapes are written to disk as Ultralytics wants them, prepared and learnt by raypar from those files, and best.pt
 is judged by both. No figure may differ by more than 1e-4, and every mAP50-95 (of boxes, masks and keypoints; top-1 of classify) must be
@@ -119,7 +119,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--tasks", nargs="+", default=list(SUFFIXES), choices=list(SUFFIXES))
-    for name, value in {"epochs": 10, "imgsz": 128, "train": 128, "val": 56}.items():
+    for name, value in {"epochs": 25, "imgsz": 128, "train": 128, "val": 56}.items():
         parser.add_argument(f"--{name}", type=int, default=value)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="raypar-parity-") as folder:

@@ -82,7 +82,7 @@ KEYS: dict[str, Honoured | Refused] = {
         "train.keep_checkpoints",
     ),
     "save_period": Refused(
-        "checkpoints are written by time and at each epoch's end", "train.checkpoint_every_s"
+        "checkpoints are written by time", "train.checkpoint_every_s"
     ),
     "cache": Refused("the cache is a node's, and Ray Data fills it", "train.cache"),
     "device": Refused("Ray places the workers", "train.use_gpu"),
