@@ -81,9 +81,7 @@ KEYS: dict[str, Honoured | Refused] = {
         "a run always keeps last.pt, best.pt and the checkpoints that it resumes from",
         "train.keep_checkpoints",
     ),
-    "save_period": Refused(
-        "checkpoints are written by time", "train.checkpoint_every_s"
-    ),
+    "save_period": Refused("checkpoints are written by time", "train.checkpoint_every_s"),
     "cache": Refused("the cache is a node's, and Ray Data fills it", "train.cache"),
     "device": Refused("Ray places the workers", "train.use_gpu"),
     "workers": Refused("Ray Data reads ahead with the CPUs that are free"),
